@@ -1,0 +1,34 @@
+"""The mathematics that the training scripts share.
+
+    logprobs.py   per-token log-probabilities from hidden states: the only place where logits and targets meet
+    tree.py       a prompt with its k responses as one packed row, and the attention over it
+    losses.py     one pure function per loss
+    data.py       rows -> token ids
+    models.py     loading, scoring, saving
+    generate.py   batched sampling
+    reviews.py    the embedded task: film reviews with a known gold reward
+    runs.py       run directory, metrics, tables, curves, checkpoints
+
+Axis letters, in signatures, einops patterns and comments:
+
+    p  prompts                  t  tokens of a row
+    k  responses of a prompt    n  response tokens laid flat, over all sequences
+    b  sequences, b = p * k     v  vocabulary
+    m  preference pairs         d  hidden size
+"""
+
+import importlib
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The message is one line: file, row, field, and what to do."""
+
+
+class lazy_import:
+    """A module that is loaded when one of its attributes is first used, so that `--help` answers at once."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self.name), attribute)

@@ -1,0 +1,90 @@
+"""Batched sampling with the library's own `generate`, from exactly softmax(logits / temperature)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import transformers
+
+from rlhf import reviews
+from rlhf.data import Example
+from rlhf.models import pad_id, use_layout
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """Every token id that ends a response: the tokenizer's EOS and those the model's own generation settings name."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
+
+
+@torch.no_grad()
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """One response (token ids, with its EOS where it was reached) for each prompt (token ids), in order.
+
+    y_i ~ softmax(logits / temperature), and greedy at temperature 0. The model's own generation settings (top-k, top-p,
+    repetition penalty, ...) are left out, so that log-probs scored later are those of the sampling distribution. The
+    same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
+    similar length share a batch.
+    """
+    use_layout(model, "padded")
+    device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
+    config = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, do_sample=temperature > 0, top_k=0
+    )
+    if temperature > 0:
+        config.temperature = temperature
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    own_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                group = order[start : start + batch_size]
+                width = max(len(prompts[i]) for i in group)
+                padding = [width - len(prompts[i]) for i in group]
+                ids = [[pad] * n + prompts[i] for n, i in zip(padding, group, strict=True)]
+                mask = [[0] * n + [1] * (width - n) for n in padding]
+                ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
+                out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
+                for i, tokens in zip(group, out.tolist(), strict=True):
+                    stop = next((j + 1 for j, token in enumerate(tokens) if token in ends), len(tokens))
+                    responses[i] = tokens[:stop]
+    finally:
+        model.generation_config = own_config
+    return responses
+
+
+def answer(
+    model, tokenizer, examples: Sequence[Example], max_new_tokens: int, seed: int, temperature: float = 1.0
+) -> list[Example]:
+    """The examples' prompts with one sampled response each, in place of their own."""
+    sampled = generate(model, tokenizer, [e.prompt for e in examples], max_new_tokens, temperature, seed)
+    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    alone = {"ranks": [1], "labels": None, "trained": None, "margin": None, "probability": 1.0}
+    return [
+        replace(e, responses=[ids], response_texts=[text], **alone)
+        for e, ids, text in zip(examples, sampled, texts, strict=True)
+    ]
+
+
+def facts(answers: Sequence[Example], ends: Sequence[int], embedded: bool) -> dict[str, list[float]]:
+    """For each answer its length, whether it ended, and in the world of the reviews its gold reward and its grammar."""
+    found = {
+        "length": [float(len(e.responses[0])) for e in answers],
+        "ended": [float(e.responses[0][-1] in ends) for e in answers],
+    }
+    if embedded:
+        texts = [f"{e.prompt_text} {e.response_texts[0]}".strip() for e in answers]
+        found["gold"] = [reviews.gold_reward(text) for text in texts]
+        found["grammatical"] = [float(reviews.log_prob(text) > float("-inf")) for text in texts]
+    return found

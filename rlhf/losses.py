@@ -1,0 +1,400 @@
+"""Losses, per example and never averaged: the script divides by the count of the whole optimizer step.
+
+Notation; log-probabilities are in nats, summed over a response's tokens (EOS counted):
+
+    lp    log pi(y|x), from the policy                       w, l  the preferred and the other response of a pair
+    D     log pi(y|x) - log pi_ref(y|x), the log-ratio,      h     D_w - D_l, the margin
+          or what `implicit_reward` makes of it              n     a response's length in tokens, at least 1
+    beta  above 0, reward per nat: the reward is beta D      s     the logistic sigmoid
+
+Gradient flows to every log-probability and log-ratio, and not to lengths, labels, z0 or delta; the reference is
+scored without gradient by the caller. The result has the dtype of the log-probabilities. Every loss and its gradient
+stay finite for |D| up to 1e4. A setting outside its range raises BadInput (a ValueError), naming it.
+
+Blind to a common shift of D_w and D_l: dpo, robust, ipo, hinge, r_dpo, exo, discopop, plackett_luce.
+Least at a finite margin or reward: dpo with label smoothing, ipo, ipo_norm, exo, nca (chosen), sppo.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf import BadInput
+
+MAX_EXPONENT = 20.0  # exp(20) = 4.9e8; above it exp is held constant, so its gradient is 0
+
+_WEIGHT = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
+_VALID = {
+    "beta": (lambda x: 0 < x < math.inf, "above 0 and finite"),
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+    "clip": (lambda x: x is None or 0 < x < math.inf, "above 0 and finite, or None"),
+    "tau": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "delta": (math.isfinite, "finite"),
+    **dict.fromkeys(("alpha", "lam", "nll_coef", "gamma_beta_ratio"), _WEIGHT),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), _WEIGHT),
+}
+
+
+def _check(**settings: float | None) -> None:
+    for name, value in settings.items():
+        valid, what = _VALID[name]
+        if not valid(value):
+            raise BadInput(f"{name} must be {what}, not {value}")
+
+
+def implicit_reward(
+    policy_logps: Float[Tensor, "*shape"],
+    ref_logps: Float[Tensor, "*shape"],
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Float[Tensor, "*shape"]:
+    """The reward, in units of beta, that the policy is optimal for when `divergence` holds it to the reference.
+
+    f'(u) - f'(1) with u = pi / pi_ref = exp(D), so that the reward is 0 where the two agree:
+
+        reverse_kl  D                      forward_kl  1 - exp(-D)            chi_po  exp(D) - 1 + D
+        js          log(2 u / (1 + u))     alpha       (exp((alpha - 1) D) - 1) / (alpha - 1)
+
+    alpha is at least 0 and not 1: 0 is forward_kl, near 1 it nears reverse_kl, 2 is chi-squared. Exponents are cut at
+    MAX_EXPONENT, above which the exponential passes no gradient. Otherwise increasing in D; gradient to both
+    arguments. Wang et al. 2023 (f-DPO), arXiv 2309.16240; Huang et al. 2024 (chi-PO), arXiv 2407.13399.
+    """
+    D = policy_logps - ref_logps
+    if divergence == "reverse_kl":
+        return D
+    if divergence == "forward_kl":
+        return -torch.expm1((-D).clamp(max=MAX_EXPONENT))
+    if divergence == "js":
+        return F.logsigmoid(D) + math.log(2)
+    if divergence == "alpha":
+        _check(alpha=alpha)
+        if alpha == 1:
+            raise BadInput("alpha must not be 1, where the alpha divergence is reverse_kl: use that")
+        return torch.expm1(((alpha - 1) * D).clamp(max=MAX_EXPONENT)) / (alpha - 1)
+    if divergence == "chi_po":
+        return torch.expm1(D.clamp(max=MAX_EXPONENT)) + D
+    raise BadInput(f"divergence must be reverse_kl, forward_kl, js, alpha or chi_po, not {divergence}")
+
+
+def sft(response_logps: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Negative log-likelihood of a response, summed over its trained tokens: -lp. Range [0, inf).
+
+    The script divides the step's sum by the step's trained tokens, so every token weighs the same.
+    """
+    return -response_logps
+
+
+def dpo(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    beta: float,
+    label_smoothing: float = 0.0,
+    clip: float | None = None,
+) -> Float[Tensor, " m"]:
+    """Direct preference optimisation: -(1 - e) log s(z) - e log s(-z), z = beta h, e = label_smoothing in [0, 0.5).
+
+    Rafailov et al. 2023, Eq. 7, arXiv 2305.18290; with e > 0 conservative DPO (Mitchell 2023, Eq. 3,
+    ericmitchell.ai/cdpo.pdf), which takes a label to be wrong with probability e: least at z = log((1 - e) / e).
+    `clip` first cuts z to [-clip, clip], outside which a pair gives no gradient: 2 R_max for chi-PO (Huang et al.
+    2024, arXiv 2407.13399). Gradient in h: -beta (1 - e - s(z)). Range (0, inf); ln 2 at h = 0 for every e.
+    """
+    _check(beta=beta, label_smoothing=label_smoothing, clip=clip)
+    margin = beta * (chosen_logratios - rejected_logratios)
+    if clip is not None:
+        margin = margin.clamp(-clip, clip)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def robust(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    beta: float,
+    label_smoothing: float,
+) -> Float[Tensor, " m"]:
+    """DPO unbiased under label noise: (-(1 - e) log s(z) + e log s(-z)) / (1 - 2 e), z = beta h, e = label_smoothing.
+
+    Chowdhury et al. 2024, arXiv 2403.00409. Where labels flip with probability e in [0, 0.5), its mean is DPO's loss
+    on the clean ones. Gradient in h: -beta (s(-z) + e / (1 - 2 e)), which never vanishes. Unbounded; ln 2 at h = 0
+    for every e.
+    """
+    _check(beta=beta, label_smoothing=label_smoothing)
+    margin = beta * (chosen_logratios - rejected_logratios)
+    clean, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Identity preference optimisation on summed log-ratios: (h - 1 / (2 beta))^2; beta is the paper's tau.
+
+    Azar et al. 2023, Eq. 17, arXiv 2310.12036. Range [0, inf) nats^2: 0 at h = 1 / (2 beta) nats, 1 / (4 beta^2) at h
+    = 0.
+    """
+    _check(beta=beta)
+    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square()
+
+
+def ipo_norm(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    rejected_lengths: Int[Tensor, " m"],
+    beta: float,
+) -> Float[Tensor, " m"]:
+    """IPO on log-ratios per token: (D_w / n_w - D_l / n_l - 1 / (2 beta))^2, which wants another beta than the sums.
+
+    Azar et al. 2023, Eq. 17, arXiv 2310.12036, averaged over tokens as in TRL. Range [0, inf); 1 / (4 beta^2) at D =
+    0.
+    """
+    return ipo(chosen_logratios / chosen_lengths, rejected_logratios / rejected_lengths, beta)
+
+
+def hinge(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Hinge on the normalised likelihood: max(0, 1 - beta h). No gradient once beta h >= 1.
+
+    Liu et al. 2023 (RSO), arXiv 2309.06657; beta is their gamma. Range [0, inf); 1 at h = 0.
+    """
+    _check(beta=beta)
+    return F.relu(1 - beta * (chosen_logratios - rejected_logratios))
+
+
+def dpo_norm(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    rejected_lengths: Int[Tensor, " m"],
+    beta: float,
+) -> Float[Tensor, " m"]:
+    """DPO on log-ratios per token: -log s(beta (D_w / n_w - D_l / n_l)).
+
+    Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, with beta 5. Range (0, inf); ln 2 at D = 0.
+    """
+    return dpo(chosen_logratios / chosen_lengths, rejected_logratios / rejected_lengths, beta)
+
+
+def r_dpo(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    rejected_lengths: Int[Tensor, " m"],
+    beta: float,
+    alpha: float,
+) -> Float[Tensor, " m"]:
+    """Length-regularised DPO: -log s(beta h + alpha (n_w - n_l)), alpha >= 0 in reward per token.
+
+    Park et al. 2024, arXiv 2403.19159. A longer chosen response counts as partly preferred for its length, so it is
+    pushed less. Range (0, inf); -log s(alpha (n_w - n_l)) at h = 0.
+    """
+    _check(beta=beta, alpha=alpha)
+    margin = beta * (chosen_logratios - rejected_logratios) + alpha * (chosen_lengths - rejected_lengths)
+    return -F.logsigmoid(margin)
+
+
+def dpop(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float, lam: float
+) -> Float[Tensor, " m"]:
+    """DPO-positive: -log s(beta (h - lam max(0, -D_w))), which penalises a chosen response that becomes less likely.
+
+    Pal et al. 2024 (Smaug), arXiv 2402.13228, with lam 50. lam >= 0; 0 is DPO. Range (0, inf); ln 2 at D = 0.
+    """
+    _check(beta=beta, lam=lam)
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lam * F.relu(-chosen_logratios)))
+
+
+def dpo_nll(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    chosen_logps: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    beta: float,
+    nll_coef: float,
+) -> Float[Tensor, " m"]:
+    """DPO plus the chosen response's negative log-likelihood per token: -log s(beta h) - nll_coef lp_w / n_w.
+
+    Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, with nll_coef 1. Range (0, inf); ln 2 - nll_coef lp_w / n_w at
+    h = 0.
+    """
+    _check(nll_coef=nll_coef)
+    return dpo(chosen_logratios, rejected_logratios, beta) - nll_coef * chosen_logps / chosen_lengths
+
+
+def exo(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    beta: float,
+    label_smoothing: float,
+) -> Float[Tensor, " m"]:
+    """Efficient exact optimisation: q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta h), e = label_smoothing.
+
+    Ji et al. 2024, arXiv 2402.00856. The divergence KL(q || label), the reverse of conservative DPO's; e in (0, 0.5),
+    since a certain label would make it infinite. Range [0, -log e): 0 at q = 1 - e, -log(4 e (1 - e)) / 2 at h = 0.
+    """
+    _check(beta=beta, label_smoothing=label_smoothing)
+    if label_smoothing == 0:
+        raise BadInput("label_smoothing must be above 0 for exo: a certain label makes the loss infinite")
+    margin = beta * (chosen_logratios - rejected_logratios)
+    agree = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
+    differ = (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(label_smoothing))
+    return agree + differ
+
+
+def nca(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Noise-contrastive alignment on pairs: -log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2, r = beta D.
+
+    Chen et al. 2024, arXiv 2402.05369. The chosen reward has the finite optimum r_w = ln 2; the rejected one always
+    falls. Range (log(27 / 4) / 2, inf); 2 ln 2 at D = 0.
+    """
+    _check(beta=beta)
+    chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def apo_zero(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Anchored preference optimisation, zero: 1 - s(beta D_w) + s(beta D_l); chosen up, rejected down.
+
+    D'Oosterlinck et al. 2024, arXiv 2408.06266. For chosen responses better than the model's own.
+    Range (0, 2); 1 at D = 0.
+    """
+    _check(beta=beta)
+    return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
+
+
+def apo_down(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Anchored preference optimisation, down: s(beta D_w) + 1 - s(beta h); chosen down, rejected further down.
+
+    D'Oosterlinck et al. 2024, arXiv 2408.06266. For chosen responses worse than the model's own.
+    Range (0, 2); 1 at D = 0.
+    """
+    _check(beta=beta)
+    return (beta * chosen_logratios).sigmoid() + (-beta * (chosen_logratios - rejected_logratios)).sigmoid()
+
+
+def bco(
+    chosen_logratios: Float[Tensor, " m"],
+    rejected_logratios: Float[Tensor, " m"],
+    beta: float,
+    delta: float = 0.0,
+) -> Float[Tensor, " m"]:
+    """Binary classifier optimisation on pairs: -log s(r_w - delta) - log s(-(r_l - delta)), r = beta D.
+
+    Jung et al. 2024, arXiv 2404.04656. delta, in units of reward, is a running mean of all rewards, kept by the
+    script. Range (0, inf); 2 ln 2 at D = 0 with delta = 0.
+    """
+    _check(beta=beta, delta=delta)
+    return -F.logsigmoid(beta * chosen_logratios - delta) - F.logsigmoid(delta - beta * rejected_logratios)
+
+
+def sppo(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float
+) -> Float[Tensor, " m"]:
+    """Self-play preference optimisation with hard labels: (D_w - 1 / (2 beta))^2 + (D_l + 1 / (2 beta))^2.
+
+    Wu et al. 2024, arXiv 2405.00675; 1 / beta is their eta. Least, 0, at D_w = -D_l = 1 / (2 beta) nats.
+    Range [0, inf) nats^2; 1 / (2 beta^2) at D = 0.
+    """
+    _check(beta=beta)
+    return (chosen_logratios - 1 / (2 * beta)).square() + (rejected_logratios + 1 / (2 * beta)).square()
+
+
+def discopop(
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float, tau: float
+) -> Float[Tensor, " m"]:
+    """Discovered preference optimisation: (1 - g) (-log s(z)) + g exp(-z), z = beta h, gate g = s(z / tau).
+
+    Lu et al. 2024, arXiv 2406.08414, with tau 0.05. Not convex. tau in (0, 1]: above 1 exp(-z) outgrows its gate.
+    Range (0, inf); (ln 2 + 1) / 2 at h = 0.
+    """
+    _check(beta=beta, tau=tau)
+    margin = beta * (chosen_logratios - rejected_logratios)
+    exponential = (F.logsigmoid(margin / tau) - margin).exp()  # g exp(-z) in one exponential, which cannot overflow
+    return -(-margin / tau).sigmoid() * F.logsigmoid(margin) + exponential
+
+
+def simpo(
+    chosen_logps: Float[Tensor, " m"],
+    rejected_logps: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    rejected_lengths: Int[Tensor, " m"],
+    beta: float,
+    gamma_beta_ratio: float,
+) -> Float[Tensor, " m"]:
+    """Simple preference optimisation, without a reference: -log s(beta (lp_w / n_w - lp_l / n_l - gamma_beta_ratio)).
+
+    Meng et al. 2024, arXiv 2405.14734, with beta 2 to 2.5 and gamma_beta_ratio (at least 0, nats per token) near 0.5;
+    their gamma is the product. Range (0, inf); log(1 + exp(gamma)) where both means are equal.
+    """
+    _check(beta=beta, gamma_beta_ratio=gamma_beta_ratio)
+    return -F.logsigmoid(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths - gamma_beta_ratio))
+
+
+def orpo(
+    chosen_logps: Float[Tensor, " m"],
+    rejected_logps: Float[Tensor, " m"],
+    chosen_lengths: Int[Tensor, " m"],
+    rejected_lengths: Int[Tensor, " m"],
+    lam: float,
+) -> Float[Tensor, " m"]:
+    """Odds-ratio preference optimisation: -a_w - lam log s(o_w - o_l), a = lp / n, log-odds o = a - log(1 - exp(a)).
+
+    Hong et al. 2024, arXiv 2403.07691, with lam (at least 0) 0.1; without a reference, and with the SFT loss inside.
+    The log-odds see a cut at -eps of the dtype, and pass no gradient above. Range (0, inf); -a_w + lam ln 2 where a_w
+    = a_l.
+    """
+    _check(lam=lam)
+    chosen, rejected = chosen_logps / chosen_lengths, rejected_logps / rejected_lengths
+    return -chosen - lam * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(mean_logps: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    return mean_logps - (-mean_logps.expm1()).log()
+
+
+def kto(
+    logratios: Float[Tensor, " b"],
+    labels: Bool[Tensor, " b"],
+    z0: Float[Tensor, ""],
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Tensor, " b"]:
+    """Kahneman-Tversky optimisation, per completion: weight s(-g) if desirable, else weight s(g), g = beta (D - z0).
+
+    Ethayarajh et al. 2024, arXiv 2402.01306. labels: True is desirable. z0: from `kto_z0`, in nats, without gradient.
+    Weights are at least 0. Range (0, weight); half the weight at D = z0.
+    """
+    _check(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    gain = beta * (logratios - z0.detach())
+    return torch.where(labels, desirable_weight * (-gain).sigmoid(), undesirable_weight * gain.sigmoid())
+
+
+def kto_z0(mismatched_logratios: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """KTO's reference point, an estimate of KL(pi || pi_ref) in nats: max(0, mean of D), without gradient.
+
+    Ethayarajh et al. 2024, arXiv 2402.01306. mismatched_logratios: D of each prompt with another prompt's completion,
+    over the whole optimizer step, at least one.
+    """
+    return mismatched_logratios.detach().mean().clamp(min=0)
+
+
+def plackett_luce(rewards: Float[Tensor, "p k"]) -> Float[Tensor, " p"]:
+    """Negative log-probability of a ranking, best first: sum over i of log(sum over j >= i of exp(r_j - r_i)).
+
+    Rafailov et al. 2023, appendix A.3, arXiv 2305.18290. With r = beta D it is DPO on rankings, and equals `dpo` at k
+    = 2; with a reward model's scores it is reward ranking. Sees differences of rewards only. Range [0, inf); log k!
+    where all are equal.
+    """
+    k = rewards.shape[1]
+    return torch.stack([(rewards[:, i:] - rewards[:, i : i + 1]).logsumexp(1) for i in range(k)]).sum(0)

@@ -1,0 +1,338 @@
+"""The embedded task: a tiny world of film reviews whose fluency and whose reward are both known exactly.
+
+A probabilistic grammar writes the reviews (`sample`) and gives any text its exact probability (`log_prob`). The gold
+reward (`gold_reward`) weighs up the opinion words of a text. Simulated annotators compare texts by that reward plus
+noise (`preference_rows`, `rank`). It is the controlled-sentiment experiment of Rafailov et al. 2023 (section 6,
+arXiv 2305.18290) made small enough for a laptop. One review, with log probability -30.1 nats and gold reward +0.82:
+
+    we saw it on a rainy sunday . although the script was not very good , i really enjoyed the special effects .
+"""
+
+import math
+import random
+from collections import defaultdict
+from functools import cache
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+# --------------------------------------------------------------------------------------------------------------------
+# The opinion words: symbol of the grammar -> valence -> words. As many below zero as above, so the mean reward is 0.
+
+OPINIONS = {
+    "ADJECTIVE+": {3: "superb brilliant wonderful perfect", 2: "great lovely clever fresh", 1: "good nice fine solid"},
+    "ADJECTIVE-": {-3: "terrible dreadful hopeless painful", -2: "bad dull poor tedious", -1: "weak flat bland messy"},
+    "LOVE+": {3: "love adore", 2: "enjoy admire", 1: "like"},
+    "LOVE-": {-3: "hate loathe", -2: "resent despise", -1: "mind"},
+    "LOVED+": {3: "loved adored", 2: "enjoyed admired", 1: "liked"},
+    "LOVED-": {-3: "hated loathed", -2: "resented despised", -1: "disliked"},
+    "SHONE+": {3: "shone soared", 2: "impressed", 1: "worked"},
+    "SHONE-": {-3: "flopped collapsed", -2: "failed", -1: "dragged"},
+    "THRILLED+": {3: "thrilled", 2: "delighted", 1: "amused"},
+    "THRILLED-": {-3: "appalled", -2: "bored", -1: "annoyed"},
+    "LAUGH+": {3: "cheer", 2: "laugh", 1: "smile"},
+    "LAUGH-": {-3: "cringe", -2: "yawn", -1: "frown"},
+    "GEM+": {3: "masterpiece triumph", 2: "gem joy", 1: "treat"},
+    "GEM-": {-3: "disaster failure", -2: "mess bore", -1: "muddle"},
+}
+VALENCE = {word: value for levels in OPINIONS.values() for value, words in levels.items() for word in words.split()}
+INTENSITY = {
+    "truly": 1.5,
+    "thoroughly": 1.5,
+    "total": 1.5,
+    "very": 1.25,
+    "really": 1.25,
+    "real": 1.25,
+    "fairly": 0.75,
+    "rather": 0.75,
+    "quite": 0.75,
+    "slightly": 0.5,
+    "somewhat": 0.5,
+    "minor": 0.5,
+}
+NEGATION = {"not", "never", "hardly"}
+TURNS = {"but", "yet"}  # the sentence so far was the lesser side
+CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
+NEGATED = -0.5  # negation turns a valence round and dampens it
+CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
+MEAN, DEVIATION = 0.0, 0.906  # of the unscaled reward over the grammar's samples
+NOISE = 0.42  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
+
+# --------------------------------------------------------------------------------------------------------------------
+# The grammar. Capitals are symbols, the rest are words; "|" parts alternatives, a leading number is a weight (else 1).
+# A rule for SYMBOL+ also stands for its twin SYMBOL-, with every + and - in it exchanged.
+
+RULES = {
+    "REVIEW": "2 LONG | 3 SHORT SHORT | 6 SHORT LONG | 5 LONG SHORT | 3 LONG LONG"
+    " | 2 SHORT SHORT SHORT | 2 SHORT SHORT LONG | 2 SHORT LONG SHORT | LONG SHORT SHORT",
+    "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND . | it is about a HERO and a HERO ."
+    " | this FILM follows a HERO in PLACE .",
+    "SHORT": "2 SHORT+ | 2 SHORT- | SETTING",
+    "LONG": "LONG+ | LONG-",
+    "SHORT+": "4 CLAUSE+ . | what a DESCRIBED+ FILM . | 2 CLAUSE+ TAIL . | 2 OPENING , CLAUSE+ .",
+    "LONG+": "4 CLAUSE- , BUT CLAUSE+ . | CLAUSE+ , BUT CLAUSE+ . | 3 ALTHOUGH CLAUSE- , CLAUSE+ ."
+    " | ALTHOUGH CLAUSE+ , CLAUSE+ . | 3 CLAUSE+ ALTHOUGH CLAUSE- . | CLAUSE+ ALTHOUGH CLAUSE+ ."
+    " | 3 CLAUSE+ and CLAUSE+ . | CLAUSE- and CLAUSE+ .",
+    "CLAUSE+": "5 ONE was QUALITY+ | 4 MANY were QUALITY+ | 2 it was QUALITY+ | 3 ITEM SEEMED DESCRIBED+ | 5 ITEM DID+"
+    " | 2 i found OBJECT DESCRIBED+ | 6 i FELT+ OBJECT | 3 it was a KIND+ | it was NOT a KIND-",
+    # opinions
+    "QUALITY+": "10 DESCRIBED+ | NOT ADJECTIVE- | not FULLY ADJECTIVE-",
+    "DESCRIBED+": "ADJECTIVE+ | HOW ADJECTIVE+",
+    "FELT+": "6 LOVED+ | 4 STRONGLY LOVED+ | did not LOVE- | NEVER LOVED-",
+    "DID+": "6 ACTED+ | 3 STRONGLY ACTED+ | NEVER ACTED-",
+    "ACTED+": "2 SHONE+ | 2 THRILLED+ me | made me LAUGH+",
+    "KIND+": "2 ADJECTIVE+ FILM | GEM+ | SIZE GEM+",
+    # what opinions are about
+    "OBJECT": "5 ITEM | it",
+    "ITEM": "3 ONE | 2 MANY",
+    "ONE": "4 the PART | 2 its PART | 2 the ROLE | this FILM",
+    "MANY": "3 the PARTS | its PARTS",
+    "PART": "plot | story | acting | script | dialogue | music | pacing | ending | direction | camera work",
+    "PARTS": "jokes | songs | characters | costumes | fight scenes | special effects | side plots",
+    "ROLE": "lead actor | hero | villain | narrator | whole cast",
+    "FILM": "film | movie | comedy | drama | thriller",
+    # words
+    "BUT": "2 but | yet",
+    "ALTHOUGH": "2 although | though",
+    "NOT": "3 not | never | hardly",
+    "NEVER": "2 never | hardly",
+    "HOW": "3 very | 2 really | truly | thoroughly | fairly | rather | quite | slightly | somewhat",
+    "FULLY": "2 very | really | truly",
+    "STRONGLY": "3 really | 2 truly | thoroughly | rather | quite | slightly",
+    "SIZE": "real | total | minor",
+    "SEEMED": "felt | seemed | looked",
+    "TAIL": "overall | throughout | at times | in the end | all the way",
+    "OPENING": "frankly | overall | for me | in short",
+    "WE": "i | we",
+    "WATCHED": "saw | watched",
+    "SEEN": "it | this FILM",
+    "FRIEND": "sister | brother | father | best friend",
+    "WHEN": "last night | at home | on a plane | on a rainy sunday",
+    "HERO": "young painter | retired spy | shy teacher | lost dog | village doctor",
+    "PLACE": "paris | new york | the desert | a distant future",
+}
+
+Grammar = dict[str, list[tuple[float, list[str]]]]  # symbol -> alternatives (probability, symbols and words)
+
+
+def read_grammar(rules: dict[str, str]) -> Grammar:
+    """Turns rules as above into alternatives whose probabilities add up to 1."""
+    twins = {name.replace("+", "-"): rule.translate(str.maketrans("+-", "-+")) for name, rule in rules.items()}
+    grammar = {}
+    for name, rule in (twins | rules).items():
+        parts = [alternative.split() for alternative in rule.split("|")]
+        weights = [int(p.pop(0)) if p[0].isdigit() else 1 for p in parts]
+        grammar[name] = [(w / sum(weights), p) for w, p in zip(weights, parts, strict=True)]
+    return grammar
+
+
+OPINION_RULES = {name: " | ".join(" ".join(levels.values()).split()) for name, levels in OPINIONS.items()}
+GRAMMAR = read_grammar(RULES | OPINION_RULES)
+VOCABULARY = sorted({word for rule in GRAMMAR.values() for _, parts in rule for word in parts} - GRAMMAR.keys())
+
+
+def expand(grammar: Grammar, symbol: str, rng: random.Random) -> list[str]:
+    """Draws the words of one derivation of `symbol`."""
+    words, todo = [], [symbol]
+    while todo:
+        symbol = todo.pop()
+        if symbol in grammar:
+            [(_, parts)] = rng.choices(grammar[symbol], weights=[probability for probability, _ in grammar[symbol]])
+            todo += reversed(parts)
+        else:
+            words.append(symbol)
+    return words
+
+
+def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
+    """P(symbol => words), summed over all parses: the inside probability (Baker 1979). Left recursion does not end."""
+
+    @cache
+    def ends(symbol: str, start: int) -> dict[int, float]:
+        """end -> P(symbol => words[start:end])"""
+        found = defaultdict(float)
+        for probability, parts in grammar[symbol]:
+            reached = {start: probability}
+            for part in parts:
+                step = defaultdict(float)
+                for at, p in reached.items():
+                    if part in grammar:
+                        for end, q in ends(part, at).items():
+                            step[end] += p * q
+                    elif at < len(words) and words[at] == part:
+                        step[at + 1] += p
+                reached = step
+                if not reached:
+                    break
+            for end, p in reached.items():
+                found[end] += p
+        return found
+
+    return ends(symbol, 0).get(len(words), 0.0)
+
+
+def sample(rng: random.Random) -> str:
+    """One review: 8 to 40 words and periods with single spaces between them."""
+    return " ".join(expand(GRAMMAR, "REVIEW", rng))
+
+
+@cache
+def openings(symbol: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """First word of what `symbol` may become -> what is still to be expanded after that word -> probability."""
+    if symbol not in GRAMMAR:
+        return {symbol: {(): 1.0}}
+    found = defaultdict(lambda: defaultdict(float))
+    for probability, (head, *tail) in GRAMMAR[symbol]:
+        for word, rests in openings(head).items():
+            for rest, p in rests.items():
+                found[word][(*rest, *tail)] += probability * p
+    return found
+
+
+def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
+    """k independent samples of the rest of a review that begins with `prompt`, from the exact conditional distribution.
+
+    P(rest | prompt) = sum over what may be left to expand after the prompt; ValueError where no review begins so.
+    """
+    left = {("REVIEW",): 1.0}
+    for word in prompt.split():
+        after = defaultdict(float)
+        for (top, *below), p in left.items():
+            for rest, q in openings(top).get(word, {}).items():
+                after[(*rest, *below)] += p * q
+        left = {symbols: p for symbols, p in after.items() if symbols}
+        if not left:
+            raise ValueError(f"no review goes on after {prompt!r}")
+    drawn = rng.choices(list(left), weights=list(left.values()), k=k)
+    return [" ".join(word for symbol in symbols for word in expand(GRAMMAR, symbol, rng)) for symbols in drawn]
+
+
+def log_prob(text: str) -> float:
+    """ln P(text) in nats that `sample` gives exactly this text; -inf where the text is not grammatical."""
+    probability = inside(GRAMMAR, "REVIEW", text.split())
+    return math.log(probability) if probability > 0 else -math.inf
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The gold reward, and annotators who see it through noise.
+
+
+def gold_reward(text: str) -> float:
+    """The sentiment of any text: mean 0 and deviation 1 over the grammar's samples, greater is kinder, always finite.
+
+        gold = (r - MEAN) / DEVIATION,   r = sum_i w_i e_i / (1 + sum_i w_i),   e_i = polarity * intensity * valence
+
+    i runs over the opinion words. Polarity is NEGATED after a negation, else 1; intensity is that of the last
+    intensifier, else 1; both wait for the next opinion word, but not past a comma, a period or a contrast. w_i is
+    CONCEDED before "but" in the same sentence and from "although" to the next comma or period, else 1. The 1 in the
+    denominator is one neutral opinion: |r| stays below 4.5 at any length, and no opinion gives 0.
+    """
+    total = weights = 0.0
+    sentence: list[tuple[float, float]] = []  # w_i, e_i
+    polarity, intensity, weight = 1.0, 1.0, 1.0
+    for word in [*text.split(), "."]:
+        if word in NEGATION:
+            polarity = NEGATED
+        elif word in INTENSITY:
+            intensity = INTENSITY[word]
+        elif word in VALENCE:
+            sentence.append((weight, polarity * intensity * VALENCE[word]))
+            polarity, intensity = 1.0, 1.0
+        elif word in {",", "."} | TURNS | CONCESSIONS:
+            polarity, intensity = 1.0, 1.0
+            weight = CONCEDED if word in CONCESSIONS else 1.0
+            if word in TURNS:
+                sentence = [(CONCEDED, e) for _, e in sentence]
+            if word == ".":
+                total += sum(w * e for w, e in sentence)
+                weights += sum(w for w, _ in sentence)
+                sentence = []
+    return (total / (1 + weights) - MEAN) / DEVIATION
+
+
+def preference_rows(
+    prompts: list[str], responses: list[list[str]], noise: float, rng: random.Random
+) -> list[dict[str, str | float]]:
+    """Two responses to each prompt as an annotator chose: P(a over b) = sigmoid((gold(a) - gold(b)) / noise).
+
+    Bradley and Terry 1952; gold is of prompt and response together. `probability` is that of the label as drawn: below
+    0.5 where noise won.
+    """
+    rows = []
+    for prompt, (a, b) in zip(prompts, responses, strict=True):
+        gap = gold_reward(f"{prompt} {a}") - gold_reward(f"{prompt} {b}")
+        probability = (1 + math.tanh(gap / noise / 2)) / 2  # sigmoid(gap / noise), without overflow
+        if rng.random() >= probability:
+            a, b, probability = b, a, 1 - probability
+        rows.append({"prompt": prompt, "chosen": a, "rejected": b, "probability": probability})
+    return rows
+
+
+def rank(rewards: list[float], noise: float, rng: random.Random) -> list[int]:
+    """An annotator's ranks (1 best, no ties) of K responses: P(i first) = softmax(rewards / noise)_i, and so on.
+
+    Plackett 1975, Luce 1959. Drawn by sorting rewards + noise * Gumbel, where Gumbel = -ln(Exponential(1)).
+    """
+    seen = [reward - noise * math.log(rng.expovariate(1.0)) for reward in rewards]
+    order = sorted(range(len(seen)), key=seen.__getitem__, reverse=True)
+    return [order.index(i) + 1 for i in range(len(seen))]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data and model.
+
+
+def prompts(n: int, seed: int) -> list[str]:
+    """The first 2 to 8 words of n reviews, never a whole one."""
+    rng = random.Random(seed)
+    reviews = [sample(rng).split() for _ in range(n)]
+    return [" ".join(words[: rng.randint(2, min(8, len(words) - 1))]) for words in reviews]
+
+
+def rows(kind: str, n: int, seed: int = 0) -> list[tuple[str, dict]]:
+    """The data set `reviews`: n rows for supervised fine-tuning ("sft") or of preferences, each with its place.
+
+    A preference is between two continuations of one prompt, as the grammar (and a model that learnt it) writes them.
+    """
+    rng = random.Random(seed)
+    if kind == "sft":
+        found = [{"text": sample(rng)} for _ in range(n)]
+    else:
+        beginnings = prompts(n, seed)
+        found = preference_rows(beginnings, [continuations(prompt, 2, rng) for prompt in beginnings], NOISE, rng)
+    return [(f"reviews:{i}", row) for i, row in enumerate(found, 1)]
+
+
+def tokenizer():
+    """One id per word of the grammar; <bos> in front; unknown words become <unk>; decoding joins with single spaces."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *VOCABULARY])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def config(tokenizer):
+    """The default model: a Llama of 0.46 million parameters."""
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

@@ -1,0 +1,10 @@
+"""Every test runs with the shapes and types in the signatures of `rlhf` checked, and with no model hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("rlhf", "beartype.beartype")

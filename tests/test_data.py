@@ -1,0 +1,697 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rlhf import BadInput
+from rlhf.data import KINDS, Example, build, held_out, mismatched, read_rows, show
+
+REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (  # writes BOS itself, refuses two turns of one role in a row
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (  # ends turns with a token of its own, which is not EOS
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '</turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
+)
+
+
+def byte_level(merges=(), bos="<s>", adds_bos=True, eos="</s>", pad="<pad>", template=None, specials=()):
+    """A byte-level BPE: ids are readable, one token a byte but for the merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet + ["".join(pair) for pair in merges])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = [name for name in dict.fromkeys((bos, eos, pad, *specials)) if name]
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    if bos and adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+PLAIN = byte_level()
+CHAT = byte_level(bos=None, eos="<|im_end|>", pad="<|im_end|>", template=CHATML, specials=["<|im_start|>"])
+
+
+def text(tokenizer, ids):
+    return "".join(tokenizer.decode([i]) for i in ids)
+
+
+def one(tokenizer, kind, row, prompt=100, total=200):
+    [example], report = build([("f.jsonl:1", row)], tokenizer, kind, prompt, total)
+    return example, report
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def file(tmp_path, *rows, name="prefs.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------- token boundaries
+
+
+def test_no_token_merges_across_the_boundary():
+    tokenizer = byte_level(merges=[("a", "b")])
+    assert len(tokenizer("ab", add_special_tokens=False)["input_ids"]) == 1  # it would, if tokenised together
+    a, b = (tokenizer(c, add_special_tokens=False)["input_ids"] for c in "ab")
+    for kind, row in {
+        "sft": {"prompt": "a", "completion": "b"},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "a"},
+        "unpaired": {"prompt": "a", "completion": "b", "label": True},
+    }.items():
+        example, _ = one(tokenizer, kind, row)
+        assert example.prompt == [tokenizer.bos_token_id, *a]
+        assert example.responses[0] == [*b, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_one_bos_where_the_tokenizer_has_the_convention(adds_bos):
+    tokenizer = byte_level(adds_bos=adds_bos)
+    bos = ["<s>"] if adds_bos else []
+    for prompt in ["hi", "<s>hi"]:
+        example, report = one(tokenizer, "preference", {"prompt": prompt, "chosen": "x", "rejected": "y"})
+        assert text(tokenizer, example.prompt) == "".join(bos or ["<s>"] * prompt.startswith("<s>")) + "hi"
+        assert tokenizer.bos_token_id not in example.responses[0] + example.responses[1]
+        assert report.bos == (adds_bos or prompt.startswith("<s>"))
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, GEMMA])
+def test_one_bos_under_a_template(template):
+    tokenizer = byte_level(template=template)  # LLAMA2 and GEMMA write BOS, and the tokenizer would add another
+    example, report = one(tokenizer, "sft", {"messages": [said("user", "hi"), said("assistant", "yo")]})
+    assert example.prompt.count(tokenizer.bos_token_id) == 1 and example.prompt[0] == tokenizer.bos_token_id
+    assert report.bos == 1
+
+
+@pytest.mark.parametrize("response", ["yes", "yes</s>"])
+def test_one_eos_unless_cut(response):
+    row = {"prompt": "p", "completion": response}
+    example, report = one(PLAIN, "sft", row)
+    assert text(PLAIN, example.responses[0]) == "yes</s>" and (report.eos, report.responses_cut) == (1, 0)
+    example, report = one(PLAIN, "sft", row, total=5)  # <s> p y e s
+    assert text(PLAIN, example.responses[0]) == "yes" and (report.eos, report.responses_cut) == (0, 1)
+
+
+def test_eos_is_trained_where_pad_is_eos():
+    tokenizer = byte_level(pad="</s>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    example, _ = one(tokenizer, "sft", {"prompt": "p", "completion": "r"})
+    assert example.responses[0][-1] == tokenizer.eos_token_id and example.trained is None
+    example, _ = one(CHAT, "sft", {"messages": [said(r, r) for r in ("user", "assistant", "user", "assistant")]})
+    ends = [t for i, t in zip(example.responses[0], example.trained[0], strict=True) if i == CHAT.eos_token_id]
+    assert ends == [True, False, True]  # the assistant's, the user's, the assistant's
+
+
+@pytest.mark.parametrize(
+    "template, prompt, response",
+    [
+        (CHATML, "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>\n</s>"),
+        (LLAMA2, "<s>[INST] hi [/INST]", " yo </s>"),
+        (GEMMA, "<s><turn>user\nhi</turn>\n<turn>assistant\n", "yo</turn>\n</s>"),
+        (None, "<s>\n\nHuman: hi\n\nAssistant:", " yo</s>"),
+    ],
+)
+def test_templates_token_by_token(template, prompt, response):
+    tokenizer = byte_level(template=template)
+    example, _ = one(
+        tokenizer, "preference", {"prompt": [said("user", "hi")], "chosen": [said("assistant", "yo")], "rejected": "no"}
+    )
+    assert text(tokenizer, example.prompt) == prompt
+    assert text(tokenizer, example.responses[0]) == response
+    assert text(tokenizer, example.responses[1]) == response.replace("yo", "no")
+
+
+def test_the_response_ends_at_its_end_of_turn():
+    example, _ = one(CHAT, "preference", {"prompt": [said("user", "hi")], "chosen": "a <|im_end|> b", "rejected": "c"})
+    assert text(CHAT, example.responses[0]) == "a <|im_end|> b<|im_end|>"  # without the newline after it
+    assert text(CHAT, example.responses[1]) == "c<|im_end|>"
+
+
+# ------------------------------------------------------------------------------------------------ truncation
+
+
+def test_truncation_by_hand():
+    row = {"prompt": "0123456789", "chosen": "abcdefgh", "rejected": "xy"}
+    example, report = one(PLAIN, "preference", row, prompt=4, total=9)
+    assert text(PLAIN, example.prompt) == "<s>789"  # 4 tokens, BOS among them, from the right
+    assert [text(PLAIN, r) for r in example.responses] == ["abcde", "xy</s>"]
+    assert (report.prompts_cut, report.responses_cut, report.bos, report.eos) == (1, 1, 1, 1)
+    assert (report.prompt_lengths, report.response_lengths) == ([4], [5, 3])
+    assert (report.length_difference, report.longer_wins) == (2, 1)
+
+    example, _ = one(PLAIN, "preference", row, prompt=11, total=14)
+    assert text(PLAIN, example.prompt) == "<s>0123456789"  # fits to the token
+    example, _ = one(PLAIN, "preference", row, prompt=1, total=3)
+    assert text(PLAIN, example.prompt) == "<s>"
+    example, _ = one(byte_level(bos=None), "preference", row, prompt=1, total=3)
+    assert text(PLAIN, example.prompt) == "9"
+
+
+def test_one_response_token_always_stays():
+    example, _ = one(PLAIN, "preference", {"prompt": "0" * 50, "chosen": "ab", "rejected": "cd"}, prompt=1000, total=8)
+    assert (len(example.prompt), [len(r) for r in example.responses]) == (7, [1, 1])
+    with pytest.raises(BadInput, match="--max-length 1"):
+        one(PLAIN, "sft", {"prompt": "p", "completion": "r"}, total=1)
+    with pytest.raises(BadInput, match="--max-prompt-length 0"):
+        one(PLAIN, "sft", {"prompt": "p", "completion": "r"}, prompt=0)
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(2, 30),
+    st.text("ab", min_size=1),
+    st.text("ab", min_size=1),
+    st.text("ab", min_size=1),
+)
+def test_truncation_properties(room, total, prompt, chosen, rejected):
+    rows = [
+        ("f:1", {"prompt": prompt, "chosen": chosen, "rejected": rejected}),
+        ("f:2", {"prompt": "p", "chosen": "y", "rejected": "n"}),
+    ]
+    examples, report = build(rows, PLAIN, "preference", room, total)
+    assert report.kept + report.dropped["identical responses"] == 2
+    limit = min(room, total - 1)
+    for example in examples:
+        whole = [PLAIN.bos_token_id, *PLAIN(example.prompt_text, add_special_tokens=False)["input_ids"]]
+        assert example.prompt == (
+            whole if len(whole) <= limit else [whole[0], *whole[len(whole) - limit + 1 :]][:limit]
+        )
+        for ids, response in zip(example.responses, example.response_texts, strict=True):
+            full = [*PLAIN(response, add_special_tokens=False)["input_ids"], PLAIN.eos_token_id]
+            assert ids == full[: total - len(example.prompt)] and ids
+
+
+def test_pairs_that_become_identical_are_dropped():
+    rows = [
+        ("f:1", {"prompt": "p", "chosen": "abc1", "rejected": "abc2"}),
+        ("f:2", {"prompt": "p", "chosen": "same", "rejected": "same"}),
+        ("f:3", {"prompt": "p", "chosen": "xbc1", "rejected": "abc2"}),
+    ]
+    examples, report = build(rows, PLAIN, "preference", 2, 5)
+    assert [e.where for e in examples] == ["f:3"] and report.dropped == {"identical responses": 2}
+    assert (report.rows, report.kept) == (3, 1) and "2 identical responses" in str(report)
+    with pytest.raises(BadInput, match="^f: nothing is left of its 2 rows"):
+        build(rows[:2], PLAIN, "preference", 2, 5)
+
+
+# ------------------------------------------------------------------------------------------------ row forms
+
+
+def test_rankings_and_pairs():
+    example, report = one(
+        PLAIN, "preference", {"prompt": "p", "responses": ["a", "bbb", "cc"], "ranks": [2, 1, 2.0], "annotator": "me"}
+    )
+    assert example.ranks == [2, 1, 2] and all(isinstance(rank, int) for rank in example.ranks)
+    assert [text(PLAIN, r) for r in example.responses] == ["a</s>", "bbb</s>", "cc</s>"]
+    assert (report.length_difference, report.longer_wins) == (((3 - 1) + (3 - 2)) / 2, 1)
+    row = {"prompt": "p", "chosen": "a", "rejected": "bbb", "margin": 2, "probability": 0.75}
+    example, report = one(PLAIN, "preference", row)
+    assert (example.ranks, example.margin, example.probability, example.labels) == ([1, 2], 2.0, 0.75, None)
+    assert example.row is row
+    assert (report.length_difference, report.longer_wins) == (0.75 * -2 + 0.25 * 2, 0.25)
+    example, report = one(PLAIN, "preference", {"prompt": "p", "chosen": "aa", "rejected": "bb"})
+    assert (example.margin, example.probability, report.longer_wins) == (None, 1.0, 0.5)  # a tie is half
+    tied = [
+        ("f:1", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}),
+        ("f:2", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}),
+    ]
+    assert build(tied, PLAIN, "preference", 9, 9)[1].dropped == {"ties throughout": 1}
+
+
+def test_unpaired():
+    example, report = one(PLAIN, "unpaired", {"prompt": "p", "completion": "a", "label": 0})
+    assert (example.labels, example.ranks, report.desirable) == ([False], [1], 0.0)
+    example, report = one(PLAIN, "unpaired", {"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert (example.labels, example.ranks, report.desirable) == ([True, False], [1, 2], 0.5)
+
+
+def test_preferred_fine_tuning_and_prompts():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    example, _ = one(PLAIN, "sft", pair)
+    assert ([text(PLAIN, r) for r in example.responses], example.ranks) == (["a</s>"], [1])
+    chat = [said("user", "hi"), said("assistant", "yo")]
+    for row, prompt in [
+        (pair, "<s>p"),
+        ({"prompt": "p"}, "<s>p"),
+        ({"prompt": chat[:1]}, "<s>\n\nHuman: hi\n\nAssistant:"),
+        ({"messages": chat}, "<s>\n\nHuman: hi\n\nAssistant:"),
+        ({"chosen": "A b c", "rejected": "A b d"}, "<s>A b"),
+    ]:
+        example, report = one(PLAIN, "prompts", row)
+        assert (text(PLAIN, example.prompt), example.responses, example.ranks) == (prompt, [], [])
+        assert "1 of 1 rows" in str(report)
+
+
+@pytest.mark.parametrize(
+    "options, prompt, response",
+    [
+        ({}, "<s>", "hi</s>"),
+        ({"adds_bos": False}, "<s>", "hi</s>"),
+        ({"bos": None}, "</s>", "hi</s>"),
+        ({"bos": None, "eos": None, "pad": None}, "h", "i"),
+    ],
+)
+def test_text_rows(options, prompt, response):
+    tokenizer = byte_level(**options)
+    example, _ = one(tokenizer, "sft", {"text": "hi", "label": 1})
+    assert (text(tokenizer, example.prompt), text(tokenizer, example.responses[0])) == (prompt, response)
+    assert (example.prompt_text, example.response_texts, example.trained) == ("", ["hi"], None)
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(BadInput, match="no EOS token"):
+        one(byte_level(eos=None, pad=None), "sft", {"prompt": "p", "completion": "r"})
+
+
+HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt, rests",
+    [
+        (HH + " yes", HH + " you", HH, [" yes", " you"]),  # "y" is shared too, and belongs to the answers
+        (HH + " yes", HH + " yes and no", HH, [" yes", " yes and no"]),
+        ("The film was good.", "The film was gory.", "The film was", [" good.", " gory."]),
+        ("a b c", "a b", "a", [" b c", " b"]),
+        ("a  b", "a  c", "a", ["  b", "  c"]),
+    ],
+)
+def test_implicit_prompts(chosen, rejected, prompt, rests):
+    example, _ = one(PLAIN, "preference", {"chosen": chosen, "rejected": rejected})
+    assert (example.prompt_text, example.response_texts) == (prompt, rests)
+
+
+def test_implicit_prompts_as_messages():
+    before = [said("system", "s"), said("user", "u"), said("assistant", "a"), said("user", "u")]
+    sides = {name: [*before, said("assistant", name)] for name in ("chosen", "rejected")}
+    explicit = {"prompt": before, "chosen": "chosen", "rejected": "rejected"}
+    wanted, _ = one(CHAT, "preference", explicit)
+    for row in [sides, {**sides, "prompt": "u"}]:  # the second form: whole dialogues beside their first prompt
+        example, _ = one(CHAT, "preference", row)
+        assert (example.prompt, example.responses) == (wanted.prompt, wanted.responses)
+    assert text(CHAT, wanted.prompt) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_dialogues_that_hold_no_preference_are_dropped_and_counted():
+    good = (HH + " a", HH + " b")
+    pairs = [
+        good,
+        (HH + " a\n\nHuman: more\n\nAssistant: c", HH + " b\n\nHuman: more\n\nAssistant: d"),
+        (HH + " ", HH + " b"),
+        (HH + " a", HH + " a"),
+        (
+            [said("user", "u"), *[said(r, "1") for r in ("assistant", "user", "assistant")]],
+            [said("user", "u"), *[said(r, "2") for r in ("assistant", "user", "assistant")]],
+        ),
+    ]
+    rows = [(f"f:{i}", {"chosen": a, "rejected": b}) for i, (a, b) in enumerate(pairs)]
+    examples, report = build(rows, PLAIN, "preference", 100, 200)
+    assert [e.where for e in examples] == ["f:0"]
+    assert report.dropped == {
+        "dialogues that differ before the last turn": 2,
+        "blank last turns": 1,
+        "identical responses": 1,
+    }
+    with pytest.raises(BadInput, match="f:1: fields 'chosen' and 'rejected' share no beginning"):
+        build(
+            [("f:1", {"chosen": "\n\nHuman: x" + ends, "rejected": "other" + ends}) for ends in [HH]],
+            PLAIN,
+            "preference",
+            9,
+            99,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ multi-turn
+
+
+def test_multi_turn_mask_token_by_token():
+    rows = [
+        said("system", "S"),
+        said("user", "A"),
+        said("assistant", "B"),
+        said("user", "C"),
+        said("assistant", "D"),
+        said("user", "trailing"),
+    ]
+    example, _ = one(CHAT, "sft", {"messages": rows})
+    assert (
+        example.prompt_text == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = [("B", True), ("<|im_end|>", True)]
+    expected += [
+        (t, False) for t in ["\n", "<|im_start|>", *"user\nC", "<|im_end|>", "\n", "<|im_start|>", *"assistant\n"]
+    ]
+    expected += [("D", True), ("<|im_end|>", True)]
+    tokens = [CHAT.decode([i]) for i in example.responses[0]]
+    assert list(zip(tokens, example.trained[0], strict=True)) == expected
+    cut, _ = one(CHAT, "sft", {"messages": rows}, total=len(example.prompt) + 5)
+    assert list(zip([CHAT.decode([i]) for i in cut.responses[0]], cut.trained[0], strict=True)) == expected[:5]
+
+
+def test_multi_turn_without_a_template():
+    rows = [said("user", "A"), said("assistant", "B"), said("user", "C"), said("assistant", "D")]
+    example, _ = one(PLAIN, "sft", {"messages": rows})
+    tokens = [PLAIN.decode([i]) for i in example.responses[0]]
+    marks = "".join("+" if t else "." for t in example.trained[0])
+    assert "".join(tokens) == " B</s>\n\nHuman: C\n\nAssistant: D</s>"
+    assert marks == "+++" + "." * len("\n\nHuman: C\n\nAssistant:") + "+++"
+
+
+def test_consecutive_turns_of_one_role_are_fine():
+    example, _ = one(
+        CHAT, "preference", {"prompt": [said("user", "a"), said("user", "b")], "chosen": "x", "rejected": "y"}
+    )
+    assert example.prompt_text.count("user") == 2
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+CHATTED = {"prompt": [said("user", "u")], "chosen": [said("assistant", "a")], "rejected": [said("assistant", "b")]}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+UNPAIRED = {"prompt": "p", "completion": "a", "label": True}
+RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
+SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
+
+
+@pytest.mark.parametrize(
+    "kind, good, change, message",
+    [
+        ("preference", PAIR, {"chosen": ""}, "field 'chosen' is empty: give it a text or use --skip-bad-rows"),
+        ("preference", PAIR, {"rejected": " \n"}, "field 'rejected' is empty"),
+        ("preference", PAIR, {"prompt": ""}, "field 'prompt' is empty"),
+        ("preference", PAIR, {"chosen": None}, "field 'chosen' is missing: every row needs prompt, chosen, rejected"),
+        ("preference", PAIR, {"chosen": 5}, "field 'chosen' is not text or messages but int"),
+        ("preference", PAIR, {"chosen": "\ud800"}, "field 'chosen' holds half a surrogate pair"),
+        ("preference", PAIR, {"prompt": []}, "field 'prompt' is empty"),
+        ("preference", PAIR, {"margin": "big"}, "field 'margin' is not a number"),
+        ("preference", PAIR, {"probability": 1.5}, "field 'probability' is not a number in \\[0, 1\\]"),
+        (
+            "preference",
+            CHATTED,
+            {"prompt": [said("assistant", "u")]},
+            "field 'prompt': roles out of order: end the prompt",
+        ),
+        (
+            "preference",
+            CHATTED,
+            {"prompt": [said("user", "u"), said("system", "s"), said("user", "u")]},
+            "field 'prompt', message 2: roles out of order: put the system",
+        ),
+        ("preference", CHATTED, {"prompt": [said("gpt", "u")]}, "field 'prompt', message 1 has the role 'gpt'"),
+        ("preference", CHATTED, {"prompt": [{"content": "u"}]}, "field 'prompt', message 1 is not"),
+        ("preference", CHATTED, {"chosen": [said("user", "u")]}, "field 'chosen': roles out of order"),
+        ("preference", CHATTED, {"chosen": [said("assistant", "u")] * 2}, "field 'chosen': roles out of order"),
+        ("preference", CHATTED, {"chosen": [said("assistant", "")]}, "field 'chosen' is empty"),
+        ("preference", CHATTED, {"chosen": [said("assistant", None)]}, "field 'chosen' is not text but NoneType"),
+        ("preference", RANKED, {"ranks": [1]}, "field 'ranks' has 1 ranks for 2 responses"),
+        ("preference", RANKED, {"ranks": [0, 1]}, "field 'ranks' is not made of whole numbers from 1"),
+        ("preference", RANKED, {"ranks": [1, 1.5]}, "field 'ranks' is not made of whole numbers from 1"),
+        ("preference", RANKED, {"ranks": "12"}, "fields 'responses' and 'ranks' are not two lists"),
+        ("preference", RANKED, {"responses": ["a", ""]}, "field 'responses\\[1\\]' is empty"),
+        ("unpaired", UNPAIRED, {"label": 2}, "field 'label' is not true or false"),
+        ("unpaired", UNPAIRED, {"label": "yes"}, "field 'label' is not true or false"),
+        ("sft", SFT, {"messages": [said("user", "u")]}, "field 'messages' has no assistant message"),
+        ("sft", SFT, {"messages": [said("assistant", "u")]}, "field 'messages': roles out of order"),
+        ("sft", SFT, {"messages": "hello"}, "field 'messages' is not text or messages but str"),
+        ("prompts", {"prompt": "p"}, {"prompt": {"a": 1}}, "field 'prompt' is not text or messages but dict"),
+    ],
+)
+def test_bad_rows(tmp_path, kind, good, change, message):
+    source = file(tmp_path, good, {**good, **change}, good)
+    rows, skipped = read_rows(source)
+    with pytest.raises(BadInput, match=f"^prefs.jsonl:2: {message}") as error:
+        build(rows, PLAIN, kind, 100, 200)
+    assert "\n" not in str(error.value) and str(error.value).endswith("or use --skip-bad-rows")
+    examples, report = build(rows, PLAIN, kind, 100, 200, skip_bad_rows=True, skipped=skipped)
+    assert [e.where for e in examples] == ["prefs.jsonl:1", "prefs.jsonl:3"]
+    assert (report.rows, report.kept, len(report.skipped)) == (3, 2, 1) and "skipped    1 bad rows" in str(report)
+
+
+def test_a_template_that_refuses_is_a_bad_row():
+    tokenizer = byte_level(template=LLAMA2)
+    with pytest.raises(BadInput, match=r"f.jsonl:1: the chat template refuses the messages \(roles must alternate\)"):
+        one(tokenizer, "preference", {**CHATTED, "prompt": [said("user", "u"), said("user", "u")]})
+    tokenizer = byte_level(template="{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(BadInput, match="f.jsonl:1: the chat template does not begin a conversation with its prompt"):
+        one(tokenizer, "preference", CHATTED)
+
+
+def test_unreadable_files(tmp_path):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for message, source in {
+        r"/nowhere/x.jsonl: no such file or folder": "/nowhere/x.jsonl",
+        r"nowhere.csv: no such file or folder": "nowhere.csv",
+        r"nobody/nothing: no such file, and not to be had from the hub .* download it elsewhere": "nobody/nothing",
+        r"a.jsonl:3: not JSON \(.*\): mend the line or use --skip-bad-rows": file(
+            tmp_path, good, "", "{", name="a.jsonl"
+        ),
+        r"b.jsonl:2: not an object": file(tmp_path, good, "[1]", name="b.jsonl"),
+        r"c.jsonl: holds no rows": file(tmp_path, "", name="c.jsonl"),
+        r"d.json:2: not JSON": file(tmp_path, "[1,", "2 3]", name="d.json"),
+        r"e.txt: unknown kind of file": file(tmp_path, "hello", name="e.txt"),
+        r"f.jsonl.gz: cannot be read": file(tmp_path, "hello", name="f.jsonl.gz"),
+        r"g.parquet: cannot be read": file(tmp_path, "hello", name="g.parquet"),
+        r"h.csv:3: more than 2 cells": file(tmp_path, "prompt,completion", "a,b", "a,b,c", name="h.csv"),
+        r": cannot be read .*save_to_disk": str(tmp_path),
+        r"i.jsonl:1: not JSON": file(tmp_path, "[" * 100_000, name="i.jsonl"),
+    }.items():
+        with pytest.raises(BadInput, match=message) as error:
+            read_rows(source)
+        assert "\n" not in str(error.value)
+    rows, skipped = read_rows(file(tmp_path, good, "{", "3", '"x"', good), skip_bad_rows=True)
+    assert [where for where, _ in rows] == ["prefs.jsonl:1", "prefs.jsonl:5"]
+    assert [message.split(" (")[0].split(": write")[0] for message in skipped] == [
+        "prefs.jsonl:2: not JSON",
+        "prefs.jsonl:3: not an object",
+        "prefs.jsonl:4: not an object",
+    ]
+    assert build(rows, PLAIN, "preference", 9, 9, skipped=skipped)[1].rows == 5
+
+
+def test_columns_that_fit_no_form():
+    with pytest.raises(
+        BadInput, match=r"^f.jsonl: its columns \('chosen', 'question'\) fit no form of preference rows"
+    ):
+        one(PLAIN, "preference", {"question": "q", "chosen": "a"})
+    with pytest.raises(BadInput, match="prompt, chosen, rejected"):
+        one(PLAIN, "preference", {"prompt": "q", "chosen": "a", "rejected": None})
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    rows = [
+        {"prompt": "p, q", "completion": "18", "label": True},
+        {"prompt": "NA\nx", "completion": "é", "label": False},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "a.csv").write_text('\ufeffprompt,completion,label\n"p, q",18,True\n"NA\nx",é,0\n')
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "only")
+    for name in ["a.jsonl", "a.jsonl.gz", "a.json", "lines.json", "a.csv", "a.parquet", "saved", "only"]:
+        found, skipped = read_rows(str(tmp_path / name))
+        assert ([row for _, row in found], skipped) == (rows, []), name
+        assert [where for where, _ in found] == [f"{name}:{i}" for i in ((2, 3) if name == "a.csv" else (1, 2))]
+    two = datasets.DatasetDict({"test": data, "other": data.select([0])})
+    two.save_to_disk(tmp_path / "two")
+    assert len(read_rows(str(tmp_path / "two"), split="other")[0]) == 1
+    with pytest.raises(BadInput, match="no split 'train': choose --split among test, other"):
+        read_rows(str(tmp_path / "two"))
+
+
+def test_a_ranking_in_a_csv(tmp_path):
+    source = file(tmp_path, "prompt,responses,ranks", 'p,"[""a"", ""b""]","[2, 1]"', name="r.csv")
+    [example], _ = build(read_rows(source)[0], PLAIN, "preference", 9, 9)
+    assert (example.response_texts, example.ranks) == (["a", "b"], [2, 1])
+
+
+# ------------------------------------------------------------------------------------------------------ fuzz
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["user", "assistant", HH + " a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner})
+    ),
+    max_leaves=6,
+)
+COLUMNS = ["prompt", "chosen", "rejected", "completion", "label", "messages", "text", "responses", "ranks", "margin"]
+ROWS = st.lists(
+    st.dictionaries(st.sampled_from([*COLUMNS, "probability", "x"]), JSON, max_size=8), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ROWS, st.sampled_from(sorted(KINDS)), st.booleans(), st.sampled_from([PLAIN, CHAT]))
+def test_any_json_gives_examples_or_bad_input(rows, kind, skip, tokenizer):
+    try:
+        examples, report = build([(f"f:{i}", row) for i, row in enumerate(rows)], tokenizer, kind, 20, 40, skip)
+    except BadInput as error:
+        assert "\n" not in str(error)
+        return
+    assert report.rows == len(rows) == report.kept + sum(report.dropped.values()) + len(report.skipped)
+    str(report)
+    for example in examples:
+        assert 1 <= len(example.prompt) <= 20 and all(
+            1 <= len(r) <= 40 - len(example.prompt) for r in example.responses
+        )
+        assert len(example.responses) == len(example.ranks) == len(example.response_texts)
+        show(example, tokenizer)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary() | st.text().map(str.encode) | st.lists(JSON).map(lambda v: json.dumps(v).encode()),
+    st.sampled_from(["f.jsonl", "f.json", "f.csv", "f.parquet", "f.jsonl.gz"]),
+    st.booleans(),
+)
+def test_any_bytes_give_rows_or_bad_input(tmp_path, data, name, skip):
+    (tmp_path / name).write_bytes(data)
+    try:
+        rows, _ = read_rows(str(tmp_path / name), skip_bad_rows=skip)
+    except BadInput as error:
+        assert "\n" not in str(error)
+    else:
+        assert rows and all(isinstance(row, dict) for _, row in rows)
+
+
+# ------------------------------------------------------------------------------- splitting, pairing, showing
+
+
+def example_of(prompt, response="r", where="f:1"):
+    ids = list(prompt.encode()) or [0]
+    return Example(where, ids, [list(response.encode())], prompt, [response], [1], None, None, None, 1.0, {})
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=40), st.floats(0, 1), st.randoms())
+def test_held_out_goes_by_the_prompt(prompts, fraction, shuffler):
+    examples = [example_of(prompt, where=f"f:{i}") for i, prompt in enumerate(prompts)]
+    train, held = held_out(examples, fraction)
+    assert sorted(e.where for e in train + held) == sorted(e.where for e in examples)
+    assert not {e.prompt_text for e in train} & {e.prompt_text for e in held}
+    shuffled = shuffler.sample(examples, len(examples))
+    assert {e.where for e in held_out(shuffled, fraction)[1]} == {e.where for e in held}
+    assert {e.where for e in held_out(examples, fraction / 2)[1]} <= {e.where for e in held}
+
+
+def test_held_out_share():
+    examples = [example_of(f"prompt {i}") for i in range(4000)]
+    assert held_out(examples, 0.0) == (examples, [])
+    assert held_out(examples, 1.0) == ([], examples)
+    assert abs(len(held_out(examples, 0.05)[1]) - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
+    texts = [example_of("", response=f"text {i}") for i in range(400)]  # rows without a prompt go by their text
+    assert 0 < len(held_out(texts, 0.5)[1]) < 400
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=30), st.integers(0, 5))
+def test_mismatched_is_a_derangement(prompts, seed):
+    examples = [example_of(prompt, response=f"answer {i}") for i, prompt in enumerate(prompts)]
+    owner = {tuple(e.responses[0]): i for i, e in enumerate(examples)}
+    given_to = [owner[tuple(ids)] for ids in mismatched(examples, seed)]
+    assert sorted(given_to) == list(range(len(prompts)))
+    assert all(i != j for i, j in enumerate(given_to))
+    largest = max(prompts.count(p) for p in prompts)
+    same = sum(prompts[i] == prompts[j] for i, j in enumerate(given_to))
+    assert same == max(0, 2 * largest - len(prompts))  # no derangement can do better
+    assert mismatched(examples, seed) == mismatched(examples, seed)
+
+
+def test_mismatched_needs_two():
+    assert mismatched([], 0) == []
+    with pytest.raises(BadInput, match="^f:1: the only example"):
+        mismatched([example_of("a")], 0)
+    assert len({str(mismatched([example_of(c, c) for c in "abcdefgh"], seed)) for seed in range(8)}) > 1
+
+
+def test_show():
+    example, _ = one(PLAIN, "unpaired", {"prompt": "p", "completion": "a\n", "label": True})
+    assert show(example, PLAIN).splitlines() == [
+        "f.jsonl:1: prompt, 2 tokens",
+        "    .'<s>' .'p'",
+        "response 1 (desirable), 3 tokens, 3 trained",
+        "    +'a' +'\\n' +'</s>'",
+    ]
+    example, _ = one(CHAT, "sft", {"messages": [*SFT["messages"], said("user", "u" * 99), said("assistant", "b")]})
+    words = show(example, CHAT).split()
+    assert words[-2:] == ["+'b'", "+'<|im_end|>'"] and (words.count(".'u'"), words.count("+'u'")) == (1 + 1 + 1 + 99, 0)
+    assert max(map(len, show(example, CHAT).splitlines())) <= 120
+
+
+# -------------------------------------------------------------------------------------------------- real data
+
+BYTES = byte_level(template=CHATML)
+
+
+@pytest.mark.parametrize(
+    "name, kind, kept",
+    [
+        ("prefs_hh_harmless_test", "preference", 2303),
+        ("prefs_hh_helpful_test", "preference", 2339),
+        ("prefs_gsm8k_correctness", "preference", 2426),
+        ("kto_llamafactory_demo", "unpaired", 300),
+        ("sft_alpaca_en_demo", "sft", 999),
+        ("sum_tldr_reddit_samples", "sft", 100),
+    ],
+)
+def test_real_files(name, kind, kept):
+    source = REAL / f"{name}.jsonl.gz"
+    if not source.exists():
+        pytest.skip(f"no {source}: set RLHF_TEST_DATA to a folder that has it")
+    examples, report = build(read_rows(str(source))[0], BYTES, kind, 1000, 3000)
+    assert report.kept == kept == len(examples) and report.bos == kept and not report.dropped and not report.skipped
+    assert report.eos == len(report.response_lengths) - report.responses_cut
+
+
+def test_raw_hh_rows_are_the_message_rows():
+    raw, clean = REAL / "hh_harmless_raw_test.jsonl.gz", REAL / "prefs_hh_harmless_test.jsonl.gz"
+    if not raw.exists() or not clean.exists():
+        pytest.skip(f"no {raw}: set RLHF_TEST_DATA to a folder that has it")
+    implicit, report = build(read_rows(str(raw))[0], PLAIN, "preference", 10**6, 10**7)
+    explicit, _ = build(read_rows(str(clean))[0], PLAIN, "preference", 10**6, 10**7)
+    assert report.dropped == {"blank last turns": 4, "dialogues that differ before the last turn": 5}
+
+    def words(example):  # the message rows have stripped texts
+        return [text.split() for text in (example.prompt_text, *example.response_texts)]
+
+    assert [words(example) for example in implicit] == [words(example) for example in explicit]

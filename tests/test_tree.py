@@ -1,0 +1,178 @@
+"""The packed tree against plain padded rows, on tiny random models of many architectures."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, example, no_float32, random_examples, tiny
+
+from rlhf import BadInput, models
+from rlhf.models import choose_layout, output_head, response_logps, use_layout
+from rlhf.tree import collate, micro_batches, tokens, tree_attention
+
+TREE = "llama qwen3 mistral gemma gpt2 opt phi olmo2 gpt_neox granite mixtral cohere2".split()
+SHAPES = [(7, [5, 9]), (1, [3, 4]), (12, [1, 14]), (4, [6]), (5, [2, 0, 8]), (3, [0, 6])]
+
+
+def measured(model, examples, layout, budget=10**9):
+    """Log-prob sums of all sequences, and the gradient of their weighted sum as one vector."""
+    use_layout(model, layout)
+    model.zero_grad()
+    sums = {}
+    for group in micro_batches(examples, budget, layout):
+        _, logps = response_logps(model, collate([examples[i] for i in group], layout, 0))
+        parts = logps.split([len(examples[i].responses) for i in group])
+        sums |= dict(zip(group, parts, strict=True))
+        loss = sum((-1) ** j * (i + 1) * x for i, part in zip(group, parts, strict=True) for j, x in enumerate(part))
+        loss.backward()
+    gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    return torch.cat([sums[i] for i in sorted(sums)]).detach(), gradient
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("name", TREE)
+def test_both_layouts_give_the_same_log_probs_and_gradients(name, dtype, bound):
+    model, examples = tiny(name, dtype), random_examples(SHAPES)
+    with no_float32():
+        padded, padded_grad = measured(model, examples, "padded")
+        tree, tree_grad = measured(model, examples, "tree")
+    assert torch.allclose(tree, padded, rtol=0, atol=bound * 10)
+    assert relative(tree_grad, padded_grad) < bound
+    # and the padded layout is what the library computes for each sequence alone
+    use_layout(model, "padded")
+    alone = []
+    for e in examples:
+        for r in e.responses:
+            with no_float32():
+                logps = model(torch.tensor([e.prompt + r])).logits[0].log_softmax(-1)
+            alone.append(sum(logps[len(e.prompt) - 1 + j, token].item() for j, token in enumerate(r)))
+    assert torch.allclose(padded, torch.tensor(alone, dtype=dtype), rtol=0, atol=bound * 10)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_gradients_do_not_depend_on_the_micro_batch_budget(layout, dtype, bound):
+    model, examples = tiny("llama", dtype), random_examples(SHAPES)
+    with no_float32():
+        whole, whole_grad = measured(model, examples, layout)
+    for budget in (1, 30, 60):
+        with no_float32():
+            parts, parts_grad = measured(model, examples, layout, budget)
+        assert torch.allclose(parts, whole, rtol=0, atol=bound * 10) and relative(parts_grad, whole_grad) < bound
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_the_check_ends_on_a_layout_that_is_right(name, capsys):
+    model, examples = tiny(name), random_examples(SHAPES + [(20, [20, 25])])
+    layout = choose_layout(model, examples, 0, torch.float32)
+    assert layout == "tree" if name in TREE else True
+    if name in ("gemma2", "qwen3_next", "gpt_oss", "stablelm"):
+        assert layout == "padded" and "layout: padded" in capsys.readouterr().out
+    chosen = measured(model, examples, layout)[0]
+    use_layout(model, "padded")
+    for i, e in enumerate(examples[:4]):
+        reference = model(torch.tensor([e.prompt + e.responses[0]])).logits[0].log_softmax(-1)
+        want = sum(reference[len(e.prompt) - 1 + j, token].item() for j, token in enumerate(e.responses[0]))
+        first = sum(len(x.responses) for x in examples[:i])
+        assert chosen[first].item() == pytest.approx(want, abs=2e-4)
+
+
+def test_the_check_catches_a_window_that_matters_on_long_rows_only(monkeypatch):
+    """An attention that forgets the window is right on rows of up to 5 tokens: only the longest row shows it."""
+    forgetful = lambda *args, sliding_window=None, **kwargs: tree_attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(models, "tree_attention", forgetful)
+    model = tiny("mistral")
+    short = random_examples([(2, [2, 3]), (1, [3, 2])])
+    assert choose_layout(model, short, 0, torch.float32) == "tree"
+    use_layout(model, "padded")
+    assert choose_layout(model, short + random_examples([(9, [9, 3])]), 0, torch.float32) == "padded"
+    with pytest.raises(BadInput, match="--layout tree does not fit mistral"):
+        choose_layout(model, random_examples([(9, [9, 3])]), 0, torch.float32, "tree")
+
+
+def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
+    def leaky(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    monkeypatch.setattr(models, "tree_attention", leaky)
+    model, rows = tiny("llama"), random_examples([(3, [4, 5]), (6, [7, 8])])
+    monkeypatch.setattr(models, "response_logps", response_logps)
+    assert choose_layout(model, rows, 0, torch.float32) == "padded"
+    use_layout(model, "tree")
+    assert models._leak(model, rows, 0, "cpu", torch.float32) > 1e-2
+
+
+def test_bfloat16_check():
+    model = tiny("llama")
+    assert choose_layout(model, random_examples(SHAPES), 0, torch.bfloat16) == "tree"
+
+
+def test_a_head_that_is_read_wrongly_is_refused(monkeypatch):
+    monkeypatch.setattr(models, "output_head", lambda model: output_head(model)._replace(scale=1.0))
+    with pytest.raises(BadInput, match="granite.*output_head"):
+        choose_layout(tiny("granite"), random_examples(SHAPES), 0, torch.float32)
+
+
+def test_collate_by_hand():
+    """prompt abc with de and fgh, then prompt ij with kl, as in the module's docstring."""
+    examples = [example([11, 12, 13], [[14, 15], [16, 17, 18]]), example([19, 20], [[21, 22]])]
+    tree = collate(examples, "tree", 0)
+    assert tree.input_ids.tolist() == [[11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
+    assert tree.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]]
+    assert tree.sources.tolist() == [2, 3, 2, 5, 6, 9, 10]
+    assert tree.targets.tolist() == [14, 15, 16, 17, 18, 21, 22]
+    assert tree.sequence.tolist() == [0, 0, 1, 1, 1, 2, 2] and tree.lengths.tolist() == [2, 3, 1 + 1]
+    assert [tuple(s) for s in tree.segments.parts] == [(0, 5, 0, 0), (5, 8, 0, 3), (8, 12, 8, 8)]
+    padded = collate(examples, "padded", 7)
+    assert padded.input_ids.tolist() == [[11, 12, 13, 14, 15, 7], [11, 12, 13, 16, 17, 18], [19, 20, 21, 22, 7, 7]]
+    assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert padded.sources.tolist() == [2, 3, 8, 9, 10, 13, 14] and padded.targets.tolist() == tree.targets.tolist()
+
+
+def test_untrained_tokens_are_not_scored():
+    turns = example([5, 6], [[7, 8, 9, 10]], trained=[[True, False, False, True]])
+    batch = collate([turns], "tree", 0)
+    assert batch.sources.tolist() == [1, 4] and batch.targets.tolist() == [7, 10] and batch.lengths.tolist() == [2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=4)), min_size=1, max_size=9),
+    st.integers(1, 60),
+)
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_hold_everything_once_and_keep_the_budget(shapes, budget):
+    examples = random_examples(shapes)
+    for layout in ("tree", "padded"):
+        groups = micro_batches(examples, budget, layout)
+        assert sorted(i for group in groups for i in group) == [*range(len(examples))]
+        for group in groups:
+            batch = collate([examples[i] for i in group], layout, 0)
+            assert len(group) == 1 or batch.input_ids.numel() <= budget
+        assert [tokens(e, layout) for e in examples] == [collate([e], layout, 0).input_ids.numel() for e in examples]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_path_against_float64(window):
+    """Grouped heads, fewer queries than keys, forward and backward."""
+    examples = random_examples([(9, [30, 17]), (40, [3, 50, 8])])
+    segments = collate(examples, "tree", 0, "cuda").segments
+    length = sum(tokens(e) for e in examples)
+    g = torch.Generator("cuda").manual_seed(0)
+    qkv = [torch.randn(1, h, length, 64, generator=g, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2)]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    flash, _ = tree_attention(None, *qkv, None, sliding_window=window, segments=segments)
+    truth, _ = tree_attention(None, *exact, None, sliding_window=window, segments=segments)  # SDPA, for float64
+    assert (flash.double() - truth).abs().max() < 2e-2
+    upstream = torch.randn(truth.shape, generator=g, device="cuda", dtype=torch.float64)
+    (flash.double() * upstream).sum().backward()
+    (truth * upstream).sum().backward()
+    for mine, right in zip(qkv, exact, strict=True):
+        assert relative(mine.grad.double(), right.grad) < 2e-2

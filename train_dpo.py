@@ -1,0 +1,508 @@
+"""Direct preference optimisation: train a policy straight from preferences, without a reward model.
+
+    python train_dpo.py                                         the embedded task; makes its SFT model first
+    python train_dpo.py --model DIR --data prefs.jsonl          your own model and pairs
+    python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another member of the family
+
+A preference says that response w to a prompt x is better than response l. DPO (Rafailov et al. 2023, Eq. 7) raises
+the probability of w against that of l, both measured against a frozen reference model, by logistic regression:
+
+    loss = -log sigmoid( beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ] )
+
+beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta is the strength of the leash
+to the reference. What happens below, in order: data, model, reference log-probs (once), the loop, before and after.
+"""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import train_sft
+from rlhf import BadInput, losses, models, reviews
+from rlhf.data import Example, build, held_out, mismatched, read_rows, show
+from rlhf.generate import answer, end_ids, facts
+from rlhf.runs import Run, before_and_after, check, cli, require, schedule, table
+from rlhf.tree import collate, micro_batches
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
+    "dpo": lambda a, x: losses.dpo(x.chosen, x.rejected, a.beta, a.label_smoothing, a.clip),
+    "robust": lambda a, x: losses.robust(x.chosen, x.rejected, a.beta, a.label_smoothing),
+    "ipo": lambda a, x: losses.ipo(x.chosen, x.rejected, a.beta),
+    "ipo_norm": lambda a, x: losses.ipo_norm(x.chosen, x.rejected, x.chosen_lengths, x.rejected_lengths, a.beta),
+    "dpo_norm": lambda a, x: losses.dpo_norm(x.chosen, x.rejected, x.chosen_lengths, x.rejected_lengths, a.beta),
+    "r_dpo": lambda a, x: losses.r_dpo(
+        x.chosen, x.rejected, x.chosen_lengths, x.rejected_lengths, a.beta, a.length_penalty
+    ),
+    "dpo_nll": lambda a, x: losses.dpo_nll(x.chosen, x.rejected, x.chosen_logps, x.chosen_lengths, a.beta, a.nll_coef),
+    "dpop": lambda a, x: losses.dpop(x.chosen, x.rejected, a.beta, a.dpop_lambda),
+    "hinge": lambda a, x: losses.hinge(x.chosen, x.rejected, a.beta),
+    "exo": lambda a, x: losses.exo(x.chosen, x.rejected, a.beta, a.label_smoothing),
+    "nca": lambda a, x: losses.nca(x.chosen, x.rejected, a.beta),
+    "apo_zero": lambda a, x: losses.apo_zero(x.chosen, x.rejected, a.beta),
+    "apo_down": lambda a, x: losses.apo_down(x.chosen, x.rejected, a.beta),
+    "bco": lambda a, x: losses.bco(x.chosen, x.rejected, a.beta, x.delta),
+    "sppo": lambda a, x: losses.sppo(x.chosen, x.rejected, a.beta),
+    "discopop": lambda a, x: losses.discopop(x.chosen, x.rejected, a.beta, a.discopop_tau),
+    "simpo": lambda a, x: losses.simpo(
+        x.chosen_logps, x.rejected_logps, x.chosen_lengths, x.rejected_lengths, a.beta, a.gamma_beta_ratio
+    ),
+    "orpo": lambda a, x: losses.orpo(
+        x.chosen_logps, x.rejected_logps, x.chosen_lengths, x.rejected_lengths, a.orpo_lambda
+    ),
+}
+REFERENCE_FREE = {"simpo", "orpo"}  # for these the reference's log-probs count as 0
+PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these see means over tokens, and so do their reward metrics
+LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
+Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
+REVIEWS = 12_000  # rows of the embedded task
+PANELS = {  # of curves.png
+    "loss": ["loss", "eval/loss"],
+    "accuracy of the implicit reward": ["rewards/accuracies", "eval/rewards/accuracies"],
+    "margin, beta * nats": ["rewards/margins", "eval/rewards/margins"],
+    "log-prob moved from the reference, held out, nats": ["eval/logps/chosen_delta", "eval/logps/rejected_delta"],
+    "gradient norm": ["grad_norm"],
+    "learning rate": ["lr"],
+}
+
+
+@dataclass
+class Args:
+    model: str = "runs/sft"
+    """starting weights: a run directory, a local folder or a hub id; runs/sft is made first where it is missing"""
+    ref: str | None = None
+    """reference model (frozen), same tokenizer; default: the starting weights"""
+    data: str = "reviews"
+    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
+    split: str | None = None
+    """split of a hub data set; default train"""
+    eval_data: str | None = None
+    """held-out preferences, in the same forms; default: a share of --data"""
+    eval_fraction: float | None = None
+    """share of prompts held out, by hash of their text, in [0, 1); default 0.05, and 0.2 on the embedded task"""
+    skip_bad_rows: bool = False
+    """drop and count rows that cannot be used instead of stopping at the first"""
+    out: str = "runs/dpo"
+    """run directory; one that is in use is never overwritten"""
+
+    loss: Loss = "dpo"
+    """which of the family (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
+    beta: float = 0.1
+    """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5)"""
+    label_smoothing: float = 0.0
+    """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
+    """the f-divergence whose implicit reward takes the place of log(pi / ref)"""
+    divergence_alpha: float = 0.5
+    """exponent of --divergence alpha, >= 0 and not 1"""
+    clip: float | None = None
+    """--loss dpo: largest |beta * margin|, > 0 (chi-PO: twice the largest reward); default: none"""
+    length_penalty: float = 0.01
+    """r_dpo: reward taken off for each token that chosen is longer, >= 0"""
+    nll_coef: float = 1.0
+    """dpo_nll: weight of the chosen response's NLL per token, >= 0"""
+    dpop_lambda: float = 50.0
+    """dpop: weight on a fall of the chosen log-prob, >= 0"""
+    discopop_tau: float = 0.05
+    """discopop: temperature of the mixture, in (0, 1]"""
+    gamma_beta_ratio: float = 0.5
+    """simpo: target margin over beta, in nats per token, >= 0"""
+    orpo_lambda: float = 0.1
+    """orpo: weight of the odds ratio, >= 0"""
+    desirable_weight: float = 1.0
+    """kto: weight of desirable responses, >= 0"""
+    undesirable_weight: float = 1.0
+    """kto: weight of undesirable responses, >= 0"""
+    ties: Literal["refuse", "drop", "random"] = "refuse"
+    """plackett_luce: what to do with a ranking that has ties"""
+
+    lr: float | None = None
+    """peak learning rate of AdamW, > 0; default 5e-7, and 1e-3 for the embedded task's small model"""
+    warmup: float = 0.1
+    """share of the steps over which the learning rate rises, in [0, 1); then it falls as a cosine to 0"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, >= 0"""
+    max_grad_norm: float = 1.0
+    """gradients with a larger norm are scaled down to it, > 0"""
+    batch_size: int = 64
+    """prompts per optimizer step, >= 1"""
+    micro_batch_tokens: int = 4096
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
+    epochs: int = 1
+    """passes over the data, >= 1"""
+    max_steps: int | None = None
+    """stop after this many optimizer steps, >= 1; the learning rate ends there too"""
+    max_prompt_length: int = 512
+    """tokens of a prompt, >= 1; longer ones lose their beginning"""
+    max_length: int = 1024
+    """tokens of a prompt with one response, > max-prompt-length; longer responses lose their end"""
+
+    eval_every: int = 50
+    """optimizer steps between evaluations on the held-out pairs, >= 1"""
+    eval_prompts: int | None = None
+    """held-out prompts answered before and after, >= 0; default 512 on the embedded task, else 16"""
+    max_new_tokens: int = 128
+    """tokens of those answers at most, >= 1"""
+    save_every: int = 100
+    """optimizer steps between checkpoints, >= 1"""
+    resume: bool = False
+    """go on from the last checkpoint in --out, with the same flags: the result is the same, bit for bit"""
+    dry_run: bool = False
+    """print the data report and three examples token by token, and train nothing"""
+    wandb: bool = False
+    """log to Weights & Biases too"""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """how responses share a forward pass: tree encodes the prompt once; auto takes it where a check says it is right"""
+    keep_softmax_mib: int = 1024
+    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
+    ref_cache: str = "runs/ref_cache"
+    """folder of the reference's log-probs, which runs on the same data share"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights, optimizer and log-probs are float32 always"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """torch device"""
+    seed: int = 0
+    """order of the data, sampling, mismatched completions"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+
+def check_loss(a: Args) -> None:
+    """The losses themselves know which of their settings are impossible: BadInput."""
+    if a.loss in LOSSES:
+        zero, one = torch.zeros(1), torch.ones(1).long()
+        LOSSES[a.loss](a, Pairs(zero, zero, zero - 1, zero - 1, one, one))
+    losses.implicit_reward(torch.zeros(1), torch.zeros(1), a.divergence, a.divergence_alpha)
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+
+
+@dataclass
+class Pairs:
+    """m preference pairs. `chosen`, `rejected`: log-ratios to the reference, or the f-divergence's reward of them."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    delta: float = 0.0  # bco: running mean of the rewards
+
+
+def untied(examples: Sequence[Example]) -> tuple[list[int], list[int], list[float], list[float]]:
+    """Every pair (i preferred to j) of every prompt, i and j as places among all responses laid flat; the pair's weight
+    (they add up to 1 over a prompt), and the probability of its label."""
+    better, worse, weights, right, first = [], [], [], [], 0
+    for e in examples:
+        found = [(first + i, first + j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b]
+        better += [i for i, _ in found]
+        worse += [j for _, j in found]
+        weights += [1 / len(found)] * len(found)
+        right += [e.probability] * len(found)
+        first += len(e.ranks)
+    return better, worse, weights, right
+
+
+def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, delta=0.0, z0=None):
+    """Sum of the losses of p prompts (for kto: of b responses), and the (weighted sum, weight) of each metric.
+
+    logps, ref_logps and lengths are of all b responses, prompt after prompt. Gradient flows to logps.
+    """
+    ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)
+    rewards = a.beta * ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
+    totals: dict[str, tuple[Tensor, float]] = {}
+
+    def count(name: str, values: Tensor, weights: Tensor) -> None:
+        totals[name] = ((values.detach() * weights).sum(), float(weights.sum()))
+
+    if a.loss == "kto":
+        good = torch.tensor([label for e in examples for label in e.labels], device=logps.device)
+        loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
+        count("loss", loss, torch.ones_like(loss))
+        count("rewards/accuracies", ((rewards > a.beta * z0) == good).float(), torch.ones_like(loss))
+        sides = {
+            "chosen": (good, loss.new_ones(int(good.sum()))),
+            "rejected": (~good, loss.new_ones(int((~good).sum()))),
+        }
+    else:
+        better, worse, weights, right = (torch.tensor(x, device=logps.device) for x in untied(examples))
+        if a.loss == "plackett_luce":
+            best_first = [sorted(range(len(e.ranks)), key=e.ranks.__getitem__) for e in examples]
+            ranked = zip((a.beta * ratios).split([len(e.ranks) for e in examples]), best_first, strict=True)
+            loss = torch.cat([losses.plackett_luce(x[order][None]) for x, order in ranked])
+        else:
+            both = lambda x: (x[better], x[worse])  # noqa: E731
+            loss = LOSSES[a.loss](a, Pairs(*both(ratios), *both(logps), *both(lengths), delta)) * weights
+        totals["loss"] = (loss.detach().sum(), float(len(examples)))
+        margins = rewards[better] - rewards[worse]
+        count("rewards/margins", margins, weights)
+        count("rewards/accuracies", torch.where(margins == 0, 0.5, torch.where(margins > 0, right, 1 - right)), weights)
+        sides = {"chosen": (better, weights), "rejected": (worse, weights)}
+    for side, (rows, weights) in sides.items():
+        count(f"rewards/{side}", rewards[rows], weights)
+        count(f"logps/{side}", logps[rows], weights)
+        count(f"logps/{side}_delta", (logps - ref_logps)[rows], weights)
+    return loss.sum(), totals
+
+
+def means(parts: Sequence[dict[str, tuple[Tensor, float]]]) -> dict[str, float]:
+    """Each metric over all micro-batches: the sums divided by the weights."""
+    names = sorted({name for part in parts for name in part})
+    pooled = {n: [sum(float(part[n][i]) for part in parts if n in part) for i in (0, 1)] for n in names}
+    found = {n: total / weight for n, (total, weight) in pooled.items() if weight}
+    if "rewards/margins" not in found and {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]  # kto has no pairs
+    return found
+
+
+def guard(a: Args, gaps: Tensor, loss: float) -> None:
+    """Before the first update the policy is the reference: log-ratios are 0 and the loss has its value there.
+
+    `gaps` are |log pi - log ref| of the step's responses. What would break this: a reference scored with other weights,
+    another dtype or template, dropout, attention that leaks between responses, a wrong shift.
+    """
+    if a.ref:
+        print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
+        return
+    worst = gaps.max().item() if a.dtype == "float32" else gaps.mean().item()
+    if a.dtype != "float32":
+        print(f"step-0 guard: mean |log-ratio| {worst:.3g} nats in {a.dtype}")
+    require(
+        worst < (1e-3 if a.dtype == "float32" else 0.5),
+        f"step-0 guard: the policy is {worst:.3g} nats from the reference that it starts from: the scores disagree",
+    )
+    if a.loss in LN2_AT_START and a.dtype == "float32":
+        require(
+            abs(loss - math.log(2)) < 1e-3 * max(1, a.beta) * (a.dpop_lambda if a.loss == "dpop" else 1),
+            f"step-0 guard: the {a.loss} loss is {loss:.6f} at the start, where it should be ln 2 = 0.693147",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def read(a: Args, source: str, tokenizer) -> list[Example]:
+    """The preferences of a source as token ids; prints what became of its rows."""
+    if source == "reviews":
+        rows, skipped = reviews.rows("preference", REVIEWS), []
+    else:
+        rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
+    kind = "unpaired" if a.loss == "kto" else "preference"
+    examples, report = build(rows, tokenizer, kind, a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
+    print(f"{source}\n{report}\n")
+    tied = [e for e in examples if len(set(e.ranks)) < len(e.ranks)] if a.loss == "plackett_luce" else []
+    if tied and a.ties == "refuse":
+        raise BadInput(
+            f"{tied[0].where}: field 'ranks' has ties, which plackett_luce cannot use: --ties drop or random"
+        )
+    if tied:
+        print(f"{len(tied)} rankings with ties: {a.ties}\n")
+    if a.ties == "drop":
+        return [e for e in examples if e not in tied]
+    rng = random.Random(a.seed)
+    for e in tied:
+        order = sorted(range(len(e.ranks)), key=lambda i: (e.ranks[i], rng.random()))  # noqa: B023
+        e.ranks = [order.index(i) + 1 for i in range(len(order))]
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(a: Args) -> dict[str, float]:
+    """Trains, and returns the final metrics (docs/metrics.md)."""
+    check(a)
+    check_loss(a)
+    torch.manual_seed(a.seed)
+    run = Run(a, __file__)
+
+    # ------------------------------------------------------------------------------------------------------------ data
+    if not a.dry_run:
+        train_sft.make_default(a.model, a.device)
+    missing = a.dry_run and a.model == train_sft.Args.out and not Path(a.model).exists()
+    tokenizer = reviews.tokenizer() if missing else models.load_tokenizer(a.model, a.trust_remote_code)
+    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
+    train, held = read(a, a.data, tokenizer), []
+    if a.eval_data:
+        held = read(a, a.eval_data, tokenizer)
+    else:
+        default = 0.2 if a.data == "reviews" else 0.05
+        train, held = held_out(train, default if a.eval_fraction is None else a.eval_fraction)
+    require(bool(train), f"--data {a.data}: no example is left to train on")
+    print(f"{len(train)} examples to train on, {len(held)} held out")
+    if a.dry_run:
+        print("\n\n".join(show(e, tokenizer) for e in train[:3]))
+        return {}
+
+    # ----------------------------------------------------------------------------------------------------------- model
+    policy = models.load_model(a.model, a.device, a.trust_remote_code)
+    pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
+    layout = models.choose_layout(policy, train + held, pad, dtype, a.layout)
+    print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
+
+    def score(model, examples, what=""):
+        return models.score(model, examples, layout, pad, a.micro_batch_tokens, dtype, what)
+
+    # ------------------------------------------------------------ reference: its log-probs once, then it leaves memory
+    others: list[Example] = []
+    if a.loss == "kto":  # one more response a prompt, that belongs to another prompt: it estimates the KL term z0
+        pairs = zip(train + held, mismatched(train + held, a.seed), strict=True)
+        others = [replace(e, responses=[response]) for e, response in pairs]
+    asked = train + held + others
+    if a.loss in REFERENCE_FREE:
+        refs = [torch.zeros(len(e.responses)) for e in asked]
+    else:
+        reference = models.load_model(a.ref, a.device, a.trust_remote_code) if a.ref else policy
+        lengths = (a.max_prompt_length, a.max_length)
+        question = models.question(reference, tokenizer, asked, lengths=lengths, dtype=a.dtype, layout=layout)
+        refs = models.cached(Path(a.ref_cache), question, lambda: score(reference, asked, "reference"))
+        del reference
+    in_training = len(train)
+    train_refs, held_refs, other_refs = (
+        refs[:in_training],
+        refs[in_training : len(train + held)],
+        refs[len(train + held) :],
+    )
+
+    def z0_of(places: Sequence[int]) -> Tensor | None:
+        """kto: max(0, mean log-ratio of the mismatched responses), of the examples at these places of train + held."""
+        if a.loss != "kto":
+            return None
+        logps = torch.cat(score(policy, [others[i] for i in places]))
+        return losses.kto_z0(logps - torch.cat([other_refs[i] for i in places])).to(a.device)
+
+    def evaluate(logps: Sequence[Tensor], delta: float = 0.0) -> dict[str, float]:
+        """The metrics of these log-probs of the held-out responses, each example counted once."""
+        if not held:
+            return {}
+        z0, lengths = (
+            z0_of(range(in_training, len(train + held))),
+            torch.tensor([len(r) for e in held for r in e.responses]),
+        )
+        _, totals = objective(
+            a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0 if z0 is None else z0.cpu()
+        )
+        return {f"eval/{name}": value for name, value in means([totals]).items()}
+
+    # -------------------------------------------------------------------------------------------------------- training
+    lr = a.lr or (1e-3 if embedded else 5e-7)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=a.weight_decay)
+    steps_per_epoch = math.ceil(len(train) / a.batch_size)
+    steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
+    first, delta = 0, 0.0
+    if state := run.load_checkpoint():
+        first, delta = state["step"], state["delta"]
+        policy.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    run.start(first, steps)
+    if first == 0:
+        run.log(0, evaluate(score(policy, held)))
+
+    for step in range(first, steps):
+        began = time.perf_counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        order = torch.randperm(in_training, generator=torch.Generator().manual_seed(a.seed + epoch)).tolist()
+        places = order[place * a.batch_size : (place + 1) * a.batch_size]
+        examples, z0 = [train[i] for i in places], z0_of(places)
+        count = sum(len(e.responses) for e in examples) if a.loss == "kto" else len(examples)
+
+        models.use_layout(policy, layout)
+        parts, gaps = [], []
+        for group in micro_batches(examples, a.micro_batch_tokens, layout):
+            part = [examples[i] for i in group]
+            batch = collate(part, layout, pad, a.device)
+            _, logps = models.response_logps(policy, batch, dtype, keep_bytes=a.keep_softmax_mib << 20)
+            ref_logps = torch.cat([train_refs[places[i]] for i in group]).to(a.device)
+            loss, totals = objective(a, part, logps, ref_logps, batch.lengths, delta, z0)
+            (loss / count).backward()
+            parts.append(totals)
+            gaps.append((logps - ref_logps).detach().abs())
+        metrics = means(parts)
+
+        if step == 0 and a.loss not in REFERENCE_FREE:
+            guard(a, torch.cat(gaps), metrics["loss"])
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
+        run.require_finite(step + 1, metrics["loss"], norm, examples)
+        rate = lr * schedule(step, steps, a.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if a.loss == "bco":
+            delta += ((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 - delta) / (step + 1)
+
+        # ----------------------------------------------- what follows is bookkeeping: metrics, evaluation, checkpoints
+        seconds = time.perf_counter() - began
+        speed = sum(len(e.prompt) + len(response) for e in examples for response in e.responses) / seconds
+        metrics |= {"grad_norm": norm, "lr": rate, "epoch": (step + 1) / steps_per_epoch}
+        run.log(step + 1, metrics | {"perf/tokens_per_second": speed, "perf/seconds": seconds})
+        run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
+        last = step + 1 == steps
+        if held and ((step + 1) % a.eval_every == 0 or last):
+            run.log(step + 1, evaluate(score(policy, held), delta))
+        if run.interrupted or last or (step + 1) % a.save_every == 0:
+            state = {
+                "model": policy.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "delta": delta,
+            }
+            run.save_checkpoint(step + 1, state)
+        if run.interrupted:
+            run.leave(step + 1)
+    run.bar.close()
+
+    # ------------------------------------------------------------------------------------------------ before and after
+    del optimizer
+    reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code)
+    start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
+    metrics = {"before": evaluate(start), "after": evaluate(score(policy, held), delta)}
+    results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
+    rows = []
+    if held:
+        for name in ("accuracies", "margins"):
+            rows.append([f"held-out {name}", *(f"{found[f'eval/rewards/{name}']:.3f}" for found in metrics.values())])
+        results["ceiling"] = sum(max(e.probability, 1 - e.probability) for e in held) / len(held)
+        rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
+
+    prompts = list({e.prompt_text: e for e in held or train}.values())
+    prompts = prompts[: (512 if embedded else 16) if a.eval_prompts is None else a.eval_prompts]
+    sides = {"before": reference, "after": policy}
+    answers = {side: answer(model, tokenizer, prompts, a.max_new_tokens, a.seed) for side, model in sides.items()}
+    found = {side: facts(x, end_ids(policy, tokenizer), embedded) for side, x in answers.items()}
+    ratios = zip(score(policy, answers["after"]), score(reference, answers["after"]), strict=True)
+    found["before"]["kl"], found["after"]["kl"] = [0.0] * len(prompts), [(x - y).item() for x, y in ratios]
+    more_rows, more_results = before_and_after(found)
+    results |= more_results
+    print("\n" + table([f"{len(held)} held-out examples, {len(prompts)} answers", "before", "after"], rows + more_rows))
+    if "gain/gold" in results:
+        print("gain in gold reward: {gain/gold:.2f} +- {gain/gold_interval:.2f} deviations of before".format(**results))
+
+    texts = [[e.response_texts[0] for e in answers[side]] for side in sides]
+    samples = [{"prompt": e.prompt_text, "before": x, "after": y} for e, x, y in zip(prompts, *texts, strict=True)]
+    for sample in samples[:4]:
+        print(f"\nprompt     {sample['prompt'][-300:]}\nreference  {sample['before']}\npolicy     {sample['after']}")
+    run.samples(steps, samples)
+    models.save(policy, tokenizer, run.out)
+    run.finish(results, PANELS)
+    print(
+        f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
+    )
+    print(
+        f"Next: python train_dpo.py --beta {a.beta / 4:g} --out {run.out}-loose  (a longer leash: more reward, more KL)"
+    )
+    return results
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,248 @@
+"""Supervised fine-tuning, phase 1: teach a language model to write what people wrote.
+
+    python train_sft.py                                         the embedded task: a small Llama learns to write reviews
+    python train_sft.py --model DIR --data chats.jsonl          your own model and data
+
+The loss is the mean negative log-likelihood of the response tokens, over all of an optimizer step:
+
+    loss = - sum_i sum_t log pi(y_it | x_i, y_i<t) / (number of response tokens)
+
+Prompts, and the user's turns of a conversation, are read but not trained. The result is the model that the reference
+and the policy of train_dpo.py start from. In order below: data, model, the loop, samples.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+
+from rlhf import losses, models, reviews
+from rlhf.data import Example, build, held_out, read_rows, show
+from rlhf.generate import answer, end_ids, facts
+from rlhf.runs import FACTS, Run, check, cli, mean_interval, require, schedule, table
+from rlhf.tree import collate, micro_batches
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+REVIEWS = 16_000  # rows of the embedded task
+PANELS = {  # of curves.png
+    "loss, nats a token": ["loss", "eval/loss"],
+    "gradient norm": ["grad_norm"],
+    "learning rate": ["lr"],
+}
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """starting weights: a run directory, a local folder or a hub id; reviews: the embedded task's Llama, untrained"""
+    data: str = "reviews"
+    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id; of preferences
+    the chosen response is trained"""
+    split: str | None = None
+    """split of a hub data set; default train"""
+    eval_data: str | None = None
+    """held-out rows, in the same forms; default: a share of --data"""
+    eval_fraction: float = 0.05
+    """share of prompts held out, by hash of their text, in [0, 1)"""
+    skip_bad_rows: bool = False
+    """drop and count rows that cannot be used instead of stopping at the first"""
+    out: str = "runs/sft"
+    """run directory; one that is in use is never overwritten"""
+
+    lr: float | None = None
+    """peak learning rate of AdamW, > 0; default 2e-5, and 3e-3 for the embedded task's small model"""
+    warmup: float = 0.1
+    """share of the steps over which the learning rate rises, in [0, 1); then it falls as a cosine to 0"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, >= 0"""
+    max_grad_norm: float = 1.0
+    """gradients with a larger norm are scaled down to it, > 0"""
+    batch_size: int = 64
+    """prompts per optimizer step, >= 1"""
+    micro_batch_tokens: int = 4096
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
+    epochs: int = 1
+    """passes over the data, >= 1"""
+    max_steps: int | None = None
+    """stop after this many optimizer steps, >= 1; the learning rate ends there too"""
+    max_prompt_length: int = 512
+    """tokens of a prompt, >= 1; longer ones lose their beginning"""
+    max_length: int = 1024
+    """tokens of a prompt with its response, > max-prompt-length; longer responses lose their end"""
+
+    eval_every: int = 100
+    """optimizer steps between evaluations on the held-out rows, >= 1"""
+    eval_prompts: int | None = None
+    """held-out prompts answered at the end, >= 0; default 256 on the embedded task, else 4"""
+    max_new_tokens: int = 128
+    """tokens of those answers at most, >= 1"""
+    save_every: int = 200
+    """optimizer steps between checkpoints, >= 1"""
+    resume: bool = False
+    """go on from the last checkpoint in --out, with the same flags: the result is the same, bit for bit"""
+    dry_run: bool = False
+    """print the data report and three examples token by token, and train nothing"""
+    wandb: bool = False
+    """log to Weights & Biases too"""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """how rows share a forward pass: tree packs them end to end; auto takes it where a check says it is right"""
+    keep_softmax_mib: int = 1024
+    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights, optimizer and log-probs are float32 always"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """torch device"""
+    seed: int = 0
+    """initial weights, order of the data, sampling"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def read(a: Args, source: str, tokenizer) -> list[Example]:
+    """The rows of a source as token ids; prints what became of them."""
+    if source == "reviews":
+        rows, skipped = reviews.rows("sft", REVIEWS), []
+    else:
+        rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
+    examples, report = build(rows, tokenizer, "sft", a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
+    print(f"{source}\n{report}\n")
+    return examples
+
+
+def trained_tokens(examples: Sequence[Example]) -> int:
+    """Response tokens that the loss counts."""
+    return sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
+
+
+def make_default(model: str, device: str) -> None:
+    """Train the embedded task's SFT model where it is asked for and missing; finish it where it was stopped."""
+    out = Path(Args.out)
+    if model == Args.out and not (out / "results.json").exists() and not (out / "config.json").exists():
+        print(f"{out} is missing: making the SFT model of the embedded task first\n")
+        main(Args(device=device, resume=(out / "args.json").exists()))
+        print()
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(a: Args) -> dict[str, float]:
+    """Trains, and returns the final metrics (docs/metrics.md)."""
+    check(a)
+    torch.manual_seed(a.seed)
+    run = Run(a, __file__)
+
+    # ------------------------------------------------------------------------------------------------------------ data
+    tokenizer = reviews.tokenizer() if a.model == "reviews" else models.load_tokenizer(a.model, a.trust_remote_code)
+    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
+    train, held = read(a, a.data, tokenizer), []
+    if a.eval_data:
+        held = read(a, a.eval_data, tokenizer)
+    else:
+        train, held = held_out(train, a.eval_fraction)
+    require(bool(train), f"--data {a.data}: no example is left to train on")
+    print(f"{len(train)} examples to train on, {len(held)} held out")
+    if a.dry_run:
+        print("\n\n".join(show(e, tokenizer) for e in train[:3]))
+        return {}
+
+    # ----------------------------------------------------------------------------------------------------------- model
+    if a.model == "reviews":
+        policy = transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(a.device)
+    else:
+        policy = models.load_model(a.model, a.device, a.trust_remote_code)
+    pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
+    layout = models.choose_layout(policy, train + held, pad, dtype, a.layout)
+    print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
+
+    def evaluate() -> dict[str, float]:
+        """Mean negative log-likelihood of all response tokens of the held-out rows."""
+        logps = torch.cat(models.score(policy, held, layout, pad, a.micro_batch_tokens, dtype))
+        return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
+
+    # -------------------------------------------------------------------------------------------------------- training
+    lr = a.lr or (3e-3 if embedded else 2e-5)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=a.weight_decay)
+    steps_per_epoch = math.ceil(len(train) / a.batch_size)
+    steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
+    first = 0
+    if state := run.load_checkpoint():
+        first = state["step"]
+        policy.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    run.start(first, steps)
+    if first == 0 and held:
+        run.log(0, evaluate())
+
+    for step in range(first, steps):
+        began = time.perf_counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(a.seed + epoch)).tolist()
+        examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
+        count = trained_tokens(examples)
+
+        models.use_layout(policy, layout)
+        total = 0.0
+        for group in micro_batches(examples, a.micro_batch_tokens, layout):
+            batch = collate([examples[i] for i in group], layout, pad, a.device)
+            _, logps = models.response_logps(policy, batch, dtype, keep_bytes=a.keep_softmax_mib << 20)
+            loss = losses.sft(logps).sum() / count
+            loss.backward()
+            total += loss.item()
+
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
+        run.require_finite(step + 1, total, norm, examples)
+        rate = lr * schedule(step, steps, a.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ----------------------------------------------- what follows is bookkeeping: metrics, evaluation, checkpoints
+        seconds = time.perf_counter() - began
+        speed = sum(len(e.prompt) + len(response) for e in examples for response in e.responses) / seconds
+        metrics = {"loss": total, "grad_norm": norm, "lr": rate, "epoch": (step + 1) / steps_per_epoch}
+        run.log(step + 1, metrics | {"perf/tokens_per_second": speed, "perf/seconds": seconds})
+        run.progress(step + 1, loss=total, tokens_per_s=speed)
+        last = step + 1 == steps
+        if held and ((step + 1) % a.eval_every == 0 or last):
+            run.log(step + 1, evaluate())
+        if run.interrupted or last or (step + 1) % a.save_every == 0:
+            state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            run.save_checkpoint(step + 1, state)
+        if run.interrupted:
+            run.leave(step + 1)
+    run.bar.close()
+
+    # --------------------------------------------------------------------------------------------------------- samples
+    prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
+    prompts = prompts[: (256 if embedded else 4) if a.eval_prompts is None else a.eval_prompts]
+    answers = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
+    results = evaluate() if held else {}
+    found = facts(answers, end_ids(policy, tokenizer), embedded) if answers else {}
+    intervals = {name: mean_interval(values) for name, values in found.items()}
+    results |= {name: mean for name, (mean, _) in intervals.items()}
+    rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
+    rows += [[FACTS[name], f"{mean:.3f} +- {half:.3f}"] for name, (mean, half) in intervals.items()]
+    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers", "after"], rows))
+    for e in answers[:4]:
+        print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
+    run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])
+    models.save(policy, tokenizer, run.out)
+    run.finish(results, PANELS)
+    print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
+    print(f"Next: python train_dpo.py --model {run.out}" + ("" if a.data == "reviews" else " --data PREFERENCES"))
+    return results
+
+
+if __name__ == "__main__":
+    cli(main, Args)
