@@ -62,8 +62,12 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 REFERENCE_FREE = {"simpo", "orpo"}  # for these the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these see means over tokens, and so do their reward metrics
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
+DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
+    "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
+    "reviews": {"beta": 0.7, "lr": 4e-4, "eval_fraction": 0.1, "eval_prompts": 512},
+}
 Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
-REVIEWS = 12_000  # rows of the embedded task
+REVIEWS = 24_000  # rows of the embedded task
 PANELS = {  # of curves.png
     "loss": ["loss", "eval/loss"],
     "accuracy of the implicit reward": ["rewards/accuracies", "eval/rewards/accuracies"],
@@ -87,7 +91,7 @@ class Args:
     eval_data: str | None = None
     """held-out preferences, in the same forms; default: a share of --data"""
     eval_fraction: float | None = None
-    """share of prompts held out, by hash of their text, in [0, 1); default 0.05, and 0.2 on the embedded task"""
+    """share of prompts held out, by hash of their text, in [0, 1); default 0.05 (embedded: 0.1)"""
     skip_bad_rows: bool = False
     """drop and count rows that cannot be used instead of stopping at the first"""
     out: str = "runs/dpo"
@@ -95,8 +99,9 @@ class Args:
 
     loss: Loss = "dpo"
     """which of the family (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
-    beta: float = 0.1
-    """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5)"""
+    beta: float | None = None
+    """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5);
+    default 0.1 (embedded: 0.7)"""
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
@@ -125,7 +130,7 @@ class Args:
     """plackett_luce: what to do with a ranking that has ties"""
 
     lr: float | None = None
-    """peak learning rate of AdamW, > 0; default 5e-7, and 1e-3 for the embedded task's small model"""
+    """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 4e-4)"""
     warmup: float = 0.1
     """share of the steps over which the learning rate rises, in [0, 1); then it falls as a cosine to 0"""
     weight_decay: float = 0.0
@@ -148,7 +153,7 @@ class Args:
     eval_every: int = 50
     """optimizer steps between evaluations on the held-out pairs, >= 1"""
     eval_prompts: int | None = None
-    """held-out prompts answered before and after, >= 0; default 512 on the embedded task, else 16"""
+    """held-out prompts answered before and after, >= 0; default 16 (embedded: 512)"""
     max_new_tokens: int = 128
     """tokens of those answers at most, >= 1"""
     save_every: int = 100
@@ -300,20 +305,23 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
     kind = "unpaired" if a.loss == "kto" else "preference"
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
     print(f"{source}\n{report}\n")
-    tied = [e for e in examples if len(set(e.ranks)) < len(e.ranks)] if a.loss == "plackett_luce" else []
-    if tied and a.ties == "refuse":
+    return without_ties(examples, a.ties, a.seed) if a.loss == "plackett_luce" else examples
+
+
+def without_ties(examples: Sequence[Example], ties: str, seed: int) -> list[Example]:
+    """Plackett-Luce needs a full order: rankings with ties are refused, dropped, or their ties broken at random."""
+    tied = [e for e in examples if len(set(e.ranks)) < len(e.ranks)]
+    if tied and ties == "refuse":
         raise BadInput(
             f"{tied[0].where}: field 'ranks' has ties, which plackett_luce cannot use: --ties drop or random"
         )
     if tied:
-        print(f"{len(tied)} rankings with ties: {a.ties}\n")
-    if a.ties == "drop":
-        return [e for e in examples if e not in tied]
-    rng = random.Random(a.seed)
-    for e in tied:
-        order = sorted(range(len(e.ranks)), key=lambda i: (e.ranks[i], rng.random()))  # noqa: B023
-        e.ranks = [order.index(i) + 1 for i in range(len(order))]
-    return examples
+        print(f"{len(tied)} rankings with ties: {ties}\n")
+    if ties == "drop":
+        return [e for e in examples if len(set(e.ranks)) == len(e.ranks)]
+    rng = random.Random(seed)
+    orders = [sorted(range(len(e.ranks)), key=lambda i: (e.ranks[i], rng.random())) for e in examples]  # noqa: B023
+    return [replace(e, ranks=[o.index(i) + 1 for i in range(len(o))]) for e, o in zip(examples, orders, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -321,100 +329,96 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
 
 def main(a: Args) -> dict[str, float]:
     """Trains, and returns the final metrics (docs/metrics.md)."""
+    to_make = a.model == train_sft.Args.out and not train_sft.is_made()
+    tokenizer = reviews.tokenizer() if to_make else models.load_tokenizer(a.model, a.trust_remote_code)
+    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
+    defaults = DEFAULTS["reviews" if embedded else "any"]
+    a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
     check(a)
     check_loss(a)
     torch.manual_seed(a.seed)
     run = Run(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
-    if not a.dry_run:
-        train_sft.make_default(a.model, a.device)
-    missing = a.dry_run and a.model == train_sft.Args.out and not Path(a.model).exists()
-    tokenizer = reviews.tokenizer() if missing else models.load_tokenizer(a.model, a.trust_remote_code)
-    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
+    if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"--ref {a.ref}: its tokenizer is not the one of --model {a.model}")
     train, held = read(a, a.data, tokenizer), []
     if a.eval_data:
         held = read(a, a.eval_data, tokenizer)
     else:
-        default = 0.2 if a.data == "reviews" else 0.05
-        train, held = held_out(train, default if a.eval_fraction is None else a.eval_fraction)
+        train, held = held_out(train, a.eval_fraction)
     require(bool(train), f"--data {a.data}: no example is left to train on")
     print(f"{len(train)} examples to train on, {len(held)} held out")
+    steps_per_epoch = math.ceil(len(train) / a.batch_size)
+    steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
+    if steps < steps_per_epoch:  # then most rows are never seen, and need no reference log-probs
+        train = random.Random(a.seed).sample(train, steps * a.batch_size)
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
         return {}
 
     # ----------------------------------------------------------------------------------------------------------- model
+    if to_make:
+        train_sft.make(a.device)
     policy = models.load_model(a.model, a.device, a.trust_remote_code)
     pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
     layout = models.choose_layout(policy, train + held, pad, dtype, a.layout)
     print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
 
-    def score(model, examples, what=""):
+    def score(model, examples, what="") -> list[Tensor]:
         return models.score(model, examples, layout, pad, a.micro_batch_tokens, dtype, what)
 
     # ------------------------------------------------------------ reference: its log-probs once, then it leaves memory
+    everything = train + held
     others: list[Example] = []
     if a.loss == "kto":  # one more response a prompt, that belongs to another prompt: it estimates the KL term z0
-        pairs = zip(train + held, mismatched(train + held, a.seed), strict=True)
+        pairs = zip(everything, mismatched(everything, a.seed), strict=True)
         others = [replace(e, responses=[response]) for e, response in pairs]
-    asked = train + held + others
     if a.loss in REFERENCE_FREE:
-        refs = [torch.zeros(len(e.responses)) for e in asked]
+        refs = [torch.zeros(len(e.responses)) for e in everything]
     else:
         reference = models.load_model(a.ref, a.device, a.trust_remote_code) if a.ref else policy
-        lengths = (a.max_prompt_length, a.max_length)
-        question = models.question(reference, tokenizer, asked, lengths=lengths, dtype=a.dtype, layout=layout)
+        limits, asked = (a.max_prompt_length, a.max_length), everything + others
+        question = models.question(reference, tokenizer, asked, lengths=limits, dtype=a.dtype, layout=layout)
         refs = models.cached(Path(a.ref_cache), question, lambda: score(reference, asked, "reference"))
         del reference
-    in_training = len(train)
-    train_refs, held_refs, other_refs = (
-        refs[:in_training],
-        refs[in_training : len(train + held)],
-        refs[len(train + held) :],
-    )
+    held_refs, other_refs = refs[len(train) : len(everything)], refs[len(everything) :]
 
     def z0_of(places: Sequence[int]) -> Tensor | None:
-        """kto: max(0, mean log-ratio of the mismatched responses), of the examples at these places of train + held."""
+        """kto: max(0, mean log-ratio of the mismatched responses) over the examples at these places of `everything`."""
         if a.loss != "kto":
             return None
         logps = torch.cat(score(policy, [others[i] for i in places]))
-        return losses.kto_z0(logps - torch.cat([other_refs[i] for i in places])).to(a.device)
+        return losses.kto_z0(logps - torch.cat([other_refs[i] for i in places]))
 
-    def evaluate(logps: Sequence[Tensor], delta: float = 0.0) -> dict[str, float]:
+    def evaluate(logps: Sequence[Tensor], delta: float = 0.0, z0: Tensor | None = None) -> dict[str, float]:
         """The metrics of these log-probs of the held-out responses, each example counted once."""
-        if not held:
-            return {}
-        z0, lengths = (
-            z0_of(range(in_training, len(train + held))),
-            torch.tensor([len(r) for e in held for r in e.responses]),
-        )
-        _, totals = objective(
-            a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0 if z0 is None else z0.cpu()
-        )
+        lengths = torch.tensor([len(r) for e in held for r in e.responses])
+        _, totals = objective(a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0)
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
-    lr = a.lr or (1e-3 if embedded else 5e-7)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=a.weight_decay)
-    steps_per_epoch = math.ceil(len(train) / a.batch_size)
-    steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
-    first, delta = 0, 0.0
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    first, delta, weights = 0, 0.0, None
     if state := run.load_checkpoint():
         first, delta = state["step"], state["delta"]
         policy.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        del state
     run.start(first, steps)
-    if first == 0:
-        run.log(0, evaluate(score(policy, held)))
+    held_places = range(len(train), len(everything))
+    if first == 0 and held:
+        known = not a.ref and a.loss not in REFERENCE_FREE
+        run.log(0, evaluate(held_refs if known else score(policy, held), z0=z0_of(held_places)))
 
     for step in range(first, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(in_training, generator=torch.Generator().manual_seed(a.seed + epoch)).tolist()
+        order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
         places = order[place * a.batch_size : (place + 1) * a.batch_size]
-        examples, z0 = [train[i] for i in places], z0_of(places)
+        examples = [train[i] for i in places]
         count = sum(len(e.responses) for e in examples) if a.loss == "kto" else len(examples)
+        z0 = z0_of(places)
 
         models.use_layout(policy, layout)
         parts, gaps = [], []
@@ -422,7 +426,7 @@ def main(a: Args) -> dict[str, float]:
             part = [examples[i] for i in group]
             batch = collate(part, layout, pad, a.device)
             _, logps = models.response_logps(policy, batch, dtype, keep_bytes=a.keep_softmax_mib << 20)
-            ref_logps = torch.cat([train_refs[places[i]] for i in group]).to(a.device)
+            ref_logps = torch.cat([refs[places[i]] for i in group]).to(a.device)
             loss, totals = objective(a, part, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()
             parts.append(totals)
@@ -433,7 +437,7 @@ def main(a: Args) -> dict[str, float]:
             guard(a, torch.cat(gaps), metrics["loss"])
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
         run.require_finite(step + 1, metrics["loss"], norm, examples)
-        rate = lr * schedule(step, steps, a.warmup)
+        rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -449,34 +453,31 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
         last = step + 1 == steps
         if held and ((step + 1) % a.eval_every == 0 or last):
-            run.log(step + 1, evaluate(score(policy, held), delta))
+            run.log(step + 1, evaluate(score(policy, held), delta, z0_of(held_places)))
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            state = {
-                "model": policy.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "delta": delta,
-            }
-            run.save_checkpoint(step + 1, state)
+            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
         if run.interrupted:
             run.leave(step + 1)
     run.bar.close()
 
     # ------------------------------------------------------------------------------------------------ before and after
-    del optimizer
+    del optimizer, weights
     reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code)
-    start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
-    metrics = {"before": evaluate(start), "after": evaluate(score(policy, held), delta)}
-    results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
-    rows = []
+    rows, results = [], {}
     if held:
+        start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
+        no_kl = torch.zeros(()) if a.loss == "kto" else None
+        after = evaluate(score(policy, held), delta, z0_of(held_places))
+        metrics = {"before": evaluate(start, z0=no_kl), "after": after}
+        results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
         for name in ("accuracies", "margins"):
             rows.append([f"held-out {name}", *(f"{found[f'eval/rewards/{name}']:.3f}" for found in metrics.values())])
         results["ceiling"] = sum(max(e.probability, 1 - e.probability) for e in held) / len(held)
         rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
 
     prompts = list({e.prompt_text: e for e in held or train}.values())
-    prompts = prompts[: (512 if embedded else 16) if a.eval_prompts is None else a.eval_prompts]
+    prompts = prompts[: a.eval_prompts]
     sides = {"before": reference, "after": policy}
     answers = {side: answer(model, tokenizer, prompts, a.max_new_tokens, a.seed) for side, model in sides.items()}
     found = {side: facts(x, end_ids(policy, tokenizer), embedded) for side, x in answers.items()}

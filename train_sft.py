@@ -12,9 +12,10 @@ and the policy of train_dpo.py start from. In order below: data, model, the loop
 """
 
 import math
+import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,11 @@ from rlhf.tree import collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-REVIEWS = 16_000  # rows of the embedded task
+REVIEWS = 40_000  # rows of the embedded task
+DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
+    "any": {"lr": 2e-5, "eval_prompts": 4},
+    "reviews": {"lr": 4e-3, "eval_prompts": 256},
+}
 PANELS = {  # of curves.png
     "loss, nats a token": ["loss", "eval/loss"],
     "gradient norm": ["grad_norm"],
@@ -42,8 +47,8 @@ class Args:
     model: str = "reviews"
     """starting weights: a run directory, a local folder or a hub id; reviews: the embedded task's Llama, untrained"""
     data: str = "reviews"
-    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id; of preferences
-    the chosen response is trained"""
+    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id; of pairs,
+    chosen is trained"""
     split: str | None = None
     """split of a hub data set; default train"""
     eval_data: str | None = None
@@ -56,14 +61,14 @@ class Args:
     """run directory; one that is in use is never overwritten"""
 
     lr: float | None = None
-    """peak learning rate of AdamW, > 0; default 2e-5, and 3e-3 for the embedded task's small model"""
+    """peak learning rate of AdamW, > 0; default 2e-5 (embedded: 4e-3)"""
     warmup: float = 0.1
     """share of the steps over which the learning rate rises, in [0, 1); then it falls as a cosine to 0"""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, >= 0"""
     max_grad_norm: float = 1.0
     """gradients with a larger norm are scaled down to it, > 0"""
-    batch_size: int = 64
+    batch_size: int = 32
     """prompts per optimizer step, >= 1"""
     micro_batch_tokens: int = 4096
     """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
@@ -79,7 +84,7 @@ class Args:
     eval_every: int = 100
     """optimizer steps between evaluations on the held-out rows, >= 1"""
     eval_prompts: int | None = None
-    """held-out prompts answered at the end, >= 0; default 256 on the embedded task, else 4"""
+    """held-out prompts answered at the end, >= 0; default 4 (embedded: 256)"""
     max_new_tokens: int = 128
     """tokens of those answers at most, >= 1"""
     save_every: int = 200
@@ -123,13 +128,17 @@ def trained_tokens(examples: Sequence[Example]) -> int:
     return sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
 
 
-def make_default(model: str, device: str) -> None:
-    """Train the embedded task's SFT model where it is asked for and missing; finish it where it was stopped."""
-    out = Path(Args.out)
-    if model == Args.out and not (out / "results.json").exists() and not (out / "config.json").exists():
-        print(f"{out} is missing: making the SFT model of the embedded task first\n")
-        main(Args(device=device, resume=(out / "args.json").exists()))
-        print()
+def is_made() -> bool:
+    """Whether the default run directory holds a finished run, or a model that someone put there."""
+    has = {name: (Path(Args.out) / name).exists() for name in ("results.json", "config.json", "args.json")}
+    return has["results.json"] or (has["config.json"] and not has["args.json"])
+
+
+def make(device: str) -> None:
+    """Train the embedded task's SFT model for a script that starts from it, or finish it where it was stopped."""
+    print(f"{Args.out} is missing: making the SFT model of the embedded task first\n")
+    main(Args(device=device, resume=(Path(Args.out) / "args.json").exists()))
+    print()
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -137,13 +146,15 @@ def make_default(model: str, device: str) -> None:
 
 def main(a: Args) -> dict[str, float]:
     """Trains, and returns the final metrics (docs/metrics.md)."""
+    tokenizer = reviews.tokenizer() if a.model == "reviews" else models.load_tokenizer(a.model, a.trust_remote_code)
+    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
+    defaults = DEFAULTS["reviews" if embedded else "any"]
+    a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
     check(a)
     torch.manual_seed(a.seed)
     run = Run(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
-    tokenizer = reviews.tokenizer() if a.model == "reviews" else models.load_tokenizer(a.model, a.trust_remote_code)
-    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
     train, held = read(a, a.data, tokenizer), []
     if a.eval_data:
         held = read(a, a.eval_data, tokenizer)
@@ -170,8 +181,7 @@ def main(a: Args) -> dict[str, float]:
         return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
 
     # -------------------------------------------------------------------------------------------------------- training
-    lr = a.lr or (3e-3 if embedded else 2e-5)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
@@ -186,7 +196,7 @@ def main(a: Args) -> dict[str, float]:
     for step in range(first, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(a.seed + epoch)).tolist()
+        order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
         examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
         count = trained_tokens(examples)
 
@@ -201,7 +211,7 @@ def main(a: Args) -> dict[str, float]:
 
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
         run.require_finite(step + 1, total, norm, examples)
-        rate = lr * schedule(step, steps, a.warmup)
+        rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -217,15 +227,15 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            run.save_checkpoint(step + 1, state)
+            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
     run.bar.close()
 
     # --------------------------------------------------------------------------------------------------------- samples
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
-    prompts = prompts[: (256 if embedded else 4) if a.eval_prompts is None else a.eval_prompts]
+    prompts = prompts[: a.eval_prompts]
     answers = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
     results = evaluate() if held else {}
     found = facts(answers, end_ids(policy, tokenizer), embedded) if answers else {}

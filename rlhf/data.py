@@ -31,6 +31,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,12 @@ KINDS = {  # what a script trains on, and the row forms it takes, the first that
     "unpaired": [["prompt", "completion", "label"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
     "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
 }
+TAKERS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # of a csv
 FILES = "a .jsonl, .json, .csv (or .gz of these) or .parquet file"
 
 
@@ -86,6 +90,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
+    unknown: float = 0.0  # share of all tokens that are the tokenizer's UNK; in [0, 1]
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
     length_difference: float | None = None  # mean of chosen - rejected over the pairs; tokens
@@ -108,6 +113,8 @@ class Report:
         if responses:
             out.append(f"EOS        at the end of {self.eos} of {len(responses)} responses")
             out.append(f"responses  {sum(responses) / len(responses):.1f} tokens on average, {max(responses)} at most")
+        if self.unknown:
+            out.append(f"unknown    {self.unknown:.1%} of the tokens: the tokenizer does not know their text")
         if self.desirable is not None:
             out.append(f"labels     {self.desirable:.1%} desirable")
         if self.longer_wins is not None:
@@ -137,9 +144,15 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
     try:
         if path.is_file():
             found = list(_file(path, skipped if skip_bad_rows else None))
+        elif path.is_dir() and not any((path / name).exists() for name in SAVED):
+            names = sorted(f.name for f in path.iterdir() if f.name.endswith(SUFFIXES))
+            raise BadInput(
+                f"{source}: a folder, but not one of save_to_disk: "
+                + (f"name one of its files, such as {path / names[0]}" if names else f"give {FILES} or such a folder")
+            )
         elif path.is_dir():
             found = _placed(path.resolve().name, _choose(source, datasets.load_from_disk(str(path)), split))
-        elif source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith(SUFFIXES):
+        elif not _hub_id(source):
             raise BadInput(f"{source}: no such file or folder")
         else:
             found = _placed(source, _hub(source, split))
@@ -150,6 +163,12 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
     if not found:
         raise BadInput(f"{source}: holds no {'good ' if skipped else ''}rows")
     return found, skipped
+
+
+def _hub_id(source: str) -> bool:
+    """Whether a source that does not exist here can be meant for the hub: "name" or "owner/name"."""
+    local = source.startswith(("/", ".", "~")) or "/" in source and Path(source).parent.is_dir()
+    return not local and source.count("/") < 2 and not source.endswith(SUFFIXES)
 
 
 def _line(error: BaseException) -> str:
@@ -230,8 +249,18 @@ def _json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, object]]:
             yield f"{name}:{number}", None if isinstance(value, str) else value
 
 
+def _cell(column: str, cell: str | None) -> object:
+    """JSON in the columns that are never text, and where it is a list of messages; else the text."""
+    never_text = column in ("messages", "responses", "ranks", "label", "margin", "probability")
+    if not never_text and not MESSAGES_CELL.match(cell or ""):
+        return cell
+    try:
+        return json.loads((cell or "null").lower() if column == "label" else cell or "null")
+    except (ValueError, RecursionError):
+        return cell  # for the checks to name
+
+
 def _csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
-    """Cells are text, except in the columns that are never text: there they are JSON."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -243,13 +272,10 @@ def _csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
         if None in row:
             yield f"{name}:{line}", f"more than {len(reader.fieldnames or ())} cells: quote the text that has commas"
         else:
-            for column in {"messages", "responses", "ranks", "label", "margin", "probability"} & row.keys():
-                cell = row[column] or "null"
-                try:
-                    row[column] = json.loads(cell.lower() if column == "label" else cell)
-                except (ValueError, RecursionError):
-                    pass  # left as text, for the checks to name
-            yield f"{name}:{line}", row
+            row = {column: _cell(column, cell) for column, cell in row.items()}
+            odd = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
+            problem = f"field {odd[0]!r} holds messages that are not JSON: write them with double quotes" if odd else ""
+            yield f"{name}:{line}", problem or row
         line = reader.line_num + 1
 
 
@@ -282,7 +308,9 @@ def _messages(value: object, name: str) -> list[Message]:
             raise BadInput(f"field {name!r}, message {i + 1} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}")
         if role == "system" and i:
             raise BadInput(f"field {name!r}, message {i + 1}: roles out of order: put the system message first")
-        messages.append({"role": role, "content": _text(message.get("content"), name)})
+        if message.get("content") is None:
+            raise BadInput(f"field {name!r}, message {i + 1} has no content (tool calls are not read): give it a text")
+        messages.append({"role": role, "content": _text(message["content"], name)})
     return messages
 
 
@@ -406,7 +434,7 @@ def _conversation(tokenizer, messages: list[Message]) -> tuple[str, list[tuple[s
 def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Draft:
     for name in form:
         if row.get(name) is None:
-            raise BadInput(f"field {name!r} is missing: every row needs {', '.join(form)}")
+            raise BadInput(f"field {name!r} is missing: give it to every row")
 
     if form == ["text"]:
         return _Draft(where, row, "", [[(_text(row["text"], "text"), True)]], [1])
@@ -535,7 +563,9 @@ def _form(rows: Sequence[Row], kind: str) -> list[str]:
     found = ", ".join(repr(str(name)[:40]) for name in sorted(set().union(*filled), key=str)[:20]) or "none"
     needed = " | ".join(", ".join(form) for form in KINDS[kind])
     name = rows[0][0].rpartition(":")[0]
-    raise BadInput(f"{name}: its columns ({found}) fit no form of {kind} rows: rename them to one of {needed}")
+    others = [k for k in ("preference", "unpaired", "sft") if any(n.issuperset(f) for n in filled for f in KINDS[k])]
+    hint = f"use {TAKERS[others[0]]}, or rename" if others else "rename"
+    raise BadInput(f"{name}: its columns ({found}) fit no form of {kind} rows: {hint} them to one of {needed}")
 
 
 def _join(
@@ -613,6 +643,9 @@ def _measure(examples: list[Example], report: Report, tokenizer) -> None:
     report.eos = sum(response[-1] == eos for response in responses)
     report.prompt_lengths = [len(example.prompt) for example in examples]
     report.response_lengths = [len(response) for response in responses]
+    if tokenizer.unk_token_id not in (None, bos, eos):
+        rows = [*(example.prompt for example in examples), *responses]
+        report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
     labels = [label for example in examples for label in example.labels or ()]
     report.desirable = sum(labels) / len(labels) if labels else None
 

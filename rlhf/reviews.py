@@ -30,15 +30,12 @@ OPINIONS = {
     "SHONE-": {-3: "flopped collapsed", -2: "failed", -1: "dragged"},
     "THRILLED+": {3: "thrilled", 2: "delighted", 1: "amused"},
     "THRILLED-": {-3: "appalled", -2: "bored", -1: "annoyed"},
-    "LAUGH+": {3: "cheer", 2: "laugh", 1: "smile"},
-    "LAUGH-": {-3: "cringe", -2: "yawn", -1: "frown"},
     "GEM+": {3: "masterpiece triumph", 2: "gem joy", 1: "treat"},
     "GEM-": {-3: "disaster failure", -2: "mess bore", -1: "muddle"},
 }
 VALENCE = {word: value for levels in OPINIONS.values() for value, words in levels.items() for word in words.split()}
 INTENSITY = {
     "truly": 1.5,
-    "thoroughly": 1.5,
     "total": 1.5,
     "very": 1.25,
     "really": 1.25,
@@ -47,7 +44,6 @@ INTENSITY = {
     "rather": 0.75,
     "quite": 0.75,
     "slightly": 0.5,
-    "somewhat": 0.5,
     "minor": 0.5,
 }
 NEGATION = {"not", "never", "hardly"}
@@ -55,61 +51,55 @@ TURNS = {"but", "yet"}  # the sentence so far was the lesser side
 CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
 NEGATED = -0.5  # negation turns a valence round and dampens it
 CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
-MEAN, DEVIATION = 0.0, 0.906  # of the unscaled reward over the grammar's samples
-NOISE = 0.42  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
+MEAN, DEVIATION = 0.0, 1.027  # of the unscaled reward over the grammar's samples
+NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
 
 # --------------------------------------------------------------------------------------------------------------------
 # The grammar. Capitals are symbols, the rest are words; "|" parts alternatives, a leading number is a weight (else 1).
 # A rule for SYMBOL+ also stands for its twin SYMBOL-, with every + and - in it exchanged.
 
 RULES = {
-    "REVIEW": "2 LONG | 3 SHORT SHORT | 6 SHORT LONG | 5 LONG SHORT | 3 LONG LONG"
-    " | 2 SHORT SHORT SHORT | 2 SHORT SHORT LONG | 2 SHORT LONG SHORT | LONG SHORT SHORT",
-    "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND . | it is about a HERO and a HERO ."
-    " | this FILM follows a HERO in PLACE .",
-    "SHORT": "2 SHORT+ | 2 SHORT- | SETTING",
+    "REVIEW": "5 LONG | 6 SHORT SHORT | SHORT LONG | LONG SHORT | SHORT SHORT SHORT",
+    "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND .",
+    "SHORT": "4 SHORT+ | 4 SHORT- | SETTING",
     "LONG": "LONG+ | LONG-",
-    "SHORT+": "4 CLAUSE+ . | what a DESCRIBED+ FILM . | 2 CLAUSE+ TAIL . | 2 OPENING , CLAUSE+ .",
-    "LONG+": "4 CLAUSE- , BUT CLAUSE+ . | CLAUSE+ , BUT CLAUSE+ . | 3 ALTHOUGH CLAUSE- , CLAUSE+ ."
-    " | ALTHOUGH CLAUSE+ , CLAUSE+ . | 3 CLAUSE+ ALTHOUGH CLAUSE- . | CLAUSE+ ALTHOUGH CLAUSE+ ."
-    " | 3 CLAUSE+ and CLAUSE+ . | CLAUSE- and CLAUSE+ .",
-    "CLAUSE+": "5 ONE was QUALITY+ | 4 MANY were QUALITY+ | 2 it was QUALITY+ | 3 ITEM SEEMED DESCRIBED+ | 5 ITEM DID+"
-    " | 2 i found OBJECT DESCRIBED+ | 6 i FELT+ OBJECT | 3 it was a KIND+ | it was NOT a KIND-",
+    "SHORT+": "5 CLAUSE+ . | what a DESCRIBED+ FILM . | CLAUSE+ TAIL . | OPENING , CLAUSE+ .",
+    "LONG+": "2 CLAUSE- , BUT CLAUSE+ . | CLAUSE+ , BUT CLAUSE+ . | 2 ALTHOUGH CLAUSE- , CLAUSE+ ."
+    " | ALTHOUGH CLAUSE+ , CLAUSE+ . | 2 CLAUSE+ ALTHOUGH CLAUSE- . | CLAUSE+ ALTHOUGH CLAUSE+ ."
+    " | 2 CLAUSE+ and CLAUSE+ . | CLAUSE- and CLAUSE+ .",
+    "CLAUSE+": "4 ONE was QUALITY+ | 3 MANY were QUALITY+ | 2 it was QUALITY+ | 2 ITEM SEEMED DESCRIBED+ | 3 ITEM DID+"
+    " | 4 i FELT+ OBJECT | 2 it was a KIND+",
     # opinions
-    "QUALITY+": "10 DESCRIBED+ | NOT ADJECTIVE- | not FULLY ADJECTIVE-",
+    "QUALITY+": "7 DESCRIBED+ | NOT ADJECTIVE-",
     "DESCRIBED+": "ADJECTIVE+ | HOW ADJECTIVE+",
-    "FELT+": "6 LOVED+ | 4 STRONGLY LOVED+ | did not LOVE- | NEVER LOVED-",
-    "DID+": "6 ACTED+ | 3 STRONGLY ACTED+ | NEVER ACTED-",
-    "ACTED+": "2 SHONE+ | 2 THRILLED+ me | made me LAUGH+",
-    "KIND+": "2 ADJECTIVE+ FILM | GEM+ | SIZE GEM+",
+    "FELT+": "4 LOVED+ | 3 STRONGLY LOVED+ | did not LOVE-",
+    "DID+": "2 ACTED+ | STRONGLY ACTED+",
+    "ACTED+": "2 SHONE+ | THRILLED+ me",
+    "KIND+": "ADJECTIVE+ FILM | GEM+ | SIZE GEM+",
     # what opinions are about
-    "OBJECT": "5 ITEM | it",
+    "OBJECT": "3 ITEM | it",
     "ITEM": "3 ONE | 2 MANY",
-    "ONE": "4 the PART | 2 its PART | 2 the ROLE | this FILM",
+    "ONE": "3 the PART | its PART | the ROLE",
     "MANY": "3 the PARTS | its PARTS",
-    "PART": "plot | story | acting | script | dialogue | music | pacing | ending | direction | camera work",
-    "PARTS": "jokes | songs | characters | costumes | fight scenes | special effects | side plots",
-    "ROLE": "lead actor | hero | villain | narrator | whole cast",
-    "FILM": "film | movie | comedy | drama | thriller",
+    "PART": "plot | story | acting | script | music | ending",
+    "PARTS": "jokes | songs | characters | special effects",
+    "ROLE": "lead actor | hero | villain",
+    "FILM": "film | comedy | drama",
     # words
     "BUT": "2 but | yet",
     "ALTHOUGH": "2 although | though",
     "NOT": "3 not | never | hardly",
-    "NEVER": "2 never | hardly",
-    "HOW": "3 very | 2 really | truly | thoroughly | fairly | rather | quite | slightly | somewhat",
-    "FULLY": "2 very | really | truly",
-    "STRONGLY": "3 really | 2 truly | thoroughly | rather | quite | slightly",
+    "HOW": "3 very | 2 really | truly | fairly | rather | quite | slightly",
+    "STRONGLY": "3 really | 2 truly | quite | slightly",
     "SIZE": "real | total | minor",
     "SEEMED": "felt | seemed | looked",
-    "TAIL": "overall | throughout | at times | in the end | all the way",
-    "OPENING": "frankly | overall | for me | in short",
+    "TAIL": "overall | throughout | at times",
+    "OPENING": "frankly | overall | for me",
     "WE": "i | we",
     "WATCHED": "saw | watched",
     "SEEN": "it | this FILM",
     "FRIEND": "sister | brother | father | best friend",
     "WHEN": "last night | at home | on a plane | on a rainy sunday",
-    "HERO": "young painter | retired spy | shy teacher | lost dog | village doctor",
-    "PLACE": "paris | new york | the desert | a distant future",
 }
 
 Grammar = dict[str, list[tuple[float, list[str]]]]  # symbol -> alternatives (probability, symbols and words)
@@ -283,10 +273,10 @@ def rank(rewards: list[float], noise: float, rng: random.Random) -> list[int]:
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """The first 2 to 8 words of n reviews, never a whole one."""
+    """The first 2 to 8 words of n reviews, never more than half of one."""
     rng = random.Random(seed)
     reviews = [sample(rng).split() for _ in range(n)]
-    return [" ".join(words[: rng.randint(2, min(8, len(words) - 1))]) for words in reviews]
+    return [" ".join(words[: rng.randint(2, min(8, len(words) // 2))]) for words in reviews]
 
 
 def rows(kind: str, n: int, seed: int = 0) -> list[tuple[str, dict]]:
@@ -326,9 +316,9 @@ def config(tokenizer):
     """The default model: a Llama of 0.46 million parameters."""
     return transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import BadInput
+from rlhf import BadInput, reviews
 from rlhf.data import KINDS, Example, build, held_out, mismatched, read_rows, show
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -410,7 +410,7 @@ SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
         ("preference", PAIR, {"chosen": ""}, "field 'chosen' is empty: give it a text or use --skip-bad-rows"),
         ("preference", PAIR, {"rejected": " \n"}, "field 'rejected' is empty"),
         ("preference", PAIR, {"prompt": ""}, "field 'prompt' is empty"),
-        ("preference", PAIR, {"chosen": None}, "field 'chosen' is missing: every row needs prompt, chosen, rejected"),
+        ("preference", PAIR, {"chosen": None}, "field 'chosen' is missing: give it to every row"),
         ("preference", PAIR, {"chosen": 5}, "field 'chosen' is not text or messages but int"),
         ("preference", PAIR, {"chosen": "\ud800"}, "field 'chosen' holds half a surrogate pair"),
         ("preference", PAIR, {"prompt": []}, "field 'prompt' is empty"),
@@ -433,7 +433,7 @@ SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
         ("preference", CHATTED, {"chosen": [said("user", "u")]}, "field 'chosen': roles out of order"),
         ("preference", CHATTED, {"chosen": [said("assistant", "u")] * 2}, "field 'chosen': roles out of order"),
         ("preference", CHATTED, {"chosen": [said("assistant", "")]}, "field 'chosen' is empty"),
-        ("preference", CHATTED, {"chosen": [said("assistant", None)]}, "field 'chosen' is not text but NoneType"),
+        ("preference", CHATTED, {"chosen": [said("assistant", None)]}, "field 'chosen', message 1 has no content"),
         ("preference", RANKED, {"ranks": [1]}, "field 'ranks' has 1 ranks for 2 responses"),
         ("preference", RANKED, {"ranks": [0, 1]}, "field 'ranks' is not made of whole numbers from 1"),
         ("preference", RANKED, {"ranks": [1, 1.5]}, "field 'ranks' is not made of whole numbers from 1"),
@@ -469,6 +469,8 @@ def test_a_template_that_refuses_is_a_bad_row():
 
 def test_unreadable_files(tmp_path):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for message, source in {
         r"/nowhere/x.jsonl: no such file or folder": "/nowhere/x.jsonl",
         r"nowhere.csv: no such file or folder": "nowhere.csv",
@@ -483,7 +485,12 @@ def test_unreadable_files(tmp_path):
         r"f.jsonl.gz: cannot be read": file(tmp_path, "hello", name="f.jsonl.gz"),
         r"g.parquet: cannot be read": file(tmp_path, "hello", name="g.parquet"),
         r"h.csv:3: more than 2 cells": file(tmp_path, "prompt,completion", "a,b", "a,b,c", name="h.csv"),
-        r": cannot be read .*save_to_disk": str(tmp_path),
+        r"missing: no such file or folder": str(tmp_path / "missing"),
+        r": a folder, but not one of save_to_disk: name one of its files, such as .*/a.jsonl$": str(tmp_path),
+        r": a folder, but not one of save_to_disk: give a .jsonl": str(empty),
+        r"j.csv:3: field 'prompt' holds messages that are not JSON": file(
+            tmp_path, "prompt,completion", "a,b", "\"[{'role': 'user', 'content': 'hi'}]\",b", name="j.csv"
+        ),
         r"i.jsonl:1: not JSON": file(tmp_path, "[" * 100_000, name="i.jsonl"),
     }.items():
         with pytest.raises(BadInput, match=message) as error:
@@ -506,6 +513,10 @@ def test_columns_that_fit_no_form():
         one(PLAIN, "preference", {"question": "q", "chosen": "a"})
     with pytest.raises(BadInput, match="prompt, chosen, rejected"):
         one(PLAIN, "preference", {"prompt": "q", "chosen": "a", "rejected": None})
+    with pytest.raises(BadInput, match="of preference rows: use train_dpo.py --loss kto, or rename them to one of"):
+        one(PLAIN, "preference", {"prompt": "q", "completion": "a", "label": True})
+    with pytest.raises(BadInput, match="of preference rows: use train_sft.py, or rename them to one of"):
+        one(PLAIN, "preference", {"text": "q"})
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -538,6 +549,22 @@ def test_a_ranking_in_a_csv(tmp_path):
     source = file(tmp_path, "prompt,responses,ranks", 'p,"[""a"", ""b""]","[2, 1]"', name="r.csv")
     [example], _ = build(read_rows(source)[0], PLAIN, "preference", 9, 9)
     assert (example.response_texts, example.ranks) == (["a", "b"], [2, 1])
+
+
+def test_messages_in_a_csv(tmp_path):
+    cells = [json.dumps(CHATTED[name]).replace('"', '""') for name in ("prompt", "chosen", "rejected")]
+    source = file(tmp_path, "prompt,chosen,rejected", ",".join(f'"{cell}"' for cell in cells), name="m.csv")
+    assert read_rows(source) == ([("m.csv:2", {n: CHATTED[n] for n in ("prompt", "chosen", "rejected")})], [])
+    source = file(tmp_path, "prompt,completion", '"[{""a"": 1}]",[1]', name="t.csv")  # not messages: texts
+    assert read_rows(source)[0] == [("t.csv:2", {"prompt": '[{"a": 1}]', "completion": "[1]"})]
+
+
+def test_unknown_tokens_are_counted():
+    words = reviews.tokenizer()
+    row = ("f:1", {"prompt": "the zyx film", "chosen": "qwv", "rejected": "the"})  # BOS, 3 words; 1 + EOS; 1 + EOS
+    _, report = build([row], words, "preference", 9, 20)
+    assert report.unknown == 2 / 8 and "unknown    25.0% of the tokens" in str(report)
+    assert build([("f:1", {"prompt": "p", "chosen": "a", "rejected": "b"})], PLAIN, "preference", 9, 20)[1].unknown == 0
 
 
 # ------------------------------------------------------------------------------------------------------ fuzz

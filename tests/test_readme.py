@@ -1,0 +1,102 @@
+"""What the README says, done: its three forks, and the first command with the numbers that it must reach."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from rlhf import reviews
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = "--max-steps 2 --batch-size 4 --eval-prompts 2 --max-new-tokens 8 --eval-fraction 0.001"
+
+
+def run(where: Path, command: str, timeout: int = 120) -> str:
+    command = [sys.executable, *command.split()[1:]]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=timeout, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The code in a folder of its own, with a small untrained model in the place of the SFT model."""
+    for name in ("train_sft.py", "train_dpo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "rlhf", tmp_path / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    tokenizer = reviews.tokenizer()
+    config = reviews.config(tokenizer)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 16, 16, 1
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "runs/sft")
+    tokenizer.save_pretrained(tmp_path / "runs/sft")
+    return tmp_path
+
+
+def fork(name: str) -> tuple[str, str]:
+    """The code block and the command of one worked example."""
+    section = README.split(f"**{name}**")[1]
+    return re.search(r"```\w+\n(.*?)```", section, re.S)[1], re.search(r"\n    (python .*)\n", section)[1]
+
+
+def patch(where: Path, diff: str) -> None:
+    """Lines that begin with a space or - must stand in the file together; lines with + or a space take their place."""
+    lines = diff.splitlines()
+    path = where / lines[1].removeprefix("+++ b/")
+    body = [line for line in lines[3:]]
+    old = "\n".join(line[1:] for line in body if line[0] in " -")
+    new = "\n".join(line[1:] for line in body if line[0] in " +")
+    assert path.read_text().count(old) == 1, f"the README's diff does not fit {path.name}"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_a_new_loss(clone):
+    diff, command = fork("A new loss")
+    patch(clone, diff)
+    run(clone, f"{command} {SHORT}")
+    first = json.loads((clone / "runs/exponential/metrics.jsonl").read_text().splitlines()[1])
+    assert first["step"] == 1 and first["loss"] == pytest.approx(1.0, abs=1e-4)  # exp(-beta * 0)
+
+
+def test_a_new_data_set(clone):
+    code, command = fork("A new data set")
+    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True)
+    rows = [json.loads(line) for line in open(clone / "ratings.jsonl")]
+    assert [row["ranks"] for row in rows] == [[1, 3, 2], [2, 1, 2]]
+    assert "examples   2 of 2 rows" in run(clone, f"{command} --eval-prompts 1 --max-new-tokens 4")
+
+
+def test_a_new_reward(clone):
+    diff, command = fork("A new reward")
+    patch(clone, diff)
+    out = run(clone, f"{command} {SHORT}")
+    shorter = float(re.search(r"chosen - rejected = ([-+\d.]+) tokens", out)[1])
+    assert shorter < -1  # these annotators dislike long answers
+
+
+@pytest.mark.slow
+def test_the_first_command(tmp_path):
+    """A clean folder, no flags: the SFT model, then DPO, with the gain and at the price that are promised."""
+    for name in ("train_sft.py", "train_dpo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "rlhf", tmp_path / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    out = run(tmp_path, "python train_dpo.py", timeout=1200)
+    print(out)
+    assert "making the SFT model of the embedded task first" in out
+    found = json.loads((tmp_path / "runs/dpo/results.json").read_text())
+    assert found["gain/gold"] - found["gain/gold_interval"] >= 1.0
+    assert found["after/grammatical"] >= 0.9 * found["before/grammatical"]
+    assert 0.78 <= found["ceiling"] <= 0.88
+    assert found["after/eval/rewards/accuracies"] >= found["ceiling"] - 0.05
+    held = int(re.search(r"(\d+) held out\n", out.split("reviews\n")[-1])[1])
+    assert held >= 2000 and len((tmp_path / "runs/dpo/samples.jsonl").read_text().splitlines()) >= 512
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/dpo")
+    assert model.generate(torch.tensor([[1]]), max_new_tokens=5).shape[1] > 1

@@ -1,0 +1,506 @@
+"""A run that is stopped at any moment and continued is the run that was never stopped, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import train_dpo
+import train_sft
+from rlhf import BadInput, models, reviews, runs
+from rlhf.runs import Run
+
+HERE = Path(__file__).parent
+STOPPED_AT = 8  # of 12 steps, 3 an epoch: in the middle of the third epoch
+SAVED_AT = 5  # the checkpoint before it, in the middle of the second
+LOADED_LATE = [  # by transformers, in seconds
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.generation.utils",
+    "accelerate",
+]
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    """A Llama of 20 thousand parameters, with the tokenizer of the reviews."""
+    tokenizer = reviews.tokenizer()
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**reviews.config(tokenizer).to_dict() | small))
+    with torch.no_grad():  # larger weights than at initialisation, so that attention matters
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    models.save(model, tokenizer, folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(n: int, seed: int = 0) -> list[dict]:
+    return [row for _, row in reviews.rows("preference", n, seed)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a small model, 22 pairs to train on and 5 held out."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    write_rows(folder / "train.jsonl", pairs(22))
+    write_rows(folder / "held.jsonl", pairs(5, seed=1))
+    return folder
+
+
+def arguments(world: Path, out: Path, name: str, **changes):
+    """12 steps of a script, in 4 epochs of 8, 8 and 6 pairs."""
+    script, *loss = name.split()
+    flags = {"model": f"{world}/model", "data": f"{world}/train.jsonl", "eval_data": f"{world}/held.jsonl"}
+    flags |= {"out": str(out), "device": "cpu", "lr": 3e-3, "batch_size": 8, "epochs": 4, "micro_batch_tokens": 200}
+    flags |= {"eval_every": 4, "save_every": SAVED_AT, "eval_prompts": 3, "max_new_tokens": 4}
+    if script == "sft":
+        return train_sft.Args(**flags | changes)
+    return train_dpo.Args(**flags | {"loss": loss[0], "ref_cache": f"{world}/cache"} | changes)
+
+
+def train(a) -> None:
+    (train_sft if isinstance(a, train_sft.Args) else train_dpo).main(a)
+
+
+def continued(a) -> None:
+    a.resume = True
+    train(a)
+
+
+def flags_of(a) -> list[str]:
+    """The command line that gives these arguments."""
+    given = {name: value for name, value in vars(a).items() if value not in (None, False)}
+    parts = [[f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])] for name, value in given.items()]
+    return [part for flag in parts for part in flag]
+
+
+def contents(out: Path) -> dict:
+    """All of a run that a resumed one must have too."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows],
+        "samples": (out / "samples.jsonl").read_text(),
+        "results": json.loads((out / "results.json").read_text()),
+    }
+
+
+def assert_same(out: Path, straight: Path) -> None:
+    assert contents(out) == contents(straight)
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, straight))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No drawing and no calls of git; and our own signal handlers afterwards."""
+    monkeypatch.setattr(runs, "curves", lambda out, panels: None)
+    monkeypatch.setattr(runs, "environment", dict)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def straight(world):
+    """The folder of the run that was never stopped, by the name of what is trained."""
+    done = {}
+
+    def folder(name: str) -> Path:
+        if name not in done:
+            done[name] = world / name.replace(" ", "-")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runs, "curves", lambda out, panels: None)
+                train(arguments(world, done[name], name))
+        return done[name]
+
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def stand_still(name: str, flags: list[str], step: int, printed: Path) -> None:
+    """In another process: a script that, once the row of `step` is in metrics.jsonl, waits there for a signal."""
+    for stream in (1, 2):
+        os.dup2(os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    log = Run.log
+
+    def log_and_wait(self, at, metrics):
+        log(self, at, metrics)
+        while at == step and not self.interrupted:
+            time.sleep(0.005)
+
+    Run.log, runs.curves = log_and_wait, lambda out, panels: None
+    script = train_sft if name == "sft" else train_dpo
+    sys.argv = [script.__file__, *flags]
+    runs.cli(script.main, script.Args)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Processes that begin with everything imported; as many threads as here, since sums depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *LOADED_LATE])
+        yield context
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def logged(out: Path, step: int) -> bool:
+    path = out / "metrics.jsonl"
+    return path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines())
+
+
+@pytest.fixture
+def stop(server, tmp_path):
+    """Runs a script up to `step`, sends it the signal, and returns its exit code and what it printed."""
+
+    def run(a, number: int, step: int = STOPPED_AT) -> tuple[int, str]:
+        name, printed = "sft" if isinstance(a, train_sft.Args) else "dpo", tmp_path / "printed"
+        process = server.Process(target=stand_still, args=(name, flags_of(a), step, printed))
+        process.start()
+        try:
+            wait_for(lambda: logged(Path(a.out), step) or not process.is_alive())
+            assert process.is_alive(), printed.read_text()
+            os.kill(process.pid, number)
+            process.join(60)
+        finally:
+            process.kill()
+            process.join()
+        return process.exitcode, printed.read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "sft"])
+def test_stopped_and_continued_is_the_same_run(name, number, world, straight, stop, tmp_path):
+    a = arguments(world, tmp_path / "run", name)
+    code, printed = stop(a, number)
+    [checkpoint] = (tmp_path / "run" / "checkpoint").iterdir()
+    if number == signal.SIGKILL:
+        assert code == -number and checkpoint.name == f"step-{SAVED_AT}"  # the later rows have to be cut
+    else:
+        assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number] and checkpoint.name == f"step-{STOPPED_AT}"
+        assert f"stopped after step {STOPPED_AT}; the same command with --resume goes on from there" in printed
+        assert "Traceback" not in printed and "error" not in printed
+    assert not (tmp_path / "run" / "results.json").exists()
+    continued(a)
+    assert_same(tmp_path / "run", straight(name))
+
+
+@pytest.mark.parametrize("name", ["dpo kto", pytest.param("dpo plackett_luce", marks=pytest.mark.slow)])
+def test_kto_and_rankings_too(name, world, straight, stop, tmp_path):
+    a = arguments(world, tmp_path / "run", name)
+    stop(a, signal.SIGKILL)
+    continued(a)
+    assert_same(tmp_path / "run", straight(name))
+
+
+def test_bco_has_a_running_mean_to_lose(world, straight, stop, tmp_path, monkeypatch):
+    """Were the mean not in the checkpoint, the runs would differ: the test above can fail."""
+    a = arguments(world, tmp_path / "run", "dpo bco")
+    stop(a, signal.SIGTERM)
+    load = Run.load_checkpoint
+    monkeypatch.setattr(Run, "load_checkpoint", lambda self: load(self) | {"delta": 0.0})
+    continued(a)
+    mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", straight("dpo bco")))
+    assert not all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_killed_before_the_first_checkpoint_it_begins_anew(world, straight, stop, tmp_path):
+    a = arguments(world, tmp_path / "run", "dpo dpo")
+    stop(a, signal.SIGKILL, step=2)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    continued(a)
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+def test_stopped_twice(world, straight, stop, tmp_path):
+    a = arguments(world, tmp_path / "run", "dpo dpo")
+    stop(a, signal.SIGTERM, step=4)
+    a.resume = True
+    stop(a, signal.SIGKILL, step=11)
+    continued(a)
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+def test_interrupted_before_training_the_command_can_be_given_again(world, straight, tmp_path, monkeypatch):
+    a = arguments(world, tmp_path / "run", "dpo dpo", ref_cache=str(tmp_path / "cache"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "score", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(a)
+    assert not list((tmp_path / "run").iterdir())
+    train(a)
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "sft"])
+@pytest.mark.parametrize("where", ["save", "finish"])
+def test_killed_after_the_last_step(name, where, world, straight, tmp_path, monkeypatch):
+    """While the answers are sampled and the model is written."""
+    a = arguments(world, tmp_path / "run", name)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((models, "save") if where == "save" else (Run, "finish")), stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(a)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-12"]
+    continued(a)
+    assert_same(tmp_path / "run", straight(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "dpo kto", "sft"])
+def test_killed_at_random_moments(name, world, straight, server, tmp_path):
+    """Ten times `kill -9`, also while a checkpoint is written, until it is allowed to finish."""
+    rng = random.Random(name)
+    a = arguments(world, tmp_path / "run", name, save_every=1)
+    for _ in range(10):
+        a.resume = (tmp_path / "run" / "args.json").exists()
+        process = server.Process(target=stand_still, args=(name.split()[0], flags_of(a), 13, tmp_path / "printed"))
+        before = time.monotonic()
+        process.start()
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() or time.monotonic() > before + 2)  # noqa: B023
+        process.join(rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        if (tmp_path / "run" / "results.json").exists():
+            break
+    if not (tmp_path / "run" / "results.json").exists():
+        continued(a) if (tmp_path / "run" / "args.json").exists() else train(a)
+    assert_same(tmp_path / "run", straight(name))
+
+
+def test_without_its_cache_the_reference_is_scored_by_the_starting_weights(world, straight, stop, tmp_path, capsys):
+    a = arguments(world, tmp_path / "run", "dpo dpo", ref_cache=str(tmp_path / "cache"))
+    stop(a, signal.SIGTERM)
+    shutil.rmtree(tmp_path / "cache")
+    continued(a)
+    assert "reference log-probs: from" not in capsys.readouterr().out and list((tmp_path / "cache").iterdir())
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def snapshot(folder: Path) -> dict:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.fixture(scope="module")
+def halfway(world):
+    """The folder of a run whose last checkpoint is that of step 5."""
+    a = arguments(world, world / "halfway", "dpo dpo")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def log(self, step, metrics, log=Run.log):
+            if step == STOPPED_AT:
+                raise KeyboardInterrupt
+            log(self, step, metrics)
+
+        patch.setattr(Run, "log", log)
+        with pytest.raises(KeyboardInterrupt):
+            train(a)
+    return world / "halfway"
+
+
+def test_resume_refuses_other_flags(world, halfway):
+    before = snapshot(halfway)
+    a = arguments(world, halfway, "dpo dpo", lr=4e-3, seed=1, max_steps=6, resume=True)
+    with pytest.raises(BadInput) as error:
+        train(a)
+    message = str(error.value)
+    assert all(change in message for change in ("--lr 0.003 -> 0.004", "--seed 0 -> 1", "--max-steps None -> 6"))
+    assert "--beta" not in message and "--resume ->" not in message and "\n" not in message
+    assert snapshot(halfway) == before
+
+
+def test_resume_may_save_more_often(world, halfway, straight, tmp_path):
+    shutil.copytree(halfway, tmp_path / "run")
+    flags = json.loads((tmp_path / "run" / "args.json").read_text()) | {"out": str(tmp_path / "run")}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(flags))
+    continued(arguments(world, tmp_path / "run", "dpo dpo", save_every=2))
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "sft"])
+def test_a_complete_run_is_refused(name, world, straight):
+    out = straight(name)
+    before = snapshot(out)
+    with pytest.raises(BadInput, match="is complete"):
+        continued(arguments(world, out, name))
+    with pytest.raises(BadInput, match="already holds a run"):
+        train(arguments(world, out, name))
+    assert snapshot(out) == before
+
+
+def test_a_used_folder_is_refused(world, halfway, tmp_path):
+    before = snapshot(halfway)
+    with pytest.raises(BadInput, match="already holds a run: continue it with --resume, or name another --out"):
+        train(arguments(world, halfway, "dpo dpo"))
+    assert snapshot(halfway) == before
+
+    model = write_model(tmp_path / "model")  # no run, but something that must not be overwritten
+    before = snapshot(model)
+    for a in (arguments(world, model, "dpo dpo"), arguments(world, model, "sft")):
+        with pytest.raises(BadInput, match="already holds a model"):
+            train(a)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "sft"])
+def test_nothing_to_continue(name, world, tmp_path):
+    with pytest.raises(BadInput, match="holds no run to continue"):
+        continued(arguments(world, tmp_path / "none", name))
+    assert not (tmp_path / "none").exists()
+
+
+# -------------------------------------------------------------------------------------------- checkpoints and log files
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    a = arguments(world, tmp_path / "run", "dpo dpo")
+    return Run(a, train_dpo.__file__)
+
+
+def state(step: int) -> dict:
+    return {"model": {"weight": torch.full((50,), float(step))}, "step": step, "delta": 0.25}
+
+
+def test_checkpoints_one_at_a_time(run):
+    assert run.load_checkpoint() is None
+    for step in (5, 10):
+        run.save_checkpoint(step, state(step))
+        assert [folder.name for folder in (run.out / "checkpoint").iterdir()] == [f"step-{step}"]
+        found = run.load_checkpoint()
+        assert found["step"] == step and torch.equal(found["model"]["weight"], torch.full((50,), float(step)))
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, failure, monkeypatch):
+    run.save_checkpoint(5, state(5))
+
+    def half(_, file):
+        file.write(b"PK half of it")
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError) as error:
+            run.save_checkpoint(10, state(10))
+    message = str(error.value)
+    assert "no checkpoint of step 10" in message and failure.args[-1] in message and "\n" not in message
+    assert [folder.name for folder in (run.out / "checkpoint").iterdir()] == ["step-5"]
+    assert run.load_checkpoint()["step"] == 5
+    run.save_checkpoint(10, state(10))
+    assert run.load_checkpoint()["step"] == 10
+
+
+def test_a_full_disk_stops_the_run_and_it_can_go_on(world, straight, tmp_path, monkeypatch):
+    a, save = arguments(world, tmp_path / "run", "dpo dpo"), torch.save
+
+    def full(content, file):
+        if content["step"] == 2 * SAVED_AT:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(a)
+    continued(a)
+    assert_same(tmp_path / "run", straight("dpo dpo"))
+
+
+def test_half_a_checkpoint_is_never_loaded(run):
+    run.save_checkpoint(5, state(5))
+    partial = run.out / "checkpoint" / "step-10.partial"
+    partial.mkdir()
+    (partial / "state.pt").write_bytes(b"PK half of it")
+    assert run.load_checkpoint()["step"] == 5
+    run.save_checkpoint(10, state(10))  # over what is left of it
+    assert [folder.name for folder in (run.out / "checkpoint").iterdir()] == ["step-10"]
+
+
+def test_the_newest_of_two_checkpoints(run):
+    """Killed between writing one and dropping the other; by number, not by name."""
+    run.save_checkpoint(5, state(5))
+    shutil.copytree(run.out / "checkpoint" / "step-5", run.out / "kept")
+    run.save_checkpoint(10, state(10))
+    (run.out / "kept").rename(run.out / "checkpoint" / "step-5")
+    assert run.load_checkpoint()["step"] == 10
+
+
+def test_no_checkpoint_is_unpickled(run):
+    class Code:
+        def __reduce__(self):
+            return print, ("run",)
+
+    (run.out / "checkpoint" / "step-5").mkdir(parents=True)
+    torch.save({"step": Code()}, run.out / "checkpoint" / "step-5" / "state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        run.load_checkpoint()
+
+
+@pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.5}'])
+def test_rows_after_the_checkpoint_are_cut(run, half):
+    """A line without its end counts as not written, even where it happens to be whole."""
+    text = "a line\u2028 that\x85 does not end"
+    sample = json.dumps({"step": 5, "prompt": text}, ensure_ascii=False) + "\n"
+    rows = [{"step": step, "loss": step / 7} for step in (0, 1, 2, 3, 4, 4, 5, 5, 6, 7)]
+    (run.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half, "utf-8")
+    (run.out / "samples.jsonl").write_text(sample + json.dumps({"step": 6, "prompt": text}) + "\n" + half, "utf-8")
+    run.start(5, 12)
+    assert [json.loads(line) for line in (run.out / "metrics.jsonl").read_text("utf-8").split("\n")[:-1]] == rows[:8]
+    assert (run.out / "samples.jsonl").read_text("utf-8") == sample
+    run.log(6, {"loss": 0.5})
+    assert json.loads((run.out / "metrics.jsonl").read_text("utf-8").split("\n")[-2]) == {"step": 6, "loss": 0.5}
+
+
+def test_a_half_written_line_does_not_stop_a_resume(world, straight, stop, tmp_path):
+    a = arguments(world, tmp_path / "run", "sft")
+    stop(a, signal.SIGTERM)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "loss": 4.')
+    continued(a)
+    assert_same(tmp_path / "run", straight("sft"))

@@ -1,0 +1,1179 @@
+"""train_sft.py and train_dpo.py from the command line to the result, on a tiny Llama."""
+
+import ast
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_resume import pairs, write_model, write_rows
+from tiny import example, random_examples, tiny
+
+import train_dpo
+import train_sft
+from rlhf import BadInput, models, reviews, runs
+from rlhf.data import build
+from rlhf.generate import end_ids, generate
+from rlhf.runs import schedule
+from rlhf.tree import collate, micro_batches
+
+ROOT = Path(__file__).parent.parent
+BETA = 0.3
+SCRIPTS = {"dpo": train_dpo, "sft": train_sft}
+ALL_LOSSES = [*train_dpo.LOSSES, "kto", "plackett_luce"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The folder of a small model, another one for a reference, 22 pairs to train on and 5 held out."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    write_model(folder / "other", seed=1)
+    write_rows(folder / "train.jsonl", pairs(22))
+    write_rows(folder / "held.jsonl", pairs(5, seed=1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """No drawing and no calls of git unless a test wants the whole run, and our own signal handlers afterwards."""
+    if "whole" not in request.fixturenames:
+        monkeypatch.setattr(runs, "curves", lambda out, panels: None)
+        monkeypatch.setattr(runs, "environment", dict)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def whole():
+    """Asks `quick` to leave everything in."""
+
+
+@pytest.fixture
+def go(world, tmp_path):
+    """Runs a script with small settings; returns its folder, the rows of metrics.jsonl and the results."""
+    number = itertools.count()
+
+    def run(script: str = "dpo", **changes):
+        out = tmp_path / f"{script}{next(number)}"
+        flags = {"model": f"{world}/model", "data": f"{world}/train.jsonl", "eval_data": f"{world}/held.jsonl"}
+        flags |= {"out": str(out), "device": "cpu", "lr": 1e-3, "batch_size": 8, "eval_prompts": 0}
+        if script == "dpo":
+            flags |= {"loss": "dpo", "beta": BETA, "ref_cache": f"{tmp_path}/cache"}
+        flags |= changes
+        results = SCRIPTS[script].main(SCRIPTS[script].Args(**flags))
+        rows = [json.loads(line) for line in open(Path(flags["out"]) / "metrics.jsonl")]
+        return SimpleNamespace(
+            out=Path(flags["out"]),
+            results=results,
+            train=[row for row in rows if "lr" in row],
+            evals=[row for row in rows if "eval/loss" in row],
+        )
+
+    return run
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The examples of each optimizer step from here on."""
+    seen = []
+
+    def spy(examples, *args):
+        seen.append(list(examples))
+        return micro_batches(examples, *args)
+
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "micro_batches", spy)
+    return seen
+
+
+def load(folder) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def read(path, kind: str = "preference"):
+    """The examples of a file, as the scripts have them."""
+    rows = [(f"{path.name}:{i}", json.loads(line)) for i, line in enumerate(open(path), 1)]
+    return build(rows, reviews.tokenizer(), kind, 512, 1024)[0]
+
+
+@torch.no_grad()
+def plain_logps(model, examples) -> list[list[float]]:
+    """log pi of every response by the library's own logits, a sequence at a time."""
+    found = []
+    for e in examples:
+        found.append([])
+        for response in e.responses:
+            logps = model(torch.tensor([e.prompt + response])).logits[0].double().log_softmax(-1)
+            found[-1].append(sum(logps[len(e.prompt) - 1 + j, token].item() for j, token in enumerate(response)))
+    return found
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def mean(values) -> float:
+    values = [*values]
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+E = 0.1  # label smoothing where there is one
+AT_ZERO = {  # the loss of a pair where the policy is the reference, from lp and n of chosen and rejected
+    "dpo": lambda w, r, n, m: math.log(2),
+    "robust": lambda w, r, n, m: math.log(2),
+    "dpo_norm": lambda w, r, n, m: math.log(2),
+    "dpop": lambda w, r, n, m: math.log(2),
+    "plackett_luce": lambda w, r, n, m: math.log(2),
+    "ipo": lambda w, r, n, m: 1 / (4 * BETA**2),
+    "ipo_norm": lambda w, r, n, m: 1 / (4 * BETA**2),
+    "hinge": lambda w, r, n, m: 1.0,
+    "nca": lambda w, r, n, m: 2 * math.log(2),
+    "bco": lambda w, r, n, m: 2 * math.log(2),
+    "sppo": lambda w, r, n, m: 1 / (2 * BETA**2),
+    "apo_zero": lambda w, r, n, m: 1.0,
+    "apo_down": lambda w, r, n, m: 1.0,
+    "exo": lambda w, r, n, m: -math.log(4 * E * (1 - E)) / 2,
+    "discopop": lambda w, r, n, m: (math.log(2) + 1) / 2,
+    "kto": lambda w, r, n, m: 0.5,
+    "r_dpo": lambda w, r, n, m: -math.log(sigmoid(0.02 * (n - m))),
+    "dpo_nll": lambda w, r, n, m: math.log(2) - 0.7 * w / n,
+    "simpo": lambda w, r, n, m: -math.log(sigmoid(BETA * (w / n - r / m - 0.4))),
+    "orpo": lambda w, r, n, m: -w / n - 0.2 * math.log(sigmoid(log_odds(w / n) - log_odds(r / m))),
+}
+
+
+def log_odds(a: float) -> float:
+    return a - math.log(1 - math.exp(a))
+
+
+@pytest.fixture(scope="session")
+def train_logps(world):
+    """The pairs to train on, and their log-probs under the starting weights."""
+    examples = read(world / "train.jsonl")
+    return examples, plain_logps(load(world / "model"), examples)
+
+
+def test_every_loss_has_a_value_at_the_start():
+    assert sorted(AT_ZERO) == sorted(ALL_LOSSES)
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+def test_every_loss_from_its_value_at_the_start(loss, go, train_logps):
+    """Two steps on all 22 ragged pairs, in several micro-batches; the first loss is the closed form at D = 0."""
+    settings = {
+        "length_penalty": 0.02,
+        "nll_coef": 0.7,
+        "dpop_lambda": 2.0,
+        "gamma_beta_ratio": 0.4,
+        "orpo_lambda": 0.2,
+    }
+    if loss in ("dpo", "robust", "exo"):
+        settings["label_smoothing"] = E
+    run = go(loss=loss, batch_size=22, max_steps=2, epochs=2, micro_batch_tokens=150, **settings)
+    want = mean(AT_ZERO[loss](*logps, *map(len, e.responses)) for e, logps in zip(*train_logps, strict=True))
+    assert run.train[0]["loss"] == pytest.approx(want, rel=1e-4)
+    assert len(run.train) == 2
+    if loss != "discopop":  # which is not convex, and has a bump at 0
+        assert run.train[1]["loss"] < run.train[0]["loss"]  # the same data: it has learnt
+    assert all(math.isfinite(value) for row in run.train + run.evals for value in row.values())
+    assert run.evals[0]["eval/loss"] != run.evals[-1]["eval/loss"]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha", "chi_po"])
+def test_every_divergence(divergence, go):
+    run = go(divergence=divergence, batch_size=22, max_steps=2, epochs=2, clip=3.0)
+    assert run.train[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and run.train[1]["loss"] < run.train[0]["loss"]
+    assert run.train[1]["rewards/margins"] > 0
+
+
+def ranked(ranks: list[int], probability: float = 1.0):
+    return example([5], [[6] * (i + 2) for i in range(len(ranks))], ranks=ranks, probability=probability)
+
+
+def test_objective_over_rankings_with_ties():
+    """Pairs of ranks 1 2 2: two of weight 1/2; of 2 1 3: three of weight 1/3; of 1 2: one. Tied pairs do not count."""
+    examples = [ranked([1, 2, 2]), ranked([2, 1, 3]), ranked([1, 2], probability=0.8)]
+    policy = [-3.0, -5.0, -4.0, -2.0, -9.0, -6.5, -4.0, -4.5]
+    reference = [-3.5, -4.0, -4.2, -2.5, -8.0, -6.5, -3.0, -4.0]
+    lengths = torch.tensor([len(r) for e in examples for r in e.responses])
+    D = [x - y for x, y in zip(policy, reference, strict=True)]
+    weighted = {(0, 1): 1 / 2, (0, 2): 1 / 2, (3, 5): 1 / 3, (4, 3): 1 / 3, (4, 5): 1 / 3, (6, 7): 1}
+
+    def total(value):
+        return sum(weight * value(w, r) for (w, r), weight in weighted.items())
+
+    def right(w, r):
+        p = 0.8 if w == 6 else 1.0
+        return p if D[w] > D[r] else 1 - p if D[w] < D[r] else 0.5
+
+    a = train_dpo.Args(loss="dpo", beta=BETA)
+    loss, totals = train_dpo.objective(a, examples, torch.tensor(policy), torch.tensor(reference), lengths)
+    want = {
+        "loss": total(lambda w, r: -math.log(sigmoid(BETA * (D[w] - D[r])))),
+        "rewards/accuracies": total(right),
+        "rewards/margins": total(lambda w, r: BETA * (D[w] - D[r])),
+        "rewards/chosen": total(lambda w, r: BETA * D[w]),
+        "rewards/rejected": total(lambda w, r: BETA * D[r]),
+        "logps/chosen": total(lambda w, r: policy[w]),
+        "logps/rejected": total(lambda w, r: policy[r]),
+        "logps/chosen_delta": total(lambda w, r: D[w]),
+        "logps/rejected_delta": total(lambda w, r: D[r]),
+    }
+    assert loss.item() == pytest.approx(want["loss"], rel=1e-5)
+    assert {name: value.item() for name, (value, _) in totals.items()} == pytest.approx(want, rel=1e-5)
+    assert all(weight == pytest.approx(len(examples)) for _, weight in totals.values())
+    assert train_dpo.means([totals]) == pytest.approx({name: value / 3 for name, value in want.items()}, rel=1e-5)
+
+
+def test_accuracy_of_a_tied_margin_is_one_half():
+    examples = [ranked([1, 2], probability=0.9), ranked([1, 2], probability=0.9)]
+    logps = torch.tensor([-1.0, -2.0, -1.0, -3.0])
+    reference = torch.tensor([-2.0, -3.0, -2.0, -3.0])  # margins 0 and 1
+    totals = train_dpo.objective(train_dpo.Args(beta=1.0), examples, logps, reference, torch.ones(4).long())[1]
+    assert train_dpo.means([totals])["rewards/accuracies"] == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_per_token_rewards():
+    examples = [ranked([1, 2])]
+    logps, reference = torch.tensor([-1.0, -5.0]), torch.tensor([-2.0, -3.0])
+    for loss in train_dpo.PER_TOKEN:
+        a = train_dpo.Args(loss=loss, beta=2.0)
+        found = train_dpo.means([train_dpo.objective(a, examples, logps, reference, torch.tensor([2, 4]))[1]])
+        assert found["rewards/chosen"] == pytest.approx(2 * 1 / 2)
+        assert found["rewards/rejected"] == pytest.approx(2 * -2 / 4)
+
+
+def test_plackett_luce_of_ragged_rankings():
+    """-log P of the ranking, best first: the product of the best's share among those that are left."""
+    examples = [ranked([3, 1, 2]), ranked([2, 1])]
+    logps = torch.tensor([-2.0, -1.0, -4.0, -3.0, -2.5])
+    r = [BETA * x for x in logps.tolist()]
+    e = [math.exp(x) for x in r]
+    want = -math.log(e[1] / (e[0] + e[1] + e[2]) * e[2] / (e[2] + e[0])) - math.log(e[4] / (e[3] + e[4]))
+    a = train_dpo.Args(loss="plackett_luce", beta=BETA)
+    loss, totals = train_dpo.objective(a, examples, logps, torch.zeros(5), torch.ones(5).long())
+    assert loss.item() == pytest.approx(want, rel=1e-5) and totals["loss"][1] == 2
+
+
+def test_kto_objective_by_hand():
+    z0, weights, labels = 0.5, (1.5, 0.8), [True, False, False]
+    examples = [example([5], [[6, 7]], labels=[label]) for label in labels]
+    logps, reference = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.5, -1.0])
+    D = [1.0, 0.5, -2.0]
+    a = train_dpo.Args(loss="kto", beta=BETA, desirable_weight=weights[0], undesirable_weight=weights[1])
+    loss, totals = train_dpo.objective(a, examples, logps, reference, torch.full((3,), 2), z0=torch.tensor(z0))
+    want = weights[0] * sigmoid(-BETA * (D[0] - z0)) + sum(weights[1] * sigmoid(BETA * (d - z0)) for d in D[1:])
+    found = train_dpo.means([totals])
+    assert loss.item() == pytest.approx(want, rel=1e-5) and found["loss"] == pytest.approx(want / 3, rel=1e-5)
+    assert found["rewards/chosen"] == pytest.approx(BETA * 1.0)
+    assert found["rewards/rejected"] == pytest.approx(BETA * (0.5 - 2.0) / 2)
+    assert found["rewards/margins"] == pytest.approx(BETA * (1.0 + 0.75))
+    # D > z0 is desirable; 0.5 is not above 0.5
+    assert found["rewards/accuracies"] == pytest.approx(1.0)
+
+
+def test_kto_z0_is_of_the_whole_step_and_bco_delta_of_all_steps_before(world, go, steps, monkeypatch):
+    """Both are the same in every micro-batch; z0 from mismatched responses, delta from the rewards of the steps."""
+    seen = []
+
+    def spy(a, examples, logps, ref_logps, lengths, delta=0.0, z0=None, objective=train_dpo.objective):
+        if logps.requires_grad:
+            seen.append((len(seen), delta, None if z0 is None else z0.item()))
+        return objective(a, examples, logps, ref_logps, lengths, delta, z0)
+
+    monkeypatch.setattr(train_dpo, "objective", spy)
+    run = go(loss="bco", batch_size=8, micro_batch_tokens=100, epochs=2)
+    rewards = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in run.train]
+    want = [mean(rewards[:step]) if step else 0.0 for step in range(6)]
+    found = list(dict.fromkeys(delta for _, delta, _ in seen))
+    assert found == pytest.approx(want) and len(seen) > 2 * len(found) and abs(want[-1]) > 1e-4
+
+    train, held = read(world / "train.jsonl", "unpaired"), read(world / "held.jsonl", "unpaired")
+    mismatched = dict(zip([e.where for e in train], train_dpo.mismatched(train + held, 0), strict=False))
+    largest = 0.0
+    for model, ref in (("model", "other"), ("other", "model")):  # one of them has a mean above 0
+        seen.clear(), steps.clear()
+        go(loss="kto", batch_size=22, micro_batch_tokens=100, model=f"{world}/{model}", ref=f"{world}/{ref}")
+        others = [dataclasses.replace(e, responses=[mismatched[e.where]]) for e in steps[0]]
+        policy, reference = (plain_logps(load(world / name), others) for name in (model, ref))
+        want = max(0.0, mean(x - y for [x], [y] in zip(policy, reference, strict=True)))
+        assert len(seen) > 1 and [z0 for *_, z0 in seen] == pytest.approx([want] * len(seen), abs=1e-4)
+        largest = max(largest, want)
+    assert largest > 0.01
+
+
+def test_ties(world, go, tmp_path):
+    rows = [
+        {"prompt": f"the plot {i}", "responses": ["was .", "was a .", "it ."], "ranks": [1, 2, 2]} for i in range(4)
+    ]
+    rows += [{"prompt": f"it {i}", "responses": ["was .", "was a .", "it ."], "ranks": [2, 1, 3]} for i in range(6)]
+    data = str(write_rows(tmp_path / "ranks.jsonl", rows))
+    with pytest.raises(BadInput, match="ranks.jsonl:1: field 'ranks' has ties.*--ties drop or random"):
+        go(loss="plackett_luce", data=data, eval_data=data)
+    seen = {}
+    for ties in ("drop", "random"):
+        a = train_dpo.Args(loss="plackett_luce", ties=ties)
+        seen[ties] = [e.ranks for e in train_dpo.read(a, data, reviews.tokenizer())]
+    assert seen["drop"] == [[2, 1, 3]] * 6
+    assert {*map(tuple, seen["random"][:4])} == {(1, 2, 3), (1, 3, 2)} and seen["random"][4:] == seen["drop"]
+    run = go(loss="plackett_luce", data=data, eval_data=data, ties="random", max_steps=1)
+    assert run.train[0]["loss"] == pytest.approx(math.log(6), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- gradients and counting
+
+
+def gradients(monkeypatch, run, *args, **flags):
+    """The gradients of each step of a script, just before they are clipped, and its metrics."""
+    seen = []
+
+    def spy(parameters, max_norm, clip=torch.nn.utils.clip_grad_norm_):
+        parameters = [*parameters]
+        seen.append(torch.cat([w.grad.flatten().clone() for w in parameters]))
+        return clip(parameters, max_norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        return seen, run(*args, **flags)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "bco", "orpo", "sft"])
+def test_gradient_and_metrics_depend_neither_on_the_budget_nor_on_the_layout(name, world, go, monkeypatch):
+    """Away from the reference (another one), over 3 steps of 8, 8 and 6 examples; the weights hardly move."""
+    flags = {"lr": 1e-9, "eval_every": 1}
+    flags |= {} if name == "sft" else {"loss": name, "ref": f"{world}/other"}
+    script = "sft" if name == "sft" else "dpo"
+    runs = [
+        gradients(monkeypatch, go, script, layout=layout, micro_batch_tokens=budget, **flags)
+        for layout, budget in [("tree", 10**6), ("tree", 100), ("padded", 10**6), ("padded", 1)]
+    ]
+    wanted, first = runs[0]
+    assert len(wanted) == 3
+    for found, run in runs[1:]:
+        for gradient, want in zip(found, wanted, strict=True):
+            assert (gradient - want).norm() / want.norm() < 1e-5
+        for mine, theirs in zip(run.train + run.evals, first.train + first.evals, strict=True):
+            assert {k: v for k, v in mine.items() if "perf" not in k} == pytest.approx(
+                {k: v for k, v in theirs.items() if "perf" not in k}, rel=1e-5, abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_every_example_once_an_epoch(script, world, go, steps, monkeypatch):
+    """22 examples in batches of 8: three steps an epoch, the last of 6; in another order each epoch."""
+    collated = Counter()
+
+    def spy(examples, *args):
+        collated.update(e.where for e in examples)
+        return collate(examples, *args)
+
+    monkeypatch.setattr(SCRIPTS[script], "collate", spy)
+    run = go(script, epochs=2, micro_batch_tokens=100)
+    places = [[e.where for e in step] for step in steps]
+    assert [len(step) for step in places] == [8, 8, 6, 8, 8, 6] and len(run.train) == 6
+    epochs = [sum(places[:3], []), sum(places[3:], [])]
+    assert all(sorted(seen) == sorted(f"train.jsonl:{i}" for i in range(1, 23)) for seen in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    assert collated == Counter(sum(epochs, []))
+    assert [row["epoch"] for row in run.train] == pytest.approx([i / 3 for i in range(1, 7)])
+    assert [row["step"] for row in run.train] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_small_batch_weighs_by_its_own_size(world, go, steps, monkeypatch):
+    """The gradient of a step is that of the mean over its own examples."""
+    found, _ = gradients(monkeypatch, go, batch_size=16, lr=1e-12, ref=f"{world}/other", epochs=1)
+    policy, reference = load(world / "model"), load(world / "other")
+    for gradient, examples in zip(found, steps, strict=True):
+        policy.zero_grad()
+        loss = 0.0
+        for e in examples:
+            D = []
+            for response in e.responses:
+                ids, n = torch.tensor([e.prompt + response]), len(response)
+                mine, theirs = (
+                    m(ids).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, ids[0, -n:, None]).sum()
+                    for m in (policy, reference)
+                )
+                D.append(mine - theirs.detach())
+            loss = loss - torch.nn.functional.logsigmoid(BETA * (D[0] - D[1])) / len(examples)
+        loss.backward()
+        want = torch.cat([w.grad.flatten() for w in policy.parameters()])
+        assert (gradient - want).norm() / want.norm() < 1e-4
+
+
+def test_evaluation_by_hand(world, go):
+    """Five held-out pairs with label probabilities, before and after, by the library's own logits."""
+    run = go(ref=f"{world}/other", lr=3e-3, epochs=3, micro_batch_tokens=100)
+    held = read(world / "held.jsonl")
+    reference = plain_logps(load(world / "other"), held)
+    for row, model in ((run.evals[0], world / "model"), (run.evals[-1], run.out)):
+        D = [
+            [x - y for x, y in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(plain_logps(load(model), held), reference, strict=True)
+        ]
+        margins = [w - r for w, r in D]
+        chances = [e.probability if h > 0 else 1 - e.probability for e, h in zip(held, margins, strict=True)]
+        assert row["eval/rewards/accuracies"] == pytest.approx(mean(chances), abs=1e-6)
+        assert row["eval/rewards/margins"] == pytest.approx(BETA * mean(margins), abs=1e-4)
+        assert row["eval/loss"] == pytest.approx(mean(-math.log(sigmoid(BETA * h)) for h in margins), abs=1e-4)
+        assert row["eval/logps/chosen_delta"] == pytest.approx(mean(w for w, _ in D), abs=1e-4)
+    ceiling = mean(max(e.probability, 1 - e.probability) for e in held)
+    assert run.results["ceiling"] == pytest.approx(ceiling) and 0.5 < ceiling < 1
+    assert run.results["after/eval/loss"] == pytest.approx(run.evals[-1]["eval/loss"], abs=1e-6)
+
+
+def test_accuracy_is_one_half_before_the_first_step(go):
+    """Policy and reference are equal: every margin is 0, and a coin is right half the time."""
+    run = go(max_steps=1, micro_batch_tokens=100)
+    assert run.evals[0]["step"] == 0 and run.evals[0]["eval/rewards/accuracies"] == pytest.approx(0.5)
+    assert run.results["before/eval/rewards/accuracies"] == 0.5
+    assert run.evals[0]["eval/rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_sft_evaluation_by_hand(world, go):
+    run = go("sft", epochs=2, micro_batch_tokens=100)
+    held = read(world / "held.jsonl", "sft")
+    count = sum(len(e.responses[0]) for e in held)
+    for value, model in (
+        (run.evals[0]["eval/loss"], world / "model"),
+        (run.evals[-1]["eval/loss"], run.out),
+        (run.results["eval/loss"], run.out),
+    ):
+        want = -sum(logps for [logps] in plain_logps(load(model), held)) / count
+        assert value == pytest.approx(want, abs=1e-5)
+
+
+def test_sft_loss_is_the_mean_over_tokens(world, go):
+    """Of all trained tokens of the step, whatever their responses' lengths; conversations by their mask."""
+    run = go("sft", batch_size=22, max_steps=1, micro_batch_tokens=100)
+    examples = read(world / "train.jsonl", "sft")
+    total = -sum(logps for [logps] in plain_logps(load(world / "model"), examples))
+    assert run.train[0]["loss"] == pytest.approx(total / sum(len(e.responses[0]) for e in examples), rel=1e-5)
+    masked = example([5], [[6, 7, 8]], trained=[[True, False, True]])
+    assert train_sft.trained_tokens([masked, example([5], [[6, 7]])]) == 4
+
+
+# ------------------------------------------------------------------------------------------- schedule, determinism
+
+
+def test_schedule_by_hand():
+    assert [schedule(i, 4, 0.5) for i in range(4)] == pytest.approx([1 / 2, 1, 1, 1 / 2])
+    assert [schedule(i, 4, 0.0) for i in range(4)] == pytest.approx(
+        [1, (1 + math.sqrt(1 / 2)) / 2, 1 / 2, (1 - math.sqrt(1 / 2)) / 2]
+    )
+    assert [schedule(i, 3, 0.9) for i in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert schedule(0, 1, 0.1) == schedule(0, 1, 0.0) == 1
+    for steps, warmup in itertools.product((1, 2, 7, 100), (0.0, 0.1, 0.5)):
+        values = [schedule(i, steps, warmup) for i in range(steps)]
+        rising = math.ceil(steps * warmup)
+        assert max(values) == 1 and min(values) > 0 and values[:rising] == sorted(values[:rising])
+        assert values[rising:] == sorted(values[rising:], reverse=True)
+        if rising < steps:
+            assert schedule(steps, steps, warmup) == pytest.approx(0)  # one step after the last
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_the_schedule_reaches_the_optimizer(script, go, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args):
+        used.append({group["lr"] for group in self.param_groups})
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run = go(script, lr=0.002, warmup=0.5, epochs=2, max_steps=4)
+    assert [row["lr"] for row in run.train] == pytest.approx([0.001, 0.002, 0.002, 0.001])
+    assert used == [{row["lr"]} for row in run.train]
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_the_same_seed_gives_the_same_run(script, go):
+    first, again, other = (go(script, seed=seed, eval_prompts=2, max_new_tokens=5) for seed in (0, 0, 1))
+    a, b, c = (load_file(run.out / "model.safetensors") for run in (first, again, other))
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+    samples = [(run.out / "samples.jsonl").read_text() for run in (first, again, other)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+def metrics(run) -> list[dict]:
+    return [{k: v for k, v in row.items() if "perf" not in k} for row in run.evals + run.train]
+
+
+def test_the_reference_is_scored_once(go, capsys):
+    first = go(epochs=2)
+    assert "reference log-probs" not in capsys.readouterr().out
+    again = go(epochs=2)
+    assert "reference log-probs: from" in capsys.readouterr().out
+    assert metrics(again) == metrics(first)
+
+
+def test_cached_and_live_metrics_agree(go, tmp_path, capsys):
+    """Scored in other micro-batches than they are used in, against scored in the same ones."""
+    go(micro_batch_tokens=60)
+    cached = go(micro_batch_tokens=10**6)
+    assert "reference log-probs: from" in capsys.readouterr().out
+    live = go(micro_batch_tokens=10**6, ref_cache=f"{tmp_path}/empty")
+    for mine, theirs in zip(metrics(cached), metrics(live), strict=True):
+        if mine["step"] == 1:  # margins are 0 up to rounding, and their signs mean nothing
+            mine.pop("rewards/accuracies", 0), theirs.pop("rewards/accuracies", 0)
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_cached_log_probs_are_the_models_own(world, tmp_path, go):
+    go()
+    [file] = (tmp_path / "cache").iterdir()
+    found = load_file(file)
+    examples = read(world / "train.jsonl") + read(world / "held.jsonl")
+    want = [x for logps in plain_logps(load(world / "model"), examples) for x in logps]
+    assert found["sizes"].tolist() == [2] * 27 and found["logps"].tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
+    model, tokenizer, examples = tiny("llama"), reviews.tokenizer(), random_examples([(3, [2, 4]), (2, [5, 1])])
+
+    def ask(rows=examples, **changes):
+        settings = {"lengths": (512, 1024), "dtype": "float32", "layout": "tree"} | changes
+        scored = []
+
+        def compute():
+            scored.append(True)
+            return models.score(model, rows, "tree", 0, 1000, torch.float32)
+
+        found = models.cached(tmp_path, models.question(model, tokenizer, rows, **settings), compute)
+        return bool(scored), capsys.readouterr().out, found
+
+    assert ask()[0] and not ask()[0]
+    assert not ask(list(examples))[0]
+    for name, changes in {
+        "lengths": {"lengths": (512, 1025)},
+        "dtype": {"dtype": "bfloat16"},
+        "layout": {"layout": "padded"},
+        "rows": {"rows": examples[::-1]},
+    }.items():
+        scored, said, _ = ask(**changes)
+        assert scored and f"no cached ones fit (the nearest were made with other {name})" in said
+        assert not ask(**changes)[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    scored, said, found = ask()
+    assert scored and "made with other weights)" in said
+    again = ask()
+    assert not again[0] and all(torch.equal(x, y) for x, y in zip(found, again[2], strict=True))
+    tokenizer.chat_template = "{{ messages }}"
+    assert "made with other template)" in ask()[1]
+    tokenizer.add_tokens(["zebra"])
+    assert "made with other tokenizer)" in ask()[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other question", "no tensor"])
+def test_a_damaged_cache_is_not_used(damage, go, tmp_path):
+    first = go()
+    [file] = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    with safe_open(file, "pt") as f:
+        asked = f.metadata()
+    if damage == "other question":
+        question = json.loads(asked["question"]) | {"rows": "0"}
+        save_file(load_file(file), file, metadata={"question": json.dumps(question)})
+    elif damage == "no tensor":
+        save_file({"sizes": torch.ones(2)}, file, metadata=asked)
+    else:
+        file.write_bytes({"cut": whole[:-9], "empty": b"", "garbage": b"\xff" * 500}[damage])
+    again = go()
+    assert metrics(again) == metrics(first)
+    assert load_file(file)["sizes"].tolist() == [2] * 27  # and it is whole again
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [file.name]
+
+
+def test_another_reference(world, go, tmp_path, capsys):
+    run = go(ref=f"{world}/other", max_steps=1, batch_size=22)
+    assert f"step-0 guard: skipped, since the reference is {world}/other" in capsys.readouterr().out
+    examples = read(world / "train.jsonl")
+    policy, reference = (plain_logps(load(world / name), examples) for name in ("model", "other"))
+    want = mean(
+        -math.log(sigmoid(BETA * ((a - b) - (c - d)))) for (a, c), (b, d) in zip(policy, reference, strict=True)
+    )
+    assert run.train[0]["loss"] == pytest.approx(want, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- step-0 guard
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "ipo"])
+def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
+    go(loss=loss, batch_size=64)
+    [file] = (tmp_path / "cache").iterdir()
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    tensors = load_file(file)
+    tensors["logps"][5] += 0.01
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(BadInput, match=r"step-0 guard: the policy is 0\.01 nats from the reference"):
+        go(loss=loss, batch_size=64)
+
+
+def test_guard_bounds(capsys):
+    guard, ln2 = train_dpo.guard, math.log(2)
+    a = train_dpo.Args(loss="dpo", beta=0.1)
+    guard(a, torch.tensor([0.0, 9e-4]), ln2)
+    for gaps, loss in [([0.0, 1.1e-3], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
+        with pytest.raises(BadInput, match="step-0 guard"):
+            guard(a, torch.tensor(gaps), loss)
+    for loss in ("robust", "dpo_norm", "dpop"):
+        with pytest.raises(BadInput, match=f"the {loss} loss is 0.8"):
+            guard(train_dpo.Args(loss=loss, beta=0.1, dpop_lambda=5.0), torch.zeros(2), 0.8)
+    assert capsys.readouterr().out == ""
+    half = train_dpo.Args(dtype="bfloat16")
+    guard(half, torch.tensor([0.9, 0.05]), 0.7)
+    assert "step-0 guard: mean |log-ratio| 0.475 nats in bfloat16" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="step-0 guard"):
+        guard(half, torch.tensor([0.9, 0.2]), 0.7)
+
+
+def test_bfloat16_run(go, capsys):
+    run = go(dtype="bfloat16", batch_size=22, epochs=2)
+    assert "step-0 guard: mean |log-ratio|" in capsys.readouterr().out
+    assert run.train[0]["loss"] == pytest.approx(math.log(2), abs=0.02) and run.train[1]["loss"] < math.log(2)
+    assert {w.dtype for w in load_file(run.out / "model.safetensors").values()} == {torch.float32}
+
+
+# -------------------------------------------------------------------------------------------------------- NaN losses
+
+
+def command(script: str, world, tmp_path, **changes) -> list[str]:
+    flags = {"model": world / "model", "data": world / "train.jsonl", "out": tmp_path / "run", "device": "cpu"}
+    flags |= {"batch-size": 8, "lr": 1e-3, "eval-prompts": 0, "eval-data": world / "held.jsonl"}
+    flags |= {"ref-cache": tmp_path / "cache"} if script == "dpo" else {}
+    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
+    given = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()]
+    return [f"train_{script}.py", *sum(given, [])]
+
+
+def cli(monkeypatch, script: str, argv: list[str]) -> int:
+    """Exit code of the script with this command line."""
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        runs.cli(SCRIPTS[script].main, SCRIPTS[script].Args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_a_nan_stops_the_run_and_names_its_rows(script, world, go, steps, tmp_path, monkeypatch, capfd):
+    straight = go(script)
+    name = "dpo" if script == "dpo" else "sft"
+    loss, calls = getattr(train_dpo.losses, name), []
+
+    def broken(*args):
+        values = loss(*args)
+        if values.requires_grad:
+            calls.append(1)
+        return values * (math.nan if len(calls) == 3 and values.requires_grad else 1)
+
+    argv = command(script, world, tmp_path, save_every=1, **({"beta": BETA} if script == "dpo" else {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo.losses, name, broken)
+        assert cli(patch, script, argv) == 1
+    rows = ", ".join(e.where for e in steps[-1])
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: step 3: the loss is nan and the gradient norm nan (rows {rows})")
+    assert "--resume" in line
+    state = torch.load(tmp_path / "run" / "checkpoint" / "step-2" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
+    assert cli(monkeypatch, script, [*argv, "--resume"]) == 0
+    mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", straight.out))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_learning_rate_that_explodes(go, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 2: the loss is \S+ and the gradient norm \S+ \(rows train"):
+        go(lr=1e30, max_grad_norm=1e30, eval_every=100)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_rows(*changes: dict) -> list[dict]:
+    """Good pairs, and in the third line something else."""
+    rows = pairs(5)
+    for change in changes:
+        rows[2] = {k: v for k, v in (rows[2] | change).items() if v is not None}
+    return rows
+
+
+TIED = [{"prompt": "it was", "responses": ["a .", "the .", "so ."], "ranks": [1, 2, 2]}] * 2
+FLAGS = {  # for both scripts: flag, impossible value, what the message says
+    "batch_size": (0, "--batch-size must be at least 1, not 0"),
+    "micro_batch_tokens": (0, "--micro-batch-tokens must be at least 1"),
+    "epochs": (0, "--epochs must be at least 1"),
+    "max_steps": (0, "--max-steps must be at least 1"),
+    "eval_every": (0, "--eval-every must be at least 1"),
+    "save_every": (-3, "--save-every must be at least 1, not -3"),
+    "max_new_tokens": (0, "--max-new-tokens must be at least 1"),
+    "eval_prompts": (-1, "--eval-prompts must be at least 0"),
+    "keep_softmax_mib": (-1, "--keep-softmax-mib must be at least 0"),
+    "lr": (0, "--lr must be above 0"),
+    "max_grad_norm": (0, "--max-grad-norm must be above 0"),
+    "weight_decay": (-0.1, "--weight-decay must be at least 0"),
+    "warmup": (1, "--warmup must be in [0, 1)"),
+    "eval_fraction": (1, "--eval-fraction must be in [0, 1), not 1"),
+    "max_prompt_length": (1024, "--max-prompt-length 1024 must be below --max-length 1024"),
+    "device": ("nowhere", "--device nowhere"),
+}
+LOSS_FLAGS = {  # of train_dpo.py alone
+    "beta 0": ({"beta": 0}, "beta must be above 0"),
+    "beta, kto": ({"loss": "kto", "beta": 0}, "beta must be above 0"),
+    "beta, rankings": ({"loss": "plackett_luce", "beta": -1}, "beta must be above 0"),
+    "beta, orpo": ({"loss": "orpo", "beta": -1}, "beta must be above 0"),
+    "smoothing": ({"label_smoothing": 0.7}, "label_smoothing must be in [0, 0.5), not 0.7"),
+    "exo": ({"loss": "exo"}, "label_smoothing must be above 0 for exo"),
+    "clip": ({"clip": 0}, "clip must be above 0"),
+    "alpha": ({"divergence": "alpha", "divergence_alpha": 1}, "alpha must not be 1"),
+    "tau": ({"loss": "discopop", "discopop_tau": 2}, "tau must be in (0, 1]"),
+    "kto weight": ({"loss": "kto", "desirable_weight": -1}, "desirable_weight must be at least 0"),
+}
+DATA = {  # rows (or text), and what the message says
+    "not JSON": ('{"prompt": "a"\n', "bad.jsonl:1: not JSON"),
+    "not JSON, third": (
+        "".join(json.dumps(row) + "\n" for row in pairs(2)) + "nonsense\n",
+        "bad.jsonl:3: not JSON",
+    ),
+    "missing column": ([{"question": "a", "answer": "b"}], "bad.jsonl: its columns"),
+    "missing field": (bad_rows({"rejected": None}), "bad.jsonl:3: field 'rejected' is missing"),
+    "empty": (bad_rows({"rejected": " "}), "bad.jsonl:3: field 'rejected' is empty"),
+    "not text": (bad_rows({"rejected": 5}), "bad.jsonl:3: field 'rejected' is not text or messages but int"),
+    "roles": (
+        bad_rows({"prompt": [{"role": "assistant", "content": "a"}]}),
+        "bad.jsonl:3: field 'prompt': roles out of order",
+    ),
+    "no rows": ("", "holds no rows"),
+    "nothing left": ([pairs(1)[0] | {"rejected": pairs(1)[0]["chosen"]}], "nothing is left of its 1 rows"),
+}
+
+
+def refused(monkeypatch, capfd, script, argv, message, out):
+    """Exit code 2, one line that says so, and nothing written: the same command can be given again."""
+    capfd.readouterr()
+    assert cli(monkeypatch, script, argv) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+    assert not out.exists() or not [*out.iterdir()]
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_impossible_flags(script, world, tmp_path, monkeypatch, capfd):
+    for flag, (value, message) in FLAGS.items():
+        argv = command(script, world, tmp_path, **{flag: value})
+        refused(monkeypatch, capfd, script, argv, message, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", LOSS_FLAGS)
+def test_impossible_settings_of_a_loss(name, world, tmp_path, monkeypatch, capfd):
+    changes, message = LOSS_FLAGS[name]
+    refused(monkeypatch, capfd, "dpo", command("dpo", world, tmp_path, **changes), message, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data(name, world, tmp_path, monkeypatch, capfd):
+    content, message = DATA[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content) if isinstance(content, str) else write_rows(path, content)
+    for script in ["dpo"] if name in ("nothing left", "empty", "not text", "missing field") else ["dpo", "sft"]:
+        argv = command(script, world, tmp_path, data=path)
+        refused(monkeypatch, capfd, script, argv, message, tmp_path / "run")
+        argv = command(script, world, tmp_path, eval_data=path)
+        refused(monkeypatch, capfd, script, argv, message, tmp_path / "run")
+
+
+def test_the_command_can_be_given_again_once_the_data_is_mended(world, tmp_path, monkeypatch, capfd):
+    path = write_rows(tmp_path / "bad.jsonl", bad_rows({"rejected": ""}))
+    argv = command("dpo", world, tmp_path, data=path, max_steps=1)
+    refused(monkeypatch, capfd, "dpo", argv, "bad.jsonl:3", tmp_path / "run")
+    assert cli(monkeypatch, "dpo", [*argv, "--skip-bad-rows", "--dry-run"]) == 0
+    assert "skipped    1 bad rows" in capfd.readouterr().out
+    write_rows(path, pairs(5))
+    assert cli(monkeypatch, "dpo", argv) == 0 and (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_files_and_models_that_are_not_there(script, world, tmp_path, monkeypatch, capfd):
+    (tmp_path / "no-model").mkdir()
+    write_model(tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    tied = write_rows(tmp_path / "tied.jsonl", TIED)
+    cases = [
+        ({"data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
+        ({"eval_data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
+        ({"data": "somebody/something"}, "without a network, download it elsewhere"),
+        ({"model": tmp_path / "no-model"}, "the folder has no causal language model"),
+        ({"model": tmp_path / "none"}, "not a local folder"),
+        ({"model": "somebody/something"}, "hf download somebody/something --local-dir DIR"),
+        ({"out": world / "model"}, "already holds a model"),
+        ({"out": world / "train.jsonl" / "below"}, "cannot write there"),
+        ({"out": world / "train.jsonl"}, "cannot write there"),
+        ({"resume": True}, "holds no run to continue"),
+    ]
+    if script == "dpo":
+        cases.append(({"data": tied, "loss": "plackett_luce"}, "tied.jsonl:1: field 'ranks' has ties"))
+    for changes, message in cases:
+        refused(monkeypatch, capfd, script, command(script, world, tmp_path, **changes), message, tmp_path / "run")
+    # the torn file is met after the library has shown its progress bar
+    assert cli(monkeypatch, script, command(script, world, tmp_path, model=tmp_path / "torn")) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: --model {tmp_path / 'torn'}: ")
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+def test_a_reference_that_is_not_there(world, tmp_path, monkeypatch, capfd):
+    assert cli(monkeypatch, "dpo", command("dpo", world, tmp_path, ref=tmp_path / "none")) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and f"{tmp_path / 'none'}: not a local folder" in last
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+def test_unknown_flags_are_refused(world, tmp_path, monkeypatch, capfd):
+    for changes in ({"loss": "nonsense"}, {"layout": "circle"}, {"batch_size": "many"}, {"nonsense": 1}):
+        assert cli(monkeypatch, "dpo", command("dpo", world, tmp_path, **changes)) == 2
+        assert next(iter(changes)).replace("_", "-") in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_bad_input_from_a_shell(world, tmp_path):
+    """Without this test's hooks: the one line is all of stderr."""
+    argv = command("dpo", world, tmp_path, data=tmp_path / "none.jsonl")
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: {tmp_path}/none.jsonl: no such file or folder\n")
+
+
+# -------------------------------------------------------------------------------------------------------- the result
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_what_a_run_leaves(script, world, go, whole, monkeypatch):
+    kept = []
+    monkeypatch.setattr(models, "save", lambda m, t, out, save=models.save: (kept.append(m), save(m, t, out)))
+    run = go(script, eval_prompts=4, max_new_tokens=6, max_steps=2)
+    names = {path.name for path in run.out.iterdir()}
+    own = {"args.json", "environment.json", f"train_{script}.py", "metrics.jsonl", "samples.jsonl", "curves.png"}
+    assert own | {"results.json", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "checkpoint" not in names and not [name for name in names if "partial" in name or name.startswith(".")]
+
+    flags = json.loads((run.out / "args.json").read_text())
+    assert set(flags) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
+    assert flags["eval_prompts"] == 4 and flags["data"] == f"{world}/train.jsonl"
+    environment = json.loads((run.out / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
+    assert environment["transformers"] == transformers.__version__ and environment["threads"] == torch.get_num_threads()
+    assert (run.out / f"train_{script}.py").read_text() == (ROOT / f"train_{script}.py").read_text()
+    assert json.loads((run.out / "results.json").read_text()) == run.results
+    samples = [json.loads(line) for line in open(run.out / "samples.jsonl")]
+    columns = {"step", "prompt", "before", "after"} if script == "dpo" else {"step", "prompt", "answer"}
+    assert len(samples) == 4 and all(row.keys() == columns and row["step"] == 2 for row in samples)
+    assert {row["prompt"] for row in samples} <= {row["prompt"] for row in pairs(5, seed=1)}
+
+    image = (run.out / "curves.png").read_bytes()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n") and image.endswith(b"IEND\xaeB`\x82")
+    width, height = (int.from_bytes(image[i : i + 4], "big") for i in (16, 20))
+    assert width > 500 and height > 250
+
+    model, tokenizer = load(run.out), transformers.AutoTokenizer.from_pretrained(run.out)
+    assert model.config._attn_implementation == "sdpa" and "tree" not in (run.out / "config.json").read_text()
+    final = kept[0].state_dict()
+    assert all(torch.equal(value, final[name]) for name, value in model.state_dict().items())
+    start = load(world / "model").state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in final.items())
+    inputs = tokenizer("the plot was", return_tensors="pt", return_token_type_ids=False)
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_kl_is_that_of_the_answers(world, go):
+    """results.json: mean log pi - log ref of the policy's own answers, in nats an answer."""
+    run = go(lr=3e-3, epochs=3, eval_prompts=5, max_new_tokens=6, layout="padded")
+    held, tokenizer = read(world / "held.jsonl"), reviews.tokenizer()
+    policy, reference = load(run.out), load(world / "model")
+    sampled = generate(policy, tokenizer, [e.prompt for e in held], 6, seed=0)
+    answers = [dataclasses.replace(e, responses=[ids]) for e, ids in zip(held, sampled, strict=True)]
+    ratios = zip(plain_logps(policy, answers), plain_logps(reference, answers), strict=True)
+    assert run.results["after/kl"] == pytest.approx(mean(x - y for [x], [y] in ratios), abs=1e-3)
+    assert run.results["before/kl"] == 0
+    assert run.results["after/length"] == pytest.approx(mean(map(len, sampled)))
+    assert run.results["after/ended"] == mean(ids[-1] == tokenizer.eos_token_id for ids in sampled)
+    texts = [
+        f"{e.prompt_text} {tokenizer.decode(ids, skip_special_tokens=True)}"
+        for e, ids in zip(held, sampled, strict=True)
+    ]
+    assert run.results["after/gold"] == pytest.approx(mean(map(reviews.gold_reward, texts)))
+
+
+@pytest.mark.parametrize("prompts", [0, 1, 2])
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_few_answers_and_no_held_out_rows(script, prompts, go):
+    run = go(script, eval_prompts=prompts, max_new_tokens=1, max_steps=1, eval_data=None, eval_fraction=0.0)
+    assert not run.evals and (run.out / "results.json").exists()
+    samples = (run.out / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == prompts
+
+
+def test_held_out_by_a_share_of_the_prompts(world, go, capsys):
+    go(eval_data=None, eval_fraction=0.3, max_steps=1)
+    prompts = [row["prompt"] for row in pairs(22)]
+    held = sum(int(hashlib.sha256(p.encode()).hexdigest()[:16], 16) / 2**64 < 0.3 for p in prompts)
+    assert 0 < held < 22 and f"{22 - held} examples to train on, {held} held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_dry_run_shows_three_examples_and_writes_nothing(script, world, tmp_path, monkeypatch, capfd):
+    before = sorted(world.rglob("*"))
+    assert cli(monkeypatch, script, [*command(script, world, tmp_path), "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert "examples   22 of 22 rows" in out and "BOS        one in front of 22 of 22 prompts" in out
+    assert f"EOS        at the end of {44 if script == 'dpo' else 22} of" in out
+    assert ("baseline" in out) == (script == "dpo")
+    assert "22 examples to train on, 5 held out" in out
+    assert len(re.findall(r"train.jsonl:\d+: prompt", out)) == 3
+    for i, row in enumerate(pairs(22), 1):
+        shown = " ".join(out.partition(f"train.jsonl:{i}: prompt")[2].partition("train.jsonl:")[0].split())
+        if shown:
+            assert " ".join(f".{word!r}" for word in ["<bos>", *row["prompt"].split()]) in shown
+            for side in ("chosen", "rejected"):
+                response = " ".join(f"+{word!r}" for word in [*row[side].split(), "<eos>"])
+                assert (response in shown) == (script == "dpo" or side == "chosen")
+    assert not [*tmp_path.iterdir()] and sorted(world.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- wandb
+
+
+def test_wandb_gets_the_same_metrics(go, monkeypatch):
+    logged, finished = [], []
+    fake = SimpleNamespace(
+        init=lambda **options: logged.append(options),
+        log=lambda row, step=None: logged.append((step, row)),
+        finish=lambda: finished.append(True),
+        summary=SimpleNamespace(update=lambda results: finished.append(results)),
+        Table=lambda columns, data: ("table", columns, data),
+        Image=lambda path: ("image", path),
+    )
+    monkeypatch.setattr(runs, "wandb", fake)
+    run = go(wandb=True, eval_prompts=3, max_new_tokens=4)
+    options, *rows = logged
+    assert options["config"]["loss"] == "dpo" and options["dir"] == str(run.out) and options["resume"] == "allow"
+    written = [json.loads(line) for line in open(run.out / "metrics.jsonl")]
+    assert [{"step": step, **row} for step, row in rows[: len(written)]] == written
+    (step, samples), (_, curves) = rows[len(written) :]
+    kind, columns, data = samples["samples"]
+    assert step == 3 and columns == ["prompt", "before", "after"] and len(data) == 3
+    assert [dict(zip(columns, row, strict=True)) | {"step": 3} for row in data] == [
+        json.loads(line) for line in open(run.out / "samples.jsonl")
+    ]
+    assert curves == {"curves": ("image", f"{run.out}/curves.png")} and finished == [run.results, True]
+
+
+@pytest.mark.slow
+def test_wandb_offline(go, whole):
+    pytest.importorskip("wandb")
+    run = go(wandb=True, eval_prompts=2, max_new_tokens=4)
+    [folder] = (run.out / "wandb").glob("offline-run-*")
+    assert [*folder.glob("*.wandb")]
+    assert [path.name for path in folder.rglob("*.png")] and [*folder.rglob("*.table.json")]
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+PADDED_WITH_EOS = SimpleNamespace(eos_token_id=2, pad_token_id=2)
+PROMPTS = [[1, 7, 9], [1, 20, 21, 22, 23, 24, 25], [1], [1, 5, 6, 40, 41], [1, 7, 9, 30]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_the_softmax(temperature):
+    """Chi-square of 6,000 first tokens; what the model's own settings ask for is left out, and put back."""
+    model, n = tiny("llama"), 6000
+    model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=5.0, temperature=3.0, do_sample=True)
+    own = model.generation_config.to_dict()
+    sampled = generate(model, IDS, [PROMPTS[0]] * n, 1, temperature, seed=3, batch_size=2000)
+    with torch.no_grad():
+        expected = n * (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
+    counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=len(expected))
+    common = expected >= 5
+    observed = [*counts[common].tolist(), counts[~common].sum().item()]
+    wanted = [*expected[common].tolist(), max(expected[~common].sum().item(), 1e-9)]
+    if wanted[-1] < 5:
+        observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
+    chi2 = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True))
+    freedom = len(wanted) - 1
+    assert freedom > 10 and chi2 < freedom + 4 * math.sqrt(2 * freedom)
+    other = [
+        *((model(torch.tensor([PROMPTS[0]])).logits[0, -1] / (temperature + 0.3)).softmax(-1) * n)[common].tolist()
+    ]
+    assert (
+        sum((o - w) ** 2 / w for o, w in zip(observed, other, strict=False)) > 2 * chi2
+    )  # it tells temperatures apart
+    assert model.generation_config.to_dict() == own
+
+
+def test_the_second_token_follows_the_first():
+    """The log-probs scored later are those of what was sampled: mean of -log pi is the entropy of two tokens."""
+    model, n = tiny("llama"), 4000
+    sampled = generate(model, IDS, [PROMPTS[0]] * n, 2, seed=1, batch_size=2000)
+    with torch.no_grad():
+        first = model(torch.tensor([PROMPTS[0]])).logits[0, -1].log_softmax(-1)
+        pairs = torch.tensor([[*PROMPTS[0], token] for token in range(len(first))])
+        second = model(pairs).logits[:, -1].log_softmax(-1)
+    ended = torch.arange(len(first)) == 2
+    entropies = torch.where(ended, 0, -(second.exp() * second).sum(-1))
+    want = -(first.exp() * first).sum() + (first.exp() * entropies).sum()
+    found = torch.tensor(
+        [-sum(([first] + [second[ids[0]]])[i][t].item() for i, t in enumerate(ids)) for ids in sampled]
+    )
+    assert (found.mean() - want).abs() < 4 * found.std() / math.sqrt(n)
+
+
+@pytest.mark.parametrize("tokenizer", [IDS, PADDED_WITH_EOS], ids=["pad", "pad is eos"])
+def test_left_padding_changes_nothing(tokenizer):
+    model = tiny("llama")
+    together = generate(model, tokenizer, PROMPTS, 8, temperature=0.0)
+    for prompt, response in zip(PROMPTS, together, strict=True):
+        assert generate(model, tokenizer, [prompt], 8, temperature=0.0) == [response]
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 8 and (len(ids) == len(prompt) or ids[-1] != 2):
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert ids[len(prompt) :] == response
+    assert generate(model, tokenizer, PROMPTS, 8, temperature=0.0, batch_size=2) == together
+
+
+def test_seeds_decide_and_the_global_state_stays():
+    model = tiny("llama")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (generate(model, IDS, PROMPTS, 10, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and torch.equal(torch.get_rng_state(), before)
+    assert generate(model, IDS, [], 10) == []
+
+
+@pytest.mark.parametrize("tokenizer", [IDS, PADDED_WITH_EOS], ids=["pad", "pad is eos"])
+def test_a_response_ends_with_its_eos(tokenizer):
+    model = tiny("llama")
+    model.generation_config.eos_token_id = [2, 11]  # as chat models have it: the end of a turn too
+    assert end_ids(model, tokenizer) == [2, 11]
+    with torch.no_grad():  # as likely as not
+        model.get_input_embeddings().weight[[2, 11]] *= 3
+    responses = generate(model, tokenizer, PROMPTS * 40, 12, seed=4)
+    ends = [[i for i, token in enumerate(ids) if token in (2, 11)] for ids in responses]
+    assert all(found in ([], [len(ids) - 1]) for found, ids in zip(ends, responses, strict=True))
+    assert all(found or len(ids) == 12 for found, ids in zip(ends, responses, strict=True))
+    assert {ids[-1] for ids, found in zip(responses, ends, strict=True) if found} == {2, 11}
+    assert 20 < sum(map(bool, ends)) < 200 and len({*map(len, responses)}) > 4
+
+
+def test_sampling_uses_the_models_own_attention():
+    model = tiny("llama")
+    own = model.config._attn_implementation
+    plain = generate(model, IDS, PROMPTS, 6, seed=1)
+    models.use_layout(model, "tree")
+    assert model.config._attn_implementation == "tree"
+    assert generate(model, IDS, PROMPTS, 6, seed=1) == plain
+    assert model.config._attn_implementation == own and not model.training
+
+
+# --------------------------------------------------------------------------------------------------------- pad is eos
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_eos_is_trained_where_it_is_the_padding(layout, world, tmp_path):
+    """A tokenizer without padding of its own: after a few steps the model ends a review where reviews end."""
+    tokenizer = reviews.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model, eos = load(world / "model"), tokenizer.eos_token_id
+    models.save(model, tokenizer, tmp_path / "model")
+    rows = [
+        {"prompt": "the plot was", "completion": "dull ."},
+        {"prompt": "the script", "completion": "was not dull ."},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    examples = build(list(enumerate_rows(rows)), tokenizer, "sft", 512, 1024)[0]
+    batch = collate(examples, layout, models.pad_id(tokenizer))
+    assert models.pad_id(tokenizer) == eos and batch.targets.tolist().count(eos) == 2
+    models.use_layout(model, layout)
+    logps, sums = models.response_logps(model, batch)
+    models.use_layout(model, "padded")
+    want = [logps for [logps] in plain_logps(model, examples)]
+    assert sums.tolist() == pytest.approx(want, abs=1e-4)
+    ends = logps[batch.targets == eos]
+    assert len(ends) == 2 and ends.tolist() == pytest.approx(
+        [
+            model(torch.tensor([e.prompt + e.responses[0][:-1]])).logits[0, -1].log_softmax(-1)[eos].item()
+            for e in examples
+        ],
+        abs=1e-4,
+    )
+
+    a = train_sft.Args(model=str(tmp_path / "model"), data=str(data), out=str(tmp_path / "run"), device="cpu")
+    train_sft.main(dataclasses.replace(a, eval_fraction=0.0, lr=2e-2, epochs=15, eval_prompts=0, layout=layout))
+    trained = load(tmp_path / "run")
+    for e in examples:
+        with torch.no_grad():
+            logits = trained(torch.tensor([e.prompt + e.responses[0][:-1]])).logits[0, -1]
+        assert logits.softmax(-1)[eos] > 0.5
+
+
+def enumerate_rows(rows):
+    return ((f"rows.jsonl:{i}", row) for i, row in enumerate(rows, 1))
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("script", ["dpo", "sft"])
+def test_help_is_quick_and_explains_every_flag(script):
+    path = ROOT / f"train_{script}.py"
+    [body] = [n.body for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    helps = {}
+    for field, text in itertools.pairwise([*body, ast.Pass()]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no help"
+            helps[field.target.id] = text.value.value
+
+    seconds = []
+    while not seconds or seconds[-1] >= 5 and len(seconds) < 2:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, path, "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"}
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert done.returncode == 0 and min(seconds) < 5
+    squeezed = "".join(done.stdout.replace("│", " ").split())
+    for name, text in helps.items():
+        assert f"--{name.replace('_', '-')}" in done.stdout and "".join(text.split()) in squeezed, name
