@@ -61,6 +61,7 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # for these the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these see means over tokens, and so do their reward metrics
+TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
 DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
@@ -182,10 +183,11 @@ class Args:
 
 def check_loss(a: Args) -> None:
     """The losses themselves know which of their settings are impossible: BadInput."""
+    zero, one = torch.zeros(1), torch.ones(1).long()
+    losses.kto(zero, one.bool(), zero[0], a.beta, a.desirable_weight, a.undesirable_weight)  # beta, of every loss
     if a.loss in LOSSES:
-        zero, one = torch.zeros(1), torch.ones(1).long()
         LOSSES[a.loss](a, Pairs(zero, zero, zero - 1, zero - 1, one, one))
-    losses.implicit_reward(torch.zeros(1), torch.zeros(1), a.divergence, a.divergence_alpha)
+    losses.implicit_reward(zero, zero, a.divergence, a.divergence_alpha)
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -251,7 +253,9 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         totals["loss"] = (loss.detach().sum(), float(len(examples)))
         margins = rewards[better] - rewards[worse]
         count("rewards/margins", margins, weights)
-        count("rewards/accuracies", torch.where(margins == 0, 0.5, torch.where(margins > 0, right, 1 - right)), weights)
+        expected = torch.where(margins > 0, right, 1 - right)
+        tied = margins.abs() <= TIE * a.beta
+        count("rewards/accuracies", torch.where(tied, 0.5, expected), weights)
         sides = {"chosen": (better, weights), "rejected": (worse, weights)}
     for side, (rows, weights) in sides.items():
         count(f"rewards/{side}", rewards[rows], weights)
@@ -340,7 +344,7 @@ def main(a: Args) -> dict[str, float]:
     run = Run(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
-    if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code).get_vocab() != tokenizer.get_vocab():
+    if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
         raise BadInput(f"--ref {a.ref}: its tokenizer is not the one of --model {a.model}")
     train, held = read(a, a.data, tokenizer), []
     if a.eval_data:
@@ -377,7 +381,7 @@ def main(a: Args) -> dict[str, float]:
     if a.loss in REFERENCE_FREE:
         refs = [torch.zeros(len(e.responses)) for e in everything]
     else:
-        reference = models.load_model(a.ref, a.device, a.trust_remote_code) if a.ref else policy
+        reference = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref") if a.ref else policy
         limits, asked = (a.max_prompt_length, a.max_length), everything + others
         question = models.question(reference, tokenizer, asked, lengths=limits, dtype=a.dtype, layout=layout)
         refs = models.cached(Path(a.ref_cache), question, lambda: score(reference, asked, "reference"))
@@ -459,7 +463,7 @@ def main(a: Args) -> dict[str, float]:
             run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
         if run.interrupted:
             run.leave(step + 1)
-    run.bar.close()
+    run.end()
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, weights

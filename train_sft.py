@@ -231,7 +231,7 @@ def main(a: Args) -> dict[str, float]:
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
-    run.bar.close()
+    run.end()
 
     # --------------------------------------------------------------------------------------------------------- samples
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())

@@ -69,7 +69,7 @@ def answer(
 ) -> list[Example]:
     """The examples' prompts with one sampled response each, in place of their own."""
     sampled = generate(model, tokenizer, [e.prompt for e in examples], max_new_tokens, temperature, seed)
-    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sampled]
     alone = {"ranks": [1], "labels": None, "trained": None, "margin": None, "probability": 1.0}
     return [
         replace(e, responses=[ids], response_texts=[text], **alone)

@@ -30,18 +30,18 @@ transformers.utils.logging.disable_progress_bar()  # its bars for loading and wr
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--model"):
     """The tokenizer of a run directory, a local folder or a hub id. BadInput, in one line, where there is none."""
-    with _one_line(name):
+    with _one_line(name, flag):
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, device: str, trust_remote_code: bool = False):
+def load_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--model"):
     """The causal language model of a run directory, a local folder or a hub id; weights in float32, dropout off.
 
     BadInput, in one line, where there is no such model or it is not a causal language model.
     """
-    with _one_line(name):
+    with _one_line(name, flag):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
@@ -49,17 +49,17 @@ def load_model(name: str, device: str, trust_remote_code: bool = False):
 
 
 @contextmanager
-def _one_line(name: str):
+def _one_line(name: str, flag: str):
     """What the library says about a model that it cannot load, as one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         if os.path.isdir(name):
-            raise BadInput(f"--model {name}: the folder has no causal language model: {reason}") from None
+            raise BadInput(f"{flag} {name}: the folder has no causal language model: {reason}") from None
         raise BadInput(
-            f"--model {name}: not a local folder, and the model hub did not give it; without network, download it "
-            f"elsewhere with `hf download {name} --local-dir DIR` and use --model DIR ({reason})"
+            f"{flag} {name}: not a local folder, and the model hub did not give it; without network, download it "
+            f"elsewhere with `hf download {name} --local-dir DIR` and use {flag} DIR ({reason})"
         ) from None
 
 
@@ -162,6 +162,10 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     A file answers only the very question that it was written for. Where there is none, a line says what differs in the
     nearest one, so that nobody wonders why the scores are computed again.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--ref-cache {folder}: cannot write there: {error.strerror}") from None
     path = folder / (hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16] + ".safetensors")
     nearest: list[str] | None = None
     for other in sorted(folder.glob("*.safetensors")):
@@ -179,7 +183,6 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     if nearest:
         print(f"reference log-probs: no cached ones fit (the nearest were made with other {', '.join(nearest)})")
     found = compute()
-    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     tensors = {"logps": torch.cat(found), "sizes": torch.tensor([len(x) for x in found])}
     save_file(tensors, partial, metadata={"question": json.dumps(question)})

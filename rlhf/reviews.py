@@ -36,22 +36,19 @@ OPINIONS = {
 VALENCE = {word: value for levels in OPINIONS.values() for value, words in levels.items() for word in words.split()}
 INTENSITY = {
     "truly": 1.5,
-    "total": 1.5,
     "very": 1.25,
     "really": 1.25,
-    "real": 1.25,
     "fairly": 0.75,
     "rather": 0.75,
     "quite": 0.75,
     "slightly": 0.5,
-    "minor": 0.5,
 }
 NEGATION = {"not", "never", "hardly"}
 TURNS = {"but", "yet"}  # the sentence so far was the lesser side
 CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
 NEGATED = -0.5  # negation turns a valence round and dampens it
 CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
-MEAN, DEVIATION = 0.0, 1.027  # of the unscaled reward over the grammar's samples
+MEAN, DEVIATION = 0.0, 1.02  # of the unscaled reward over the grammar's samples
 NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -63,19 +60,19 @@ RULES = {
     "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND .",
     "SHORT": "4 SHORT+ | 4 SHORT- | SETTING",
     "LONG": "LONG+ | LONG-",
-    "SHORT+": "5 CLAUSE+ . | what a DESCRIBED+ FILM . | CLAUSE+ TAIL . | OPENING , CLAUSE+ .",
-    "LONG+": "2 CLAUSE- , BUT CLAUSE+ . | CLAUSE+ , BUT CLAUSE+ . | 2 ALTHOUGH CLAUSE- , CLAUSE+ ."
-    " | ALTHOUGH CLAUSE+ , CLAUSE+ . | 2 CLAUSE+ ALTHOUGH CLAUSE- . | CLAUSE+ ALTHOUGH CLAUSE+ ."
-    " | 2 CLAUSE+ and CLAUSE+ . | CLAUSE- and CLAUSE+ .",
+    "SHORT+": "6 CLAUSE+ END | what a DESCRIBED+ FILM . | OPENING , CLAUSE+ END",
+    "LONG+": "2 CLAUSE- , BUT CLAUSE+ END | CLAUSE+ , BUT CLAUSE+ END | 2 ALTHOUGH CLAUSE- , CLAUSE+ END"
+    " | ALTHOUGH CLAUSE+ , CLAUSE+ END | 2 CLAUSE+ ALTHOUGH CLAUSE- END | CLAUSE+ ALTHOUGH CLAUSE+ END"
+    " | 2 CLAUSE+ and CLAUSE+ END | CLAUSE- and CLAUSE+ END",
     "CLAUSE+": "4 ONE was QUALITY+ | 3 MANY were QUALITY+ | 2 it was QUALITY+ | 2 ITEM SEEMED DESCRIBED+ | 3 ITEM DID+"
     " | 4 i FELT+ OBJECT | 2 it was a KIND+",
     # opinions
     "QUALITY+": "7 DESCRIBED+ | NOT ADJECTIVE-",
-    "DESCRIBED+": "ADJECTIVE+ | HOW ADJECTIVE+",
+    "DESCRIBED+": "4 ADJECTIVE+ | 3 HOW ADJECTIVE+ | HOW HOW ADJECTIVE+",
     "FELT+": "4 LOVED+ | 3 STRONGLY LOVED+ | did not LOVE-",
     "DID+": "2 ACTED+ | STRONGLY ACTED+",
     "ACTED+": "2 SHONE+ | THRILLED+ me",
-    "KIND+": "ADJECTIVE+ FILM | GEM+ | SIZE GEM+",
+    "KIND+": "ADJECTIVE+ FILM | GEM+",
     # what opinions are about
     "OBJECT": "3 ITEM | it",
     "ITEM": "3 ONE | 2 MANY",
@@ -91,8 +88,8 @@ RULES = {
     "NOT": "3 not | never | hardly",
     "HOW": "3 very | 2 really | truly | fairly | rather | quite | slightly",
     "STRONGLY": "3 really | 2 truly | quite | slightly",
-    "SIZE": "real | total | minor",
     "SEEMED": "felt | seemed | looked",
+    "END": "5 . | TAIL .",
     "TAIL": "overall | throughout | at times",
     "OPENING": "frankly | overall | for me",
     "WE": "i | we",

@@ -141,8 +141,9 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
             if path.exists():
-                complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                _write(path, "".join(line for line in complete if step and json.loads(line)["step"] <= step))
+                last = step - (name == "samples.jsonl" and step == steps)  # the end's samples follow its checkpoint
+                complete = path.read_text("utf-8").split("\n")[:-1]
+                _write(path, "".join(line + "\n" for line in complete if step and json.loads(line)["step"] <= last))
         if self.args.wandb:
             identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
             options = {"project": "rlhf", "name": self.out.name, "dir": str(self.out), "config": self.flags}
@@ -170,6 +171,7 @@ class Run:
     def require_finite(self, step: int, loss: float, norm: float, examples: Sequence) -> None:
         """FloatingPointError, before the update, where the loss or its gradient is NaN or infinite."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.bar.close()
             rows = ", ".join(e.where for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
             raise FloatingPointError(
                 f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); the last checkpoint in "
@@ -178,7 +180,7 @@ class Run:
 
     def samples(self, step: int, rows: Sequence[dict]) -> None:
         """Append rows (texts and their scores) to samples.jsonl, and to wandb as a table."""
-        with open(self.out / "samples.jsonl", "a") as f:
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
             f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
         if self.args.wandb and rows:
             wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])}, step=step)
@@ -211,6 +213,12 @@ class Run:
             return None
         return torch.load(self.out / f"checkpoint/step-{max(steps)}/state.pt", map_location="cpu", weights_only=True)
 
+    def end(self) -> None:
+        """After the loop, whose last checkpoint is written: close the bar, and let signals stop the program again."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def leave(self, step: int) -> None:
         """After a signal, with the checkpoint written: say how to go on, and exit with 128 + the signal's number."""
         self.bar.close()
@@ -224,8 +232,6 @@ class Run:
             wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
             wandb.summary.update(results)
             wandb.finish()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         _write(self.out / "results.json", json.dumps(results, indent=1))
 
@@ -233,7 +239,7 @@ class Run:
 def _write(path: Path, text: str) -> None:
     """Replace a file by another, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, "utf-8")
     os.replace(partial, path)
 
 
@@ -303,9 +309,9 @@ def before_and_after(facts: dict[str, dict[str, list[float]]]) -> tuple[list[lis
         intervals = {side: mean_interval(found[name]) for side, found in facts.items()}
         results |= {f"{side}/{name}": mean for side, (mean, _) in intervals.items()}
         rows.append([FACTS[name], *(f"{mean:.2f} +- {half:.2f}" for mean, half in intervals.values())])
-    if facts["after"].get("gold"):
-        unit = statistics.stdev(facts["before"]["gold"])
-        gains = [(y - x) / unit for x, y in zip(facts["before"]["gold"], facts["after"]["gold"], strict=True)]
+    before = facts["before"].get("gold", [])
+    if len(before) > 1 and (unit := statistics.stdev(before)):
+        gains = [(y - x) / unit for x, y in zip(before, facts["after"]["gold"], strict=True)]
         results["gain/gold"], results["gain/gold_interval"] = mean_interval(gains)
     return rows, results
 
