@@ -140,7 +140,7 @@ class Args:
     """gradients with a larger norm are scaled down to it, > 0"""
     batch_size: int = 64
     """prompts per optimizer step, >= 1"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
     epochs: int = 1
     """passes over the data, >= 1"""
@@ -184,10 +184,13 @@ class Args:
 def check_loss(a: Args) -> None:
     """The losses themselves know which of their settings are impossible: BadInput."""
     zero, one = torch.zeros(1), torch.ones(1).long()
-    losses.kto(zero, one.bool(), zero[0], a.beta, a.desirable_weight, a.undesirable_weight)  # beta, of every loss
-    if a.loss in LOSSES:
-        LOSSES[a.loss](a, Pairs(zero, zero, zero - 1, zero - 1, one, one))
-    losses.implicit_reward(zero, zero, a.divergence, a.divergence_alpha)
+    try:
+        losses.kto(zero, one.bool(), zero[0], a.beta, a.desirable_weight, a.undesirable_weight)  # beta, of every loss
+        if a.loss in LOSSES:
+            LOSSES[a.loss](a, Pairs(zero, zero, zero - 1, zero - 1, one, one))
+        losses.implicit_reward(zero, zero, a.divergence, a.divergence_alpha)
+    except BadInput as error:
+        raise BadInput(f"--loss {a.loss}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -236,7 +239,9 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         good = torch.tensor([label for e in examples for label in e.labels], device=logps.device)
         loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
         count("loss", loss, torch.ones_like(loss))
-        count("rewards/accuracies", ((rewards > a.beta * z0) == good).float(), torch.ones_like(loss))
+        above = rewards - a.beta * z0
+        correct = torch.where(above.abs() <= TIE * a.beta, 0.5, ((above > 0) == good).float())
+        count("rewards/accuracies", correct, torch.ones_like(loss))
         sides = {
             "chosen": (good, loss.new_ones(int(good.sum()))),
             "rejected": (~good, loss.new_ones(int((~good).sum()))),
@@ -403,7 +408,7 @@ def main(a: Args) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------------------------------- training
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
-    first, delta, weights = 0, 0.0, None
+    first, delta, weights, final = 0, 0.0, None, {}
     if state := run.load_checkpoint():
         first, delta = state["step"], state["delta"]
         policy.load_state_dict(state["model"])
@@ -457,7 +462,8 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
         last = step + 1 == steps
         if held and ((step + 1) % a.eval_every == 0 or last):
-            run.log(step + 1, evaluate(score(policy, held), delta, z0_of(held_places)))
+            final = evaluate(score(policy, held), delta, z0_of(held_places))
+            run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
             weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
@@ -472,13 +478,14 @@ def main(a: Args) -> dict[str, float]:
     if held:
         start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
         no_kl = torch.zeros(()) if a.loss == "kto" else None
-        after = evaluate(score(policy, held), delta, z0_of(held_places))
-        metrics = {"before": evaluate(start, z0=no_kl), "after": after}
+        final = final or evaluate(score(policy, held), delta, z0_of(held_places))
+        metrics = {"before": evaluate(start, z0=no_kl), "after": final}
         results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
         for name in ("accuracies", "margins"):
             rows.append([f"held-out {name}", *(f"{found[f'eval/rewards/{name}']:.3f}" for found in metrics.values())])
         results["ceiling"] = sum(max(e.probability, 1 - e.probability) for e in held) / len(held)
-        rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
+        if results["ceiling"] < 1:
+            rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
 
     prompts = list({e.prompt_text: e for e in held or train}.values())
     prompts = prompts[: a.eval_prompts]
@@ -503,9 +510,8 @@ def main(a: Args) -> dict[str, float]:
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )
-    print(
-        f"Next: python train_dpo.py --beta {a.beta / 4:g} --out {run.out}-loose  (a longer leash: more reward, more KL)"
-    )
+    given = "".join(f" --{n} {getattr(a, n)}" for n in ("model", "data", "loss") if getattr(a, n) != getattr(Args, n))
+    print(f"Next: python train_dpo.py{given} --beta {a.beta / 2:g} --out {run.out}-loose  (a longer leash)")
     return results
 
 

@@ -25,7 +25,7 @@ import transformers
 from rlhf import losses, models, reviews
 from rlhf.data import Example, build, held_out, read_rows, show
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import FACTS, Run, check, cli, mean_interval, require, schedule, table
+from rlhf.runs import FACTS, Run, check, cli, interval, mean_interval, require, schedule, table
 from rlhf.tree import collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -70,7 +70,7 @@ class Args:
     """gradients with a larger norm are scaled down to it, > 0"""
     batch_size: int = 32
     """prompts per optimizer step, >= 1"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
     epochs: int = 1
     """passes over the data, >= 1"""
@@ -242,7 +242,7 @@ def main(a: Args) -> dict[str, float]:
     intervals = {name: mean_interval(values) for name, values in found.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
-    rows += [[FACTS[name], f"{mean:.3f} +- {half:.3f}"] for name, (mean, half) in intervals.items()]
+    rows += [[FACTS[name], interval(x)] for name, x in intervals.items()]
     print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers", "after"], rows))
     for e in answers[:4]:
         print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")

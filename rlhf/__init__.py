@@ -18,6 +18,9 @@ Axis letters, in signatures, einops patterns and comments:
 """
 
 import importlib
+import os
+import socket
+import urllib.request
 
 
 class BadInput(ValueError):
@@ -32,3 +35,13 @@ class lazy_import:
 
     def __getattr__(self, attribute: str):
         return getattr(importlib.import_module(self.name), attribute)
+
+
+def answer_at_once_offline() -> None:
+    """Tell the model hub's libraries that there is no network, where there is none: they would retry for a minute."""
+    hub = lazy_import("huggingface_hub").constants
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(hub.ENDPOINT.split("://")[-1].split("/")[0].split(":")[0], None)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"], hub.HF_HUB_OFFLINE = "1", True

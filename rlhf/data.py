@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf import BadInput, lazy_import
+from rlhf import BadInput, answer_at_once_offline, lazy_import
 
 datasets = lazy_import("datasets")
 parquet = lazy_import("pyarrow.parquet")
@@ -143,6 +143,8 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
     skipped: list[str] = []
     try:
         if path.is_file():
+            if split:
+                raise BadInput(f"{source}: a file, which has no splits: leave out --split {split}")
             found = list(_file(path, skipped if skip_bad_rows else None))
         elif path.is_dir() and not any((path / name).exists() for name in SAVED):
             names = sorted(f.name for f in path.iterdir() if f.name.endswith(SUFFIXES))
@@ -180,6 +182,7 @@ def _placed(name: str, rows) -> list[Row]:
 
 
 def _hub(source: str, split: str | None):
+    answer_at_once_offline()
     try:
         found = datasets.load_dataset(source, split=split)
     except Exception as error:  # network, unknown id, wrong split, broken files: the hub's many ways to say no

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf import BadInput
+from rlhf import BadInput, answer_at_once_offline
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
@@ -51,6 +51,11 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
 @contextmanager
 def _one_line(name: str, flag: str):
     """What the library says about a model that it cannot load, as one line."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise BadInput(f"{flag} {name}: no such folder")
+        answer_at_once_offline()
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -201,16 +206,18 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
     device = next(model.parameters()).device
     rows = [min(examples, key=tokens), max(examples, key=tokens)]
     use_layout(model, "padded")
-    plain = response_logps(model, collate(rows, "padded", pad, device), dtype)[0]
-    apart = torch.cat([response_logps(model, collate([e], "padded", pad, device), dtype)[0] for e in rows])
-    tolerance = 1e-4 if dtype == torch.float32 else max(1e-4, 4 * (plain - apart).abs().max().item())
+    plain = torch.cat([response_logps(model, collate([e], "padded", pad, device), dtype)[0] for e in rows])
+    tolerance = 1e-4
+    if dtype != torch.float32:
+        together = response_logps(model, collate(rows, "padded", pad, device), dtype)[0]
+        tolerance = max(tolerance, 4 * (together - plain).abs().max().item())
 
     short = collate(rows[:1], "padded", pad, device)
     ids = {"input_ids": short.input_ids, "attention_mask": short.attention_mask, "position_ids": short.position_ids}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits = rearrange(model(**ids, use_cache=False).logits, "rows t v -> (rows t) v")[short.sources]
     theirs = logits.float().log_softmax(-1).gather(1, short.targets[:, None])[:, 0]
-    off = (apart[: len(theirs)] - theirs).abs().max().item()
+    off = (plain[: len(theirs)] - theirs).abs().max().item()
     if off > (1e-3 if dtype == torch.float32 else 0.5):
         raise BadInput(
             f"{model.config.model_type}: output_head in rlhf/models.py does not make its logits of the hidden states "
@@ -222,10 +229,12 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
     try:
         use_layout(model, "tree")
         tree = response_logps(model, collate(rows, "tree", pad, device), dtype)[0]
-        difference = (tree - plain).abs().max().item()
-        leak = _leak(model, rows, pad, device, dtype)
-        reason = f"the layouts differ by {difference:.2g} nats a token, a branch moves another by {leak:.2g}"
+        difference, leak = (tree - plain).abs().max().item(), _leak(model, rows, tree, pad, dtype)
         same = max(difference, leak) <= tolerance
+        reason = (
+            f"the layouts differ by {difference:.2g} nats a token and a branch moves another by {leak:.2g}, "
+            f"where rounding explains {tolerance:.2g}"
+        )
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         same, reason = False, str(error).split("\n")[0]
     if same:
@@ -237,14 +246,13 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
     return "padded"
 
 
-def _leak(model, rows: Sequence[Example], pad: int, device, dtype) -> float:
-    """How far the log-probs of all other branches move (nats) when the first response of the first row is changed."""
+def _leak(model, rows: Sequence[Example], logps: Float[Tensor, " n"], pad: int, dtype: torch.dtype) -> float:
+    """How far the log-probs of all other branches move (nats) from `logps` when the first one's tokens are changed."""
     changed = [t - 1 if t else 1 for t in rows[0].responses[0]]
     other = replace(rows[0], responses=[changed, *rows[0].responses[1:]])
-    before, after = (collate([first, *rows[1:]], "tree", pad, device) for first in (rows[0], other))
-    unchanged = before.sequence != 0
-    moved = response_logps(model, before, dtype)[0] - response_logps(model, after, dtype)[0]
-    return moved[unchanged].abs().max().item() if unchanged.any() else 0.0
+    batch = collate([other, *rows[1:]], "tree", pad, logps.device)
+    moved = (response_logps(model, batch, dtype)[0] - logps)[batch.sequence != 0]
+    return moved.abs().max().item() if len(moved) else 0.0
 
 
 def save(model, tokenizer, out: Path) -> None:

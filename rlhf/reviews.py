@@ -3,9 +3,9 @@
 A probabilistic grammar writes the reviews (`sample`) and gives any text its exact probability (`log_prob`). The gold
 reward (`gold_reward`) weighs up the opinion words of a text. Simulated annotators compare texts by that reward plus
 noise (`preference_rows`, `rank`). It is the controlled-sentiment experiment of Rafailov et al. 2023 (section 6,
-arXiv 2305.18290) made small enough for a laptop. One review, with log probability -30.1 nats and gold reward +0.82:
+arXiv 2305.18290) made small enough for a laptop. One review, with log probability -30.2 nats and gold reward +0.50:
 
-    we saw it on a rainy sunday . although the script was not very good , i really enjoyed the special effects .
+    we saw it on a rainy sunday . although the script was fairly dull , i really enjoyed the special effects .
 """
 
 import math
@@ -48,7 +48,7 @@ TURNS = {"but", "yet"}  # the sentence so far was the lesser side
 CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
 NEGATED = -0.5  # negation turns a valence round and dampens it
 CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
-MEAN, DEVIATION = 0.0, 1.02  # of the unscaled reward over the grammar's samples
+MEAN, DEVIATION = 0.0, 0.991  # of the unscaled reward over the grammar's samples
 NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,9 @@ NOISE = 0.35  # of the annotators, in gold reward: between two answers to one pr
 # A rule for SYMBOL+ also stands for its twin SYMBOL-, with every + and - in it exchanged.
 
 RULES = {
-    "REVIEW": "5 LONG | 6 SHORT SHORT | SHORT LONG | LONG SHORT | SHORT SHORT SHORT",
+    "REVIEW": "LONG | 2 SENTENCE BODY",
+    "BODY": "4 SENTENCE | SENTENCE BODY",
+    "SENTENCE": "4 SHORT | LONG",
     "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND .",
     "SHORT": "4 SHORT+ | 4 SHORT- | SETTING",
     "LONG": "LONG+ | LONG-",
@@ -68,7 +70,7 @@ RULES = {
     " | 4 i FELT+ OBJECT | 2 it was a KIND+",
     # opinions
     "QUALITY+": "7 DESCRIBED+ | NOT ADJECTIVE-",
-    "DESCRIBED+": "4 ADJECTIVE+ | 3 HOW ADJECTIVE+ | HOW HOW ADJECTIVE+",
+    "DESCRIBED+": "2 ADJECTIVE+ | HOW DESCRIBED+",
     "FELT+": "4 LOVED+ | 3 STRONGLY LOVED+ | did not LOVE-",
     "DID+": "2 ACTED+ | STRONGLY ACTED+",
     "ACTED+": "2 SHONE+ | THRILLED+ me",
@@ -159,7 +161,7 @@ def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
 
 
 def sample(rng: random.Random) -> str:
-    """One review: 8 to 40 words and periods with single spaces between them."""
+    """One review: words and periods with single spaces between them, at least 8; a few in 1000 have more than 40."""
     return " ".join(expand(GRAMMAR, "REVIEW", rng))
 
 

@@ -290,6 +290,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
+def interval(mean_and_half: tuple[float, float]) -> str:
+    """ "mean +- half", or the mean alone where one value gives no interval."""
+    mean, half = mean_and_half
+    return f"{mean:.2f} +- {half:.2f}" if math.isfinite(half) else f"{mean:.2f}"
+
+
 FACTS = {  # what is found out about sampled answers (rlhf/generate.py), as the tables name it
     "gold": "gold reward",
     "grammatical": "grammatical share",
@@ -308,7 +314,7 @@ def before_and_after(facts: dict[str, dict[str, list[float]]]) -> tuple[list[lis
     for name in (n for n in FACTS if facts["after"].get(n)):
         intervals = {side: mean_interval(found[name]) for side, found in facts.items()}
         results |= {f"{side}/{name}": mean for side, (mean, _) in intervals.items()}
-        rows.append([FACTS[name], *(f"{mean:.2f} +- {half:.2f}" for mean, half in intervals.values())])
+        rows.append([FACTS[name], *map(interval, intervals.values())])
     before = facts["before"].get("gold", [])
     if len(before) > 1 and (unit := statistics.stdev(before)):
         gains = [(y - x) / unit for x, y in zip(before, facts["after"]["gold"], strict=True)]

@@ -53,16 +53,11 @@ def test_every_rule_is_a_distribution_over_known_symbols():
     assert reviews.TURNS | reviews.CONCESSIONS <= set(reviews.VOCABULARY)
 
 
-def test_shortest_and_longest_review_have_8_and_at_most_40_tokens(samples):
-    def bound(symbol, best):
-        if symbol not in GRAMMAR:
-            return 1
-        return best(sum(bound(part, best) for part in parts) for _, parts in GRAMMAR[symbol])
-
-    assert bound("REVIEW", min) == 8 and bound("REVIEW", max) <= 40
+def test_reviews_have_8_to_40_tokens_but_for_a_few_in_1000(samples):
     lengths = [len(text.split()) for text in samples]
-    assert 17 < sum(lengths) / len(lengths) < 23
-    assert all(text.endswith(" .") and 1 <= text.split().count(".") <= 4 for text in samples)
+    assert min(lengths) == 8 and 0 < sum(n > 40 for n in lengths) / len(lengths) < 0.004
+    assert 14 < sum(lengths) / len(lengths) < 15
+    assert all(text.endswith(" .") for text in samples)
 
 
 def test_read_grammar_weights_and_twins():
@@ -113,22 +108,22 @@ def test_log_prob_agrees_with_leftmost_derivations(samples):
 
 
 def test_log_prob_by_hand():
-    # REVIEW is LONG (2 of 26), LONG+ (1 of 2), CLAUSE+ and CLAUSE+ (3 of 17); each clause is it was QUALITY+ (2 of 31),
-    # DESCRIBED+ (10 of 12), ADJECTIVE+ (1 of 2), its word (1 of 12)
-    clause = 2 / 31 * 10 / 12 * 1 / 2 * 1 / 12
-    long = 1 / 2 * 3 / 17 * clause**2
-    assert log_prob("it was good and it was nice .") == pytest.approx(math.log(2 / 26 * long), abs=1e-12)
+    # REVIEW is LONG (1 of 3), LONG+ (1 of 2), CLAUSE+ and CLAUSE+ END (2 of 12), its END a period (5 of 6); each clause
+    # is it was QUALITY+ (2 of 20), DESCRIBED+ (7 of 8), ADJECTIVE+ (2 of 3), its word (1 of 12)
+    clause = 2 / 20 * 7 / 8 * 2 / 3 * 1 / 12
+    long = 1 / 2 * 2 / 12 * 5 / 6 * clause**2
+    assert log_prob("it was good and it was nice .") == pytest.approx(math.log(long / 3), abs=1e-12)
 
 
 def test_sampled_frequencies_match_probabilities(samples):
-    for start in ("although the", "i really", "what a", "it is about a", "we watched"):
+    for start in ("although the", "i really", "what a", "we watched"):
         p = sum(open_symbols(GRAMMAR, start.split()).values())
         count = sum(text.startswith(start + " ") for text in samples)
         assert abs(count - p * len(samples)) < 4 * math.sqrt(p * (1 - p) * len(samples)), start
 
 
 def test_every_sample_is_grammatical_and_broken_texts_are_not(samples):
-    assert all(-80 < log_prob(text) < 0 for text in samples[:300])
+    assert all(-120 < log_prob(text) < 0 for text in samples[:300])
     good = "the plot was very good . i did not enjoy the jokes ."
     assert log_prob(good) > -math.inf
     for broken in (
@@ -142,7 +137,7 @@ def test_every_sample_is_grammatical_and_broken_texts_are_not(samples):
         "the plot was very zebra . i did not enjoy the jokes .",
         "the plot was very good i did not enjoy the jokes .",
         "The plot was very good . i did not enjoy the jokes .",
-        "the plot was very good .",
+        "the plot was very good .",  # a single short sentence is no review
     ):
         assert log_prob(broken) == -math.inf, broken
 
@@ -160,8 +155,8 @@ def test_every_sample_is_grammatical_and_broken_texts_are_not(samples):
         ("the plot was very good .", 1.25 / 2),
         ("the plot was not good .", -0.5 / 2),
         ("the plot was not very bad .", -0.5 * 1.25 * -2 / 2),
-        ("it was never a real gem .", -0.5 * 1.25 * 2 / 2),
-        ("the songs never really made me laugh .", -0.5 * 1.25 * 2 / 2),
+        ("it was never a gem .", -0.5 * 2 / 2),
+        ("the songs never really thrilled me .", -0.5 * 1.25 * 3 / 2),
         ("slightly very good", 1.25 / 2),  # the last intensifier counts
         ("the plot was good . i hated it .", (1 - 3) / 3),
         ("the plot was good , but i hated it .", (0.75 * 1 - 3) / 2.75),
@@ -193,9 +188,9 @@ def test_gold_reward_is_standardised_and_has_room_above(samples):
     mean = sum(rewards) / len(rewards)
     assert abs(mean) < 0.03
     assert abs(math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) - 1) < 0.02
-    best = "i truly loved it and it was a total triumph . i truly adored it and the plot was truly superb ."
+    best = "i truly loved it and it was a triumph . i truly adored it and the plot was truly superb ."
     assert log_prob(best) > -math.inf
-    assert gold_reward(best) == pytest.approx(18 / 5 / reviews.DEVIATION)
+    assert gold_reward(best) == pytest.approx((3 * 4.5 + 3) / 5 / reviews.DEVIATION)
     assert gold_reward(best) > 2.5
     assert gold_reward("truly superb " * 10_000) < 4.5 / reviews.DEVIATION
 
@@ -238,7 +233,7 @@ def test_continuations_follow_the_exact_conditional_distribution():
     for word, count in counts.items():
         p = sum(open_symbols(GRAMMAR, [*prompt.split(), word]).values()) / sum(begun.values())
         assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n)
-    assert len(counts) == 5
+    assert len(counts) == 3
     with pytest.raises(ValueError, match="no review goes on"):
         reviews.continuations("plot the", 1, random.Random(0))
 

@@ -103,10 +103,10 @@ def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
 
     monkeypatch.setattr(models, "tree_attention", leaky)
     model, rows = tiny("llama"), random_examples([(3, [4, 5]), (6, [7, 8])])
-    monkeypatch.setattr(models, "response_logps", response_logps)
     assert choose_layout(model, rows, 0, torch.float32) == "padded"
     use_layout(model, "tree")
-    assert models._leak(model, rows, 0, "cpu", torch.float32) > 1e-2
+    logps, _ = response_logps(model, collate(rows, "tree", 0))
+    assert models._leak(model, rows, logps, 0, torch.float32) > 1e-2
 
 
 def test_bfloat16_check():
