@@ -30,7 +30,7 @@ from rlhf.tree import collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-REVIEWS = 40_000  # rows of the embedded task
+REVIEWS = 32_000  # rows of the embedded task
 DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
     "any": {"lr": 2e-5, "eval_prompts": 4},
     "reviews": {"lr": 4e-3, "eval_prompts": 256},

@@ -3,9 +3,9 @@
 A probabilistic grammar writes the reviews (`sample`) and gives any text its exact probability (`log_prob`). The gold
 reward (`gold_reward`) weighs up the opinion words of a text. Simulated annotators compare texts by that reward plus
 noise (`preference_rows`, `rank`). It is the controlled-sentiment experiment of Rafailov et al. 2023 (section 6,
-arXiv 2305.18290) made small enough for a laptop. One review, with log probability -30.2 nats and gold reward +0.50:
+arXiv 2305.18290) made small enough for a laptop. One review, with log probability -26.3 nats and gold reward +0.39:
 
-    we saw it on a rainy sunday . although the script was fairly dull , i really enjoyed the special effects .
+    we saw it on a rainy sunday . although the script was dull , i really enjoyed the jokes .
 """
 
 import math
@@ -43,35 +43,33 @@ INTENSITY = {
     "quite": 0.75,
     "slightly": 0.5,
 }
-NEGATION = {"not", "never", "hardly"}
+NEGATION = {"not", "never"}
 TURNS = {"but", "yet"}  # the sentence so far was the lesser side
 CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
 NEGATED = -0.5  # negation turns a valence round and dampens it
 CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
-MEAN, DEVIATION = 0.0, 0.991  # of the unscaled reward over the grammar's samples
-NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.83
+MEAN, DEVIATION = 0.0, 1.474  # of the unscaled reward over the grammar's samples
+NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.85
 
 # --------------------------------------------------------------------------------------------------------------------
 # The grammar. Capitals are symbols, the rest are words; "|" parts alternatives, a leading number is a weight (else 1).
 # A rule for SYMBOL+ also stands for its twin SYMBOL-, with every + and - in it exchanged.
 
 RULES = {
-    "REVIEW": "LONG | 2 SENTENCE BODY",
-    "BODY": "4 SENTENCE | SENTENCE BODY",
-    "SENTENCE": "4 SHORT | LONG",
+    "REVIEW": "SENTENCE SENTENCE",
+    "SENTENCE": "2 SHORT | LONG",
     "SETTING": "WE WATCHED SEEN WHEN . | WE WATCHED SEEN with my FRIEND .",
-    "SHORT": "4 SHORT+ | 4 SHORT- | SETTING",
+    "SHORT": "5 SHORT+ | 5 SHORT- | SETTING",
     "LONG": "LONG+ | LONG-",
     "SHORT+": "6 CLAUSE+ END | what a DESCRIBED+ FILM . | OPENING , CLAUSE+ END",
     "LONG+": "2 CLAUSE- , BUT CLAUSE+ END | CLAUSE+ , BUT CLAUSE+ END | 2 ALTHOUGH CLAUSE- , CLAUSE+ END"
     " | ALTHOUGH CLAUSE+ , CLAUSE+ END | 2 CLAUSE+ ALTHOUGH CLAUSE- END | CLAUSE+ ALTHOUGH CLAUSE+ END"
     " | 2 CLAUSE+ and CLAUSE+ END | CLAUSE- and CLAUSE+ END",
-    "CLAUSE+": "4 ONE was QUALITY+ | 3 MANY were QUALITY+ | 2 it was QUALITY+ | 2 ITEM SEEMED DESCRIBED+ | 3 ITEM DID+"
-    " | 4 i FELT+ OBJECT | 2 it was a KIND+",
+    "CLAUSE+": "4 ONE was DESCRIBED+ | 3 MANY were DESCRIBED+ | 2 it was DESCRIBED+ | 2 ITEM SEEMED DESCRIBED+"
+    " | 3 ITEM DID+ | 4 i FELT+ OBJECT | 2 it was a KIND+",
     # opinions
-    "QUALITY+": "7 DESCRIBED+ | NOT ADJECTIVE-",
     "DESCRIBED+": "2 ADJECTIVE+ | HOW DESCRIBED+",
-    "FELT+": "4 LOVED+ | 3 STRONGLY LOVED+ | did not LOVE-",
+    "FELT+": "2 LOVED+ | STRONGLY LOVED+ | did not LOVE-",
     "DID+": "2 ACTED+ | STRONGLY ACTED+",
     "ACTED+": "2 SHONE+ | THRILLED+ me",
     "KIND+": "ADJECTIVE+ FILM | GEM+",
@@ -87,7 +85,6 @@ RULES = {
     # words
     "BUT": "2 but | yet",
     "ALTHOUGH": "2 although | though",
-    "NOT": "3 not | never | hardly",
     "HOW": "3 very | 2 really | truly | fairly | rather | quite | slightly",
     "STRONGLY": "3 really | 2 truly | quite | slightly",
     "SEEMED": "felt | seemed | looked",
@@ -161,7 +158,7 @@ def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
 
 
 def sample(rng: random.Random) -> str:
-    """One review: words and periods with single spaces between them, at least 8; a few in 1000 have more than 40."""
+    """One review: two sentences of words and periods with single spaces between, 8 to 40 of them."""
     return " ".join(expand(GRAMMAR, "REVIEW", rng))
 
 
@@ -209,12 +206,12 @@ def log_prob(text: str) -> float:
 def gold_reward(text: str) -> float:
     """The sentiment of any text: mean 0 and deviation 1 over the grammar's samples, greater is kinder, always finite.
 
-        gold = (r - MEAN) / DEVIATION,   r = sum_i w_i e_i / (1 + sum_i w_i),   e_i = polarity * intensity * valence
+        gold = (r - MEAN) / DEVIATION,   r = sum_i w_i e_i / sum_i w_i,   e_i = polarity * intensity * valence
 
     i runs over the opinion words. Polarity is NEGATED after a negation, else 1; intensity is that of the last
     intensifier, else 1; both wait for the next opinion word, but not past a comma, a period or a contrast. w_i is
-    CONCEDED before "but" in the same sentence and from "although" to the next comma or period, else 1. The 1 in the
-    denominator is one neutral opinion: |r| stays below 4.5 at any length, and no opinion gives 0.
+    CONCEDED before "but" in the same sentence and from "although" to the next comma or period, else 1. A mean, so that
+    more sentences are not more reward; |r| <= 4.5, and 0 without an opinion.
     """
     total = weights = 0.0
     sentence: list[tuple[float, float]] = []  # w_i, e_i
@@ -236,7 +233,7 @@ def gold_reward(text: str) -> float:
                 total += sum(w * e for w, e in sentence)
                 weights += sum(w for w, _ in sentence)
                 sentence = []
-    return (total / (1 + weights) - MEAN) / DEVIATION
+    return ((total / weights if weights else 0.0) - MEAN) / DEVIATION
 
 
 def preference_rows(

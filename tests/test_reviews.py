@@ -49,15 +49,15 @@ def test_every_rule_is_a_distribution_over_known_symbols():
         for _, parts in alternatives:
             assert parts and all(part in GRAMMAR or part == part.lower() for part in parts), (symbol, parts)
     assert 120 <= len(reviews.VOCABULARY) <= 500
-    assert set(reviews.VALENCE) | set(reviews.INTENSITY) | reviews.NEGATION <= set(reviews.VOCABULARY)
+    assert set(reviews.VALENCE) | set(reviews.INTENSITY) | {"not"} <= set(reviews.VOCABULARY)
     assert reviews.TURNS | reviews.CONCESSIONS <= set(reviews.VOCABULARY)
 
 
-def test_reviews_have_8_to_40_tokens_but_for_a_few_in_1000(samples):
+def test_reviews_have_8_to_40_tokens_in_two_sentences(samples):
     lengths = [len(text.split()) for text in samples]
-    assert min(lengths) == 8 and 0 < sum(n > 40 for n in lengths) / len(lengths) < 0.004
-    assert 14 < sum(lengths) / len(lengths) < 15
-    assert all(text.endswith(" .") for text in samples)
+    assert min(lengths) == 8 and max(lengths) <= 40
+    assert 15 < sum(lengths) / len(lengths) < 16.5
+    assert all(text.endswith(" .") and text.split().count(".") == 2 for text in samples)
 
 
 def test_read_grammar_weights_and_twins():
@@ -108,11 +108,13 @@ def test_log_prob_agrees_with_leftmost_derivations(samples):
 
 
 def test_log_prob_by_hand():
-    # REVIEW is LONG (1 of 3), LONG+ (1 of 2), CLAUSE+ and CLAUSE+ END (2 of 12), its END a period (5 of 6); each clause
-    # is it was QUALITY+ (2 of 20), DESCRIBED+ (7 of 8), ADJECTIVE+ (2 of 3), its word (1 of 12)
-    clause = 2 / 20 * 7 / 8 * 2 / 3 * 1 / 12
-    long = 1 / 2 * 2 / 12 * 5 / 6 * clause**2
-    assert log_prob("it was good and it was nice .") == pytest.approx(math.log(long / 3), abs=1e-12)
+    # a sentence is LONG (1 of 3), LONG+ (1 of 2), CLAUSE+ and CLAUSE+ END (2 of 12), END a period (5 of 6); or it is
+    # SHORT (2 of 3), SHORT+ (5 of 11), CLAUSE+ END (6 of 8), that period; each clause is it was DESCRIBED+ (2 of 20),
+    # ADJECTIVE+ (2 of 3), its word (1 of 12)
+    clause = 2 / 20 * 2 / 3 * 1 / 12
+    long = 1 / 3 * 1 / 2 * 2 / 12 * 5 / 6 * clause**2
+    short = 2 / 3 * 5 / 11 * 6 / 8 * 5 / 6 * clause
+    assert log_prob("it was good and it was nice . it was fine .") == pytest.approx(math.log(long * short), abs=1e-12)
 
 
 def test_sampled_frequencies_match_probabilities(samples):
@@ -150,24 +152,24 @@ def test_every_sample_is_grammatical_and_broken_texts_are_not(samples):
     [
         ("", 0),
         ("we saw it last night .", 0),
-        ("the plot was good .", 1 / 2),
-        ("the plot was superb", 3 / 2),
-        ("the plot was very good .", 1.25 / 2),
-        ("the plot was not good .", -0.5 / 2),
-        ("the plot was not very bad .", -0.5 * 1.25 * -2 / 2),
-        ("it was never a gem .", -0.5 * 2 / 2),
-        ("the songs never really thrilled me .", -0.5 * 1.25 * 3 / 2),
-        ("slightly very good", 1.25 / 2),  # the last intensifier counts
-        ("the plot was good . i hated it .", (1 - 3) / 3),
-        ("the plot was good , but i hated it .", (0.75 * 1 - 3) / 2.75),
-        ("the plot was good yet i hated it . it was nice .", (0.75 * 1 - 3 + 1) / 3.75),
-        ("it was nice . the plot was good , but i hated it .", (1 + 0.75 * 1 - 3) / 3.75),
-        ("although the plot was good , i hated it .", (0.75 * 1 - 3) / 2.75),
-        ("i hated it although the plot was good .", (-3 + 0.75 * 1) / 2.75),
-        ("i hated it though the plot was good . it was nice .", (-3 + 0.75 * 1 + 1) / 3.75),
-        ("the plot was not . good", 1 / 2),
-        ("very , not but good", 1 / 2),
-        ("superb superb zebra superb", 9 / 4),
+        ("the plot was good .", 1),
+        ("the plot was superb", 3),
+        ("the plot was very good .", 1.25),
+        ("the plot was not good .", -0.5),
+        ("the plot was not very bad .", -0.5 * 1.25 * -2),
+        ("it was never a gem .", -0.5 * 2),
+        ("the songs never really thrilled me .", -0.5 * 1.25 * 3),
+        ("slightly very good", 1.25),  # the last intensifier counts
+        ("the plot was good . i hated it .", (1 - 3) / 2),
+        ("the plot was good , but i hated it .", (0.75 * 1 - 3) / 1.75),
+        ("the plot was good yet i hated it . it was nice .", (0.75 * 1 - 3 + 1) / 2.75),
+        ("it was nice . the plot was good , but i hated it .", (1 + 0.75 * 1 - 3) / 2.75),
+        ("although the plot was good , i hated it .", (0.75 * 1 - 3) / 1.75),
+        ("i hated it although the plot was good .", (-3 + 0.75 * 1) / 1.75),
+        ("i hated it though the plot was good . it was nice .", (-3 + 0.75 * 1 + 1) / 2.75),
+        ("the plot was not . good", 1),
+        ("very , not but good", 1),
+        ("superb superb zebra superb", 3),
     ],
 )
 def test_gold_reward_by_hand(text, r):
@@ -190,9 +192,9 @@ def test_gold_reward_is_standardised_and_has_room_above(samples):
     assert abs(math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) - 1) < 0.02
     best = "i truly loved it and it was a triumph . i truly adored it and the plot was truly superb ."
     assert log_prob(best) > -math.inf
-    assert gold_reward(best) == pytest.approx((3 * 4.5 + 3) / 5 / reviews.DEVIATION)
+    assert gold_reward(best) == pytest.approx((3 * 4.5 + 3) / 4 / reviews.DEVIATION)
     assert gold_reward(best) > 2.5
-    assert gold_reward("truly superb " * 10_000) < 4.5 / reviews.DEVIATION
+    assert gold_reward("truly superb " * 10_000) == pytest.approx(4.5 / reviews.DEVIATION)
 
 
 # -- annotators -------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_gold_reward_is_standardised_and_has_room_above(samples):
 
 def test_preference_labels_follow_bradley_terry():
     prompt, a, b = "the plot", "was good .", "was not good ."
-    p = 1 / (1 + math.exp(-(0.5 + 0.25) / reviews.DEVIATION / 2.0))
+    p = 1 / (1 + math.exp(-(1 + 0.5) / reviews.DEVIATION / 2.0))
     n = 20_000
     rows = reviews.preference_rows([prompt] * n, [[a, b]] * n, 2.0, random.Random(0))
     assert {row["prompt"] for row in rows} == {prompt}
@@ -247,13 +249,13 @@ def test_rows_of_the_data_set():
         assert all(log_prob(f"{row['prompt']} {row[side]}") > -math.inf for side in ("chosen", "rejected"))
 
 
-def test_noise_puts_the_ceiling_near_083():
+def test_noise_puts_the_ceiling_near_085():
     rng = random.Random(0)
     expected = []
     for prompt in reviews.prompts(700, seed=3):
         a, b = (gold_reward(f"{prompt} {text}") for text in reviews.continuations(prompt, 2, rng))
         expected.append(1 / (1 + math.exp(-abs(a - b) / NOISE)))
-    assert 0.81 < sum(expected) / len(expected) < 0.85
+    assert 0.83 < sum(expected) / len(expected) < 0.87
 
 
 # -- data and model ---------------------------------------------------------------------------------------------------
