@@ -65,7 +65,7 @@ TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
 DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
-    "reviews": {"beta": 0.8, "lr": 4e-4, "eval_fraction": 0.1, "eval_prompts": 512},
+    "reviews": {"beta": 0.5, "lr": 4e-4, "eval_fraction": 0.1, "eval_prompts": 512},
 }
 Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
 REVIEWS = 24_000  # rows of the embedded task
@@ -102,7 +102,7 @@ class Args:
     """which of the family (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
     beta: float | None = None
     """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5);
-    default 0.1 (embedded: 0.8)"""
+    default 0.1 (embedded: 0.5)"""
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
@@ -151,7 +151,7 @@ class Args:
     max_length: int = 1024
     """tokens of a prompt with one response, > max-prompt-length; longer responses lose their end"""
 
-    eval_every: int = 50
+    eval_every: int = 100
     """optimizer steps between evaluations on the held-out pairs, >= 1"""
     eval_prompts: int | None = None
     """held-out prompts answered before and after, >= 0; default 16 (embedded: 512)"""
@@ -160,7 +160,7 @@ class Args:
     save_every: int = 100
     """optimizer steps between checkpoints, >= 1"""
     resume: bool = False
-    """go on from the last checkpoint in --out, with the same flags: the result is the same, bit for bit"""
+    """go on from the last checkpoint in --out, with the same flags; on a CPU the result is the same bit for bit"""
     dry_run: bool = False
     """print the data report and three examples token by token, and train nothing"""
     wandb: bool = False
@@ -191,6 +191,8 @@ def check_loss(a: Args) -> None:
         losses.implicit_reward(zero, zero, a.divergence, a.divergence_alpha)
     except BadInput as error:
         raise BadInput(f"--loss {a.loss}: {error}") from None
+    needs_log_ratios = a.loss in REFERENCE_FREE | {"kto"} and a.divergence != "reverse_kl"
+    require(not needs_log_ratios, f"--loss {a.loss} is not defined with --divergence {a.divergence}: leave that out")
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -240,14 +242,16 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
         count("loss", loss, torch.ones_like(loss))
         above = rewards - a.beta * z0
-        correct = torch.where(above.abs() <= TIE * a.beta, 0.5, ((above > 0) == good).float())
-        count("rewards/accuracies", correct, torch.ones_like(loss))
+        right = logps.new_tensor([e.probability for e in examples for _ in e.labels])
+        expected = torch.where((above > 0) == good, right, 1 - right)
+        count("rewards/accuracies", torch.where(above.abs() <= TIE * a.beta, 0.5, expected), torch.ones_like(loss))
         sides = {
             "chosen": (good, loss.new_ones(int(good.sum()))),
             "rejected": (~good, loss.new_ones(int((~good).sum()))),
         }
     else:
-        better, worse, weights, right = (torch.tensor(x, device=logps.device) for x in untied(examples))
+        better, worse = (torch.tensor(x, device=logps.device) for x in untied(examples)[:2])
+        weights, right = (logps.new_tensor(x) for x in untied(examples)[2:])
         if a.loss == "plackett_luce":
             best_first = [sorted(range(len(e.ranks)), key=e.ranks.__getitem__) for e in examples]
             ranked = zip((a.beta * ratios).split([len(e.ranks) for e in examples]), best_first, strict=True)
@@ -259,7 +263,7 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         margins = rewards[better] - rewards[worse]
         count("rewards/margins", margins, weights)
         expected = torch.where(margins > 0, right, 1 - right)
-        tied = margins.abs() <= TIE * a.beta
+        tied = margins.abs() <= TIE * a.beta / (lengths[better] if a.loss in PER_TOKEN else 1)
         count("rewards/accuracies", torch.where(tied, 0.5, expected), weights)
         sides = {"chosen": (better, weights), "rejected": (worse, weights)}
     for side, (rows, weights) in sides.items():
@@ -297,7 +301,7 @@ def guard(a: Args, gaps: Tensor, loss: float) -> None:
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(
-            abs(loss - math.log(2)) < 1e-3 * max(1, a.beta) * (a.dpop_lambda if a.loss == "dpop" else 1),
+            abs(loss - math.log(2)) < 1e-3 * max(1, a.beta) * (1 + a.dpop_lambda if a.loss == "dpop" else 1),
             f"step-0 guard: the {a.loss} loss is {loss:.6f} at the start, where it should be ln 2 = 0.693147",
         )
 
@@ -382,13 +386,17 @@ def main(a: Args) -> dict[str, float]:
     others: list[Example] = []
     if a.loss == "kto":  # one more response a prompt, that belongs to another prompt: it estimates the KL term z0
         pairs = zip(everything, mismatched(everything, a.seed), strict=True)
-        others = [replace(e, responses=[response]) for e, response in pairs]
+        others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in pairs]
     if a.loss in REFERENCE_FREE:
-        refs = [torch.zeros(len(e.responses)) for e in everything]
+        refs = [torch.zeros(len(e.responses), dtype=torch.float64) for e in everything]
     else:
-        reference = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref") if a.ref else policy
-        limits, asked = (a.max_prompt_length, a.max_length), everything + others
-        question = models.question(reference, tokenizer, asked, lengths=limits, dtype=a.dtype, layout=layout)
+        reference, asked = policy, everything + others
+        if a.ref:
+            reference = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
+            layout = models.choose_layout(reference, asked, pad, dtype, a.layout if layout == "tree" else layout)
+        limits = (a.max_prompt_length, a.max_length)
+        settings = {"lengths": limits, "dtype": a.dtype, "layout": layout, "device": torch.device(a.device).type}
+        question = models.question(reference, tokenizer, asked, **settings)
         refs = models.cached(Path(a.ref_cache), question, lambda: score(reference, asked, "reference"))
         del reference
     held_refs, other_refs = refs[len(train) : len(everything)], refs[len(everything) :]
@@ -442,10 +450,10 @@ def main(a: Args) -> dict[str, float]:
             gaps.append((logps - ref_logps).detach().abs())
         metrics = means(parts)
 
-        if step == 0 and a.loss not in REFERENCE_FREE:
-            guard(a, torch.cat(gaps), metrics["loss"])
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
         run.require_finite(step + 1, metrics["loss"], norm, examples)
+        if step == 0 and a.loss not in REFERENCE_FREE:
+            guard(a, torch.cat(gaps), metrics["loss"])
         rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -482,6 +490,8 @@ def main(a: Args) -> dict[str, float]:
         metrics = {"before": evaluate(start, z0=no_kl), "after": final}
         results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
         for name in ("accuracies", "margins"):
+            if any(f"eval/rewards/{name}" not in found for found in metrics.values()):
+                continue  # kto with one label only has no margin
             rows.append([f"held-out {name}", *(f"{found[f'eval/rewards/{name}']:.3f}" for found in metrics.values())])
         results["ceiling"] = sum(max(e.probability, 1 - e.probability) for e in held) / len(held)
         if results["ceiling"] < 1:

@@ -27,6 +27,7 @@ from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
 
 transformers.utils.logging.disable_progress_bar()  # its bars for loading and writing files would break into ours
+SCORES_VERSION = 1  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,7 +108,8 @@ def response_logps(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
     """Log-probs (nats) of every scored response token given all before it, and their sums over each sequence.
 
-    `dtype` is what the matrix products are done in; the weights, the log-probs and the sums stay float32.
+    `dtype` is what the matrix products are done in. Weights and log-probs stay float32; the sums are float64, because
+    in float32 a thousand tokens lose a thousandth of a nat.
     """
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
@@ -118,8 +120,8 @@ def response_logps(
         states = rearrange(states, "rows t d -> (rows t) d")[batch.sources]
     states = states.to(precise if dtype == torch.float32 else dtype)
     logps, _ = token_logps(states, output_head(model), batch.targets, temperature, keep_bytes=keep_bytes)
-    sums = torch.zeros(len(batch.lengths), dtype=precise, device=logps.device).index_add(0, batch.sequence, logps)
-    return logps, sums
+    sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logps.device)
+    return logps, sums.index_add(0, batch.sequence, logps.double())
 
 
 @torch.no_grad()
@@ -148,15 +150,17 @@ def question(model, tokenizer, examples: Sequence[Example], **settings) -> dict[
     def digest(*parts) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    weights = hashlib.sha256(str(model.config.to_dict() | {"dtype": None, "transformers_version": None}).encode())
+    nowhere = {"dtype": None, "_name_or_path": None, "transformers_version": None}
+    weights = hashlib.sha256(str(model.config.to_dict() | nowhere).encode())
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
         "weights": weights.hexdigest()[:32],
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template),
         "rows": digest(*[(e.prompt, e.responses) for e in examples]),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, scores {SCORES_VERSION}",
         **{name: str(value) for name, value in settings.items()},
     }
 
@@ -199,12 +203,15 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
 def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dtype, wanted: str = "auto") -> str:
     """`tree` where the model gives the same log-probs in both layouts, and no branch sees another; else `padded`.
 
-    The longest example is scored, because a sliding window is harmless on short ones, with the shortest in front of it.
+    Scored are the longest sequence and the largest tree, because a sliding window is harmless on short ones, with the
+    shortest in front of them.
     Same means within 1e-4 nats a token in float32, and in bfloat16 within 4 times the difference between two padded
     batchings of the same rows. On the way the kernel's log-probs are checked against the model's own logits.
     """
     device = next(model.parameters()).device
-    rows = [min(examples, key=tokens), max(examples, key=tokens)]
+    longest = max(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)))
+    largest = max(examples, key=tokens)
+    rows = [min(examples, key=tokens), longest, *([largest] if largest is not longest else [])]
     use_layout(model, "padded")
     plain = torch.cat([response_logps(model, collate([e], "padded", pad, device), dtype)[0] for e in rows])
     tolerance = 1e-4

@@ -280,7 +280,7 @@ def rows(kind: str, n: int, seed: int = 0) -> list[tuple[str, dict]]:
 
     A preference is between two continuations of one prompt, as the grammar (and a model that learnt it) writes them.
     """
-    rng = random.Random(seed)
+    rng = random.Random(f"{kind} {seed}")  # so that the reviews of SFT and those that prompts begin are not the same
     if kind == "sft":
         found = [{"text": sample(rng)} for _ in range(n)]
     else:

@@ -208,7 +208,8 @@ class Run:
 
     def load_checkpoint(self) -> dict | None:
         """The newest whole checkpoint, or None. Tensors and plain values only: nothing else is ever unpickled."""
-        steps = [int(p.name[5:]) for p in self.out.glob("checkpoint/step-*") if p.name[5:].isdigit()]
+        found = [p.parent.name[5:] for p in self.out.glob("checkpoint/step-*/state.pt")]
+        steps = [int(step) for step in found if step.isdigit()]
         if not steps:
             return None
         return torch.load(self.out / f"checkpoint/step-{max(steps)}/state.pt", map_location="cpu", weights_only=True)
@@ -226,14 +227,14 @@ class Run:
         sys.exit(128 + self.interrupted)
 
     def finish(self, results: dict[str, float], panels: dict[str, list[str]]) -> None:
-        """Draw curves.png, drop the checkpoint, and write results.json last."""
+        """Draw curves.png, write results.json, which makes the run complete, and drop the checkpoint."""
         curves(self.out, panels)
         if self.args.wandb:
             wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
             wandb.summary.update(results)
             wandb.finish()
-        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         _write(self.out / "results.json", json.dumps(results, indent=1))
+        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

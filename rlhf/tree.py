@@ -223,6 +223,8 @@ def tree_attention(
     """
     if segments is None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("the model passes no segments on, or its attention has a soft-cap or sinks")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary embeddings and norms leave float32 behind
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, scaling, sliding_window, segments), None
     out = []

@@ -50,7 +50,7 @@ def test_both_layouts_give_the_same_log_probs_and_gradients(name, dtype, bound):
             with no_float32():
                 logps = model(torch.tensor([e.prompt + r])).logits[0].log_softmax(-1)
             alone.append(sum(logps[len(e.prompt) - 1 + j, token].item() for j, token in enumerate(r)))
-    assert torch.allclose(padded, torch.tensor(alone, dtype=dtype), rtol=0, atol=bound * 10)
+    assert torch.allclose(padded, torch.tensor(alone, dtype=torch.float64), rtol=0, atol=bound * 10)
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
@@ -92,6 +92,26 @@ def test_the_check_catches_a_window_that_matters_on_long_rows_only(monkeypatch):
     assert choose_layout(model, short + random_examples([(9, [9, 3])]), 0, torch.float32) == "padded"
     with pytest.raises(BadInput, match="--layout tree does not fit mistral"):
         choose_layout(model, random_examples([(9, [9, 3])]), 0, torch.float32, "tree")
+
+
+def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(monkeypatch):
+    forgetful = lambda *args, sliding_window=None, **kwargs: tree_attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(models, "tree_attention", forgetful)
+    model = tiny("mistral")
+    model.config.sliding_window = 24
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 24
+    trees = random_examples([(4, [18, 18]), (2, [2, 2])])  # 40 tokens, but no sequence longer than 22
+    assert choose_layout(model, trees, 0, torch.float32) == "tree"
+    use_layout(model, "padded")
+    assert choose_layout(model, trees + random_examples([(26, [6, 6])]), 0, torch.float32) == "padded"
+
+
+def test_sums_are_as_good_as_float64_over_a_thousand_tokens():
+    model, examples = tiny("llama"), random_examples([(3, [120])] * 8)
+    logps, sums = response_logps(model, collate(examples, "tree", 0))
+    assert sums.dtype == torch.float64 and logps.dtype == torch.float32
+    assert torch.equal(sums, torch.stack([x.double().sum() for x in logps.split(120)]))
 
 
 def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
