@@ -65,7 +65,7 @@ TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
 DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
-    "reviews": {"beta": 0.5, "lr": 4e-4, "eval_fraction": 0.1, "eval_prompts": 512},
+    "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512},
 }
 Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
 REVIEWS = 24_000  # rows of the embedded task
@@ -102,7 +102,7 @@ class Args:
     """which of the family (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
     beta: float | None = None
     """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5);
-    default 0.1 (embedded: 0.5)"""
+    default 0.1 (embedded: 0.6)"""
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
@@ -131,7 +131,7 @@ class Args:
     """plackett_luce: what to do with a ranking that has ties"""
 
     lr: float | None = None
-    """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 4e-4)"""
+    """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     warmup: float = 0.1
     """share of the steps over which the learning rate rises, in [0, 1); then it falls as a cosine to 0"""
     weight_decay: float = 0.0
