@@ -1177,3 +1177,77 @@ def test_help_is_quick_and_explains_every_flag(script):
     squeezed = "".join(done.stdout.replace("│", " ").split())
     for name, text in helps.items():
         assert f"--{name.replace('_', '-')}" in done.stdout and "".join(text.split()) in squeezed, name
+
+
+# ------------------------------------------------------------------------------------------------- settings at the edge
+
+
+def test_kto_with_one_label_among_the_held_out_rows(go, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs(4, seed=2)]
+    write_rows(tmp_path / "good.jsonl", rows)
+    run = go(loss="kto", eval_data=f"{tmp_path}/good.jsonl", max_steps=1)
+    assert "after/eval/rewards/chosen" in run.results and "after/eval/rewards/margins" not in run.results
+
+
+def test_kto_mismatched_responses_keep_to_max_length(go, tmp_path, monkeypatch):
+    """A short prompt with a long answer, and a long prompt: the one's answer to the other's prompt would not fit."""
+    word = "plot "
+    rows = [
+        {"prompt": word * 2, "completion": word * 20, "label": True},
+        {"prompt": word * 12, "completion": word * 3, "label": False},
+    ]
+    write_rows(tmp_path / "uneven.jsonl", rows)
+    longest = []
+    collate_as_it_is = models.collate
+    monkeypatch.setattr(models, "collate", lambda e, *a: longest.append(e) or collate_as_it_is(e, *a))
+    data = f"{tmp_path}/uneven.jsonl"
+    go(loss="kto", data=data, eval_data=data, max_prompt_length=14, max_length=24, max_steps=1)
+    lengths = [len(e.prompt) + len(r) for examples in longest for e in examples for r in e.responses]
+    assert max(lengths) == 24
+
+
+def test_dpop_without_its_penalty_is_dpo(go):
+    same = [go(max_steps=1, **flags).train[0] for flags in ({}, {"loss": "dpop", "dpop_lambda": 0.0})]
+    assert same[0]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "kto"])
+def test_a_divergence_that_a_loss_does_not_have_is_refused(go, loss):
+    with pytest.raises(BadInput, match=f"--loss {loss} is not defined with --divergence js"):
+        go(loss=loss, divergence="js")
+
+
+def test_a_reference_with_another_vocabulary_is_refused(go, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "foreign")
+    tokenizer = reviews.tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(BadInput, match="its tokenizer is not the one of --model"):
+        go(ref=f"{tmp_path}/foreign")
+
+
+def test_a_run_that_died_while_its_checkpoint_was_dropped_is_complete(go):
+    """results.json is written first; what is left of the checkpoint does not matter any more."""
+    run = go(max_steps=1)
+    (run.out / "checkpoint/step-1").mkdir(parents=True)
+    with pytest.raises(BadInput, match="is complete"):
+        go(max_steps=1, out=str(run.out), resume=True)
+
+
+def test_a_checkpoint_folder_without_its_state_is_passed_over(tmp_path):
+    run = runs.Run(train_dpo.Args(out=f"{tmp_path}/run"), __file__)
+    run.save_checkpoint(3, {"step": 3})
+    (run.out / "checkpoint/step-9").mkdir()
+    assert run.load_checkpoint() == {"step": 3}
+
+
+def test_a_nan_at_the_first_step_names_its_rows(go, monkeypatch):
+    monkeypatch.setitem(train_dpo.LOSSES, "dpo", lambda a, x: x.chosen * math.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan.*train\.jsonl:\d+"):
+        go(max_steps=1)
+
+
+def test_prompts_of_preferences_are_not_the_beginnings_of_sft_rows():
+    sft = [row["text"] for _, row in reviews.rows("sft", 300)]
+    prompts = [row["prompt"] for _, row in reviews.rows("preference", 300)]
+    assert sum(text.startswith(prompt + " ") for text, prompt in zip(sft, prompts, strict=True)) < 30
