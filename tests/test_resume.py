@@ -198,7 +198,7 @@ def stop(server, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-@pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "sft"])
+@pytest.mark.parametrize("name", ["dpo dpo", pytest.param("dpo bco", marks=pytest.mark.slow), "sft"])
 def test_stopped_and_continued_is_the_same_run(name, number, world, straight, stop, tmp_path):
     a = arguments(world, tmp_path / "run", name)
     code, printed = stop(a, number)
