@@ -224,12 +224,12 @@ def test_kto_and_rankings_too(name, world, straight, stop, tmp_path):
 
 def test_bco_has_a_running_mean_to_lose(world, straight, stop, tmp_path, monkeypatch):
     """Were the mean not in the checkpoint, the runs would differ: the test above can fail."""
-    a = arguments(world, tmp_path / "run", "dpo bco")
+    a, truth = arguments(world, tmp_path / "run", "dpo bco"), straight("dpo bco")
     stop(a, signal.SIGTERM)
     load = Run.load_checkpoint
     monkeypatch.setattr(Run, "load_checkpoint", lambda self: load(self) | {"delta": 0.0})
     continued(a)
-    mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", straight("dpo bco")))
+    mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", truth))
     assert not all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
