@@ -710,6 +710,7 @@ def test_real_files(name, kind, kept):
     assert report.eos == len(report.response_lengths) - report.responses_cut
 
 
+@pytest.mark.slow
 def test_raw_hh_rows_are_the_message_rows():
     raw, clean = REAL / "hh_harmless_raw_test.jsonl.gz", REAL / "prefs_hh_harmless_test.jsonl.gz"
     if not raw.exists() or not clean.exists():

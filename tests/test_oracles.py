@@ -130,7 +130,10 @@ def test_probabilities_of_all_sequences_sum_to_one(layout):
     assert kl(torch.full_like(logps, -math.log(SIZE)), logps) > 1  # far from equally likely
 
 
-@pytest.mark.parametrize("length,layout", [(4, "tree"), (5, "padded"), pytest.param(5, "tree", marks=pytest.mark.slow)])
+LONG = [pytest.param(5, layout, marks=pytest.mark.slow) for layout in ("padded", "tree")]
+
+
+@pytest.mark.parametrize("length,layout", [(4, "tree"), *LONG])
 def test_sequence_kl_is_the_sum_of_expected_token_kl(length, layout):
     """KL(pi || ref) over all sequences = sum over prefixes of pi(prefix) KL(pi(.|prefix) || ref(.|prefix)).
 
@@ -216,6 +219,7 @@ def test_dpo_gives_a_transformer_no_gradient_where_it_is_optimal(layout):
     assert norms[0] < 1e-12 and norms[1] > 1e-2
 
 
+@pytest.mark.slow
 def test_dpo_trains_a_transformer_to_the_optimal_policy():
     """A float32 transformer, scored as one prompt with 400 responses and trained from its reference, ends at pi*."""
     policy = random_transformer(seed=1, dtype=torch.float32)
