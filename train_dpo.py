@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 import train_sft
-from rlhf import BadInput, losses, models, reviews
-from rlhf.data import Example, build, held_out, mismatched, read_rows, show
+from rlhf import BadInput, losses, models, require, reviews
+from rlhf.data import Example, build, ceiling, held_out, mismatched, pairs, read_rows, show, without_ties
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import Run, before_and_after, check, cli, require, schedule, table
-from rlhf.tree import collate, micro_batches
+from rlhf.runs import Run, before_and_after, check, cli, schedule, table
+from rlhf.tree import by_prompt, collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -211,20 +211,6 @@ class Pairs:
     delta: float = 0.0  # bco: running mean of the rewards
 
 
-def untied(examples: Sequence[Example]) -> tuple[list[int], list[int], list[float], list[float]]:
-    """Every pair (i preferred to j) of every prompt, i and j as places among all responses laid flat; the pair's weight
-    (they add up to 1 over a prompt), and the probability of its label."""
-    better, worse, weights, right, first = [], [], [], [], 0
-    for e in examples:
-        found = [(first + i, first + j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b]
-        better += [i for i, _ in found]
-        worse += [j for _, j in found]
-        weights += [1 / len(found)] * len(found)
-        right += [e.probability] * len(found)
-        first += len(e.ranks)
-    return better, worse, weights, right
-
-
 def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, delta=0.0, z0=None):
     """Sum of the losses of p prompts (for kto: of b responses), and the (weighted sum, weight) of each metric.
 
@@ -250,12 +236,10 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
             "rejected": (~good, loss.new_ones(int((~good).sum()))),
         }
     else:
-        better, worse = (torch.tensor(x, device=logps.device) for x in untied(examples)[:2])
-        weights, right = (logps.new_tensor(x) for x in untied(examples)[2:])
+        better, worse = (torch.tensor(x, device=logps.device) for x in pairs(examples)[:2])
+        weights, right = (logps.new_tensor(x) for x in pairs(examples)[2:])
         if a.loss == "plackett_luce":
-            best_first = [sorted(range(len(e.ranks)), key=e.ranks.__getitem__) for e in examples]
-            ranked = zip((a.beta * ratios).split([len(e.ranks) for e in examples]), best_first, strict=True)
-            loss = torch.cat([losses.plackett_luce(x[order][None]) for x, order in ranked])
+            loss = losses.plackett_luce(*by_prompt(a.beta * ratios, examples))
         else:
             both = lambda x: (x[better], x[worse])  # noqa: E731
             loss = LOSSES[a.loss](a, Pairs(*both(ratios), *both(logps), *both(lengths), delta)) * weights
@@ -321,22 +305,6 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
     return without_ties(examples, a.ties, a.seed) if a.loss == "plackett_luce" else examples
 
 
-def without_ties(examples: Sequence[Example], ties: str, seed: int) -> list[Example]:
-    """Plackett-Luce needs a full order: rankings with ties are refused, dropped, or their ties broken at random."""
-    tied = [e for e in examples if len(set(e.ranks)) < len(e.ranks)]
-    if tied and ties == "refuse":
-        raise BadInput(
-            f"{tied[0].where}: field 'ranks' has ties, which plackett_luce cannot use: --ties drop or random"
-        )
-    if tied:
-        print(f"{len(tied)} rankings with ties: {ties}\n")
-    if ties == "drop":
-        return [e for e in examples if len(set(e.ranks)) == len(e.ranks)]
-    rng = random.Random(seed)
-    orders = [sorted(range(len(e.ranks)), key=lambda i: (e.ranks[i], rng.random())) for e in examples]  # noqa: B023
-    return [replace(e, ranks=[o.index(i) + 1 for i in range(len(o))]) for e, o in zip(examples, orders, strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -385,8 +353,8 @@ def main(a: Args) -> dict[str, float]:
     everything = train + held
     others: list[Example] = []
     if a.loss == "kto":  # one more response a prompt, that belongs to another prompt: it estimates the KL term z0
-        pairs = zip(everything, mismatched(everything, a.seed), strict=True)
-        others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in pairs]
+        matched = zip(everything, mismatched(everything, a.seed), strict=True)
+        others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in matched]
     if a.loss in REFERENCE_FREE:
         refs = [torch.zeros(len(e.responses), dtype=torch.float64) for e in everything]
     else:
@@ -493,7 +461,7 @@ def main(a: Args) -> dict[str, float]:
             if any(f"eval/rewards/{name}" not in found for found in metrics.values()):
                 continue  # kto with one label only has no margin
             rows.append([f"held-out {name}", *(f"{found[f'eval/rewards/{name}']:.3f}" for found in metrics.values())])
-        results["ceiling"] = sum(max(e.probability, 1 - e.probability) for e in held) / len(held)
+        results["ceiling"] = ceiling(held)
         if results["ceiling"] < 1:
             rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
 

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 import transformers
 
-from rlhf import losses, models, reviews
+from rlhf import losses, models, require, reviews
 from rlhf.data import Example, build, held_out, read_rows, show
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import FACTS, Run, check, cli, interval, mean_interval, require, schedule, table
+from rlhf.runs import FACTS, Run, check, cli, interval, mean_interval, schedule, table
 from rlhf.tree import collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -27,6 +27,12 @@ class BadInput(ValueError):
     """What the user gave cannot be used. The message is one line: file, row, field, and what to do."""
 
 
+def require(holds: bool, message: str) -> None:
+    """BadInput with `message` unless `holds`."""
+    if not holds:
+        raise BadInput(message)
+
+
 class lazy_import:
     """A module that is loaded when one of its attributes is first used, so that `--help` answers at once."""
 

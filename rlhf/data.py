@@ -2,6 +2,7 @@
 
     read_rows   source -> rows, each with its place ("prefs.jsonl:17")
     build       rows -> Examples and a Report of what was kept, cut, dropped and why
+    pairs       every preference between two responses of a prompt
     held_out    a split by the hash of the prompt, so that equal prompts stay together
     mismatched  for KTO: every prompt with a response that belongs to another one
     show        an example token by token
@@ -10,7 +11,7 @@ Row forms, recognised by their columns; text is a string or a list of {"role", "
 
     SFT         prompt, completion | messages | text
     preference  prompt, chosen, rejected | chosen, rejected with a shared beginning; optional margin, probability
-    ranking     prompt, responses, ranks        (1 is best, equal is a tie)
+    ranking     prompt, responses, ranks        (1 is best, equal is a tie); optional ended, rewards and noise
     unpaired    prompt, completion, label       (KTO)
     prompts     prompt | any form that has one
 
@@ -21,6 +22,9 @@ template; where it has none they are written as in hh-rlhf, "\\n\\nHuman: ...\\n
 The shared beginning of two dialogues is the prompt and their last turns are the responses. Two dialogues that differ
 before the last turn hold no preference between answers to one prompt, and a dialogue that ends in a blank answer has
 nothing to train on: both are dropped and counted (5 and 4 of the 2,312 harmless test rows of hh-rlhf).
+
+A sampled response that was cut before its end (`ended` false, from sample.py) gets no EOS. `rewards` and `noise` are
+what a simulated annotator saw of each response, and through how much noise (annotate.py --by).
 """
 
 import csv
@@ -29,13 +33,14 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlhf import BadInput, answer_at_once_offline, lazy_import
@@ -51,6 +56,7 @@ KINDS = {  # what a script trains on, and the row forms it takes, the first that
     "preference": [["prompt", "responses", "ranks"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
     "unpaired": [["prompt", "completion", "label"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
     "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
+    "responses": [["prompt", "responses"]],  # to be scored: no ranks, and none is dropped
 }
 TAKERS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 ROLES = ("system", "user", "assistant", "tool")
@@ -76,6 +82,15 @@ class Example:
     margin: float | None  # by how much the first response is better, where the row says
     probability: float  # P(the first response is preferred)
     row: dict
+    rewards: list[float] | None = None  # of a ranking by a simulated annotator: the true rewards of the responses,
+    noise: float | None = None  # and the scale of the noise through which the annotator saw them
+
+    def label_probability(self, better: int, worse: int) -> float:
+        """P(the annotator prefers `better` to `worse`), who did so: sigmoid((r_better - r_worse) / noise), or 1 where
+        it is not known."""
+        if self.rewards is None or not self.noise:
+            return self.probability
+        return (1 + math.tanh((self.rewards[better] - self.rewards[worse]) / self.noise / 2)) / 2
 
 
 @dataclass
@@ -254,7 +269,17 @@ def _json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, object]]:
 
 def _cell(column: str, cell: str | None) -> object:
     """JSON in the columns that are never text, and where it is a list of messages; else the text."""
-    never_text = column in ("messages", "responses", "ranks", "label", "margin", "probability")
+    never_text = column in (
+        "messages",
+        "responses",
+        "ranks",
+        "label",
+        "margin",
+        "probability",
+        "ended",
+        "rewards",
+        "noise",
+    )
     if not never_text and not MESSAGES_CELL.match(cell or ""):
         return cell
     try:
@@ -285,10 +310,11 @@ def _csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
 # ------------------------------------------------------------------------------------------- checking a row
 
 
-def _text(value: object, name: str) -> str:
+def _text(value: object, name: str, sampled: bool = False) -> str:
+    """A text that says something; only one that a model sampled may be empty (it ended at once)."""
     if not isinstance(value, str):
         raise BadInput(f"field {name!r} is not text but {type(value).__name__}: give it a text")
-    if not value.strip():
+    if not value.strip() and not sampled:
         raise BadInput(f"field {name!r} is empty: give it a text")
     try:
         value.encode()
@@ -323,10 +349,10 @@ def _prompt(messages: list[Message], name: str) -> list[Message]:
     return messages
 
 
-def _answer(value: object, name: str) -> Message:
+def _answer(value: object, name: str, sampled: bool) -> Message:
     """A response to a prompt of messages: a text, or exactly one assistant message."""
     if isinstance(value, str):
-        return {"role": "assistant", "content": _text(value, name)}
+        return {"role": "assistant", "content": _text(value, name, sampled)}
     messages = _messages(value, name)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise BadInput(f"field {name!r}: roles out of order: give it exactly one assistant message")
@@ -340,6 +366,15 @@ def _scalar(row: dict, name: str, low: float, high: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise BadInput(f"field {name!r} is not a number in [{low:g}, {high:g}]: give it one or leave it out")
     return float(value)
+
+
+def _each(row: dict, name: str, fits: Callable[[object], bool], what: str) -> list | None:
+    """An optional column of a ranking: one value for each response."""
+    values = row.get(name)
+    fit = isinstance(values, list) and len(values) == len(row["responses"]) and all(map(fits, values))
+    if values is not None and not fit:
+        raise BadInput(f"field {name!r} is not a list of {what}: give one for each response or leave it out")
+    return values
 
 
 def _common(row: dict) -> tuple[str | list[Message], list]:
@@ -387,8 +422,11 @@ class _Draft:
     responses: list[list[tuple[str, bool]]]
     ranks: list[int]
     labels: list[bool] | None = None
+    ended: list[bool] | None = None  # None: all
     margin: float | None = None
     probability: float = 1.0
+    rewards: list[float] | None = None
+    noise: float | None = None
 
 
 def _render(tokenizer, messages: list[Message], generate: bool = False) -> str:
@@ -459,8 +497,9 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
         prompt = row["prompt"]
         names = [name for name in form if name in ("completion", "chosen", "rejected")]
         values = [row[name] for name in names]
-    if form == ["prompt", "responses", "ranks"]:
-        values, draft.ranks = row["responses"], row["ranks"]
+    if "responses" in form:
+        values = row["responses"]
+        draft.ranks = row["ranks"] if "ranks" in form else [1] * (len(values) if isinstance(values, list) else 0)
         if not isinstance(values, list) or not isinstance(draft.ranks, list) or not values:
             raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
         if len(values) != len(draft.ranks):
@@ -468,6 +507,9 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
         if not all(isinstance(rank, int | float) and rank >= 1 and rank == rank // 1 for rank in draft.ranks):
             raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) on: rank the responses")
         draft.ranks = [int(rank) for rank in draft.ranks]
+        draft.ended = _each(row, "ended", lambda x: isinstance(x, bool), "true or false")
+        draft.rewards = _each(row, "rewards", lambda x: isinstance(x, int | float), "numbers")
+        draft.noise = _scalar(row, "noise", 0.0, 1e30)
         names = [f"responses[{i}]" for i in range(len(values))]
     elif pair:
         draft.ranks = [1, 2]
@@ -487,14 +529,20 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
 
     if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
         draft.prompt = _text(prompt, "prompt")
-        draft.responses = [[(_text(value, name), True)] for value, name in zip(values, names, strict=True)]
+        draft.responses = [
+            [(_text(value, name, draft.ended is not None), True)] for value, name in zip(values, names, strict=True)
+        ]
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": _text(prompt, "prompt")}]
         prompt = _messages(prompt, "prompt")
         draft.prompt = _render(tokenizer, _prompt(prompt, "prompt"), generate=True)
         for value, name in zip(values, names, strict=True):
-            draft.responses.append([(_turn(tokenizer, [*prompt, _answer(value, name)], draft.prompt), True)])
+            messages = [*prompt, _answer(value, name, draft.ended is not None)]
+            draft.responses.append([(_turn(tokenizer, messages, draft.prompt), True)])
+        if draft.ended and tokenizer.eos_token:
+            unended = [[(text.removesuffix(tokenizer.eos_token), True)] for [(text, _)] in draft.responses]
+            draft.responses = [x if e else y for e, x, y in zip(draft.ended, draft.responses, unended, strict=True)]
     if "ranks" in form and len(set(draft.ranks)) == 1:
         raise _Drop("ties throughout")
     return draft
@@ -583,18 +631,20 @@ def _join(
     """Prompt ids and response ids, tokenised apart, with BOS and EOS where due, cut to `room` and `max_length`."""
     eos = tokenizer.eos_token_id
     responses, trained = [], []
-    for pieces in draft.responses:
+    for pieces, ended in zip(draft.responses, draft.ended or [True] * len(draft.responses), strict=True):
         response: list[int] = []
         mask: list[bool] = []
         for i, (text, train) in enumerate(pieces):
             piece = list(ids[text])
-            if train and not piece:
+            if train and not piece and draft.ended is None:
                 raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
             ends = i == len(pieces) - 1 or not tokenizer.chat_template
-            if train and ends and eos is not None and piece[-1] != eos:
+            if train and ends and ended and eos is not None and piece[-1:] != [eos]:
                 piece.append(eos)
             response += piece
             mask += [train] * len(piece)
+        if not response:
+            raise _Drop("a response without a token")
         responses.append(response)
         trained.append(mask)
 
@@ -619,7 +669,7 @@ def _join(
     space = max_length - len(prompt)
     cut = [response[:space] for response in responses]
     trained = [mask[:space] for mask in trained]
-    if len(cut) > 1 and all(response == cut[0] for response in cut):
+    if len(set(draft.ranks)) > 1 and all(response == cut[0] for response in cut):
         raise _Drop("identical responses")
     report.prompts_cut += prompt_cut
     report.responses_cut += sum(len(response) > space for response in responses)
@@ -634,6 +684,8 @@ def _join(
         trained=None if all(map(all, trained)) else trained,
         margin=draft.margin,
         probability=draft.probability,
+        rewards=draft.rewards,
+        noise=draft.noise,
         row=draft.row,
     )
 
@@ -657,9 +709,10 @@ def _measure(examples: list[Example], report: Report, tokenizer) -> None:
         for better, worse in itertools.permutations(range(len(example.responses)), 2):
             if example.ranks[better] < example.ranks[worse]:
                 difference = len(example.responses[better]) - len(example.responses[worse])
-                differences.append((2 * example.probability - 1) * difference)
+                label = example.label_probability(better, worse)
+                differences.append((2 * label - 1) * difference)
                 right = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
-                longer.append(example.probability * right + (1 - example.probability) * (1 - right))
+                longer.append(label * right + (1 - label) * (1 - right))
     if longer:
         report.length_difference = sum(differences) / len(differences)
         report.longer_wins = sum(longer) / len(longer)
@@ -668,17 +721,73 @@ def _measure(examples: list[Example], report: Report, tokenizer) -> None:
 # ------------------------------------------------------------------------------- splitting, pairing, showing
 
 
-def held_out(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+def held_out(
+    examples: Sequence[Example], fraction: float, column: str | None = None
+) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: held out where the prompt's sha256, as a number in [0, 1), is below `fraction`.
 
     It depends on the text alone, not on order or seed, so equal prompts never straddle. `text` rows go by their text.
+    With a `column` of the rows ("topic", or "meta.topic" inside another) its value takes the prompt's place.
     """
     parts: tuple[list[Example], list[Example]] = [], []
     for example in examples:
         text = example.prompt_text or example.response_texts[0]
+        if column:
+            value = example.row
+            for name in column.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if value is None:
+                raise BadInput(f"{example.where}: field {column!r} is missing: name another column to split by")
+            text = str(value)
         share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         parts[share < fraction].append(example)
     return parts
+
+
+def pairs(examples: Sequence[Example]) -> tuple[list[int], list[int], list[float], list[float]]:
+    """Every pair (i preferred to j) of every prompt, i and j as places among all responses laid flat; the pair's weight
+    (they add up to 1 over a prompt), and the probability of its label."""
+    better, worse, weights, right, first = [], [], [], [], 0
+    for e in examples:
+        found = [(i, j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b]
+        better += [first + i for i, _ in found]
+        worse += [first + j for _, j in found]
+        weights += [1 / max(len(found), 1)] * len(found)
+        right += [e.label_probability(i, j) for i, j in found]
+        first += len(e.ranks)
+    return better, worse, weights, right
+
+
+def ceiling(examples: Sequence[Example]) -> float:
+    """Accuracy of someone who knows the true reward: the mean of max(P(label), 1 - P(label)) over all pairs, where the
+    pairs of a prompt share its weight. In [0.5, 1]; 1 where the annotators' noise is not known."""
+    _, _, weights, right = pairs(examples)
+    return sum(w * max(p, 1 - p) for w, p in zip(weights, right, strict=True)) / sum(weights) if weights else 1.0
+
+
+def without_ties(examples: Sequence[Example], ties: str, seed: int) -> list[Example]:
+    """Plackett-Luce needs a full order: rankings with ties are refused, dropped, or their ties broken at random."""
+    tied = [e for e in examples if len(set(e.ranks)) < len(e.ranks)]
+    if tied and ties == "refuse":
+        raise BadInput(
+            f"{tied[0].where}: field 'ranks' has ties, which plackett_luce cannot use: --ties drop or random"
+        )
+    if tied:
+        print(f"{len(tied)} rankings with ties: {ties}\n")
+    if ties == "drop":
+        return [e for e in examples if len(set(e.ranks)) == len(e.ranks)]
+    rng = random.Random(seed)
+    orders = [sorted(range(len(e.ranks)), key=lambda i: (e.ranks[i], rng.random())) for e in examples]  # noqa: B023
+    return [replace(e, ranks=[o.index(i) + 1 for i in range(len(o))]) for e, o in zip(examples, orders, strict=True)]
+
+
+def prompt_of(row: dict) -> str | list[Message]:
+    """The prompt of a row that `build` took, as the row has it: a text or messages."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    if row.get("chosen") is not None:
+        return _common(row)[0]
+    return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
 
 
 def mismatched(examples: Sequence[Example], seed: int) -> list[list[int]]:

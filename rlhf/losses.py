@@ -19,6 +19,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,7 +34,7 @@ _VALID = {
     "clip": (lambda x: x is None or 0 < x < math.inf, "above 0 and finite, or None"),
     "tau": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "delta": (math.isfinite, "finite"),
-    **dict.fromkeys(("alpha", "lam", "nll_coef", "gamma_beta_ratio"), _WEIGHT),
+    **dict.fromkeys(("alpha", "lam", "nll_coef", "gamma_beta_ratio", "centring"), _WEIGHT),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), _WEIGHT),
 }
 
@@ -389,12 +390,54 @@ def kto_z0(mismatched_logratios: Float[Tensor, " b"]) -> Float[Tensor, ""]:
     return mismatched_logratios.detach().mean().clamp(min=0)
 
 
-def plackett_luce(rewards: Float[Tensor, "p k"]) -> Float[Tensor, " p"]:
-    """Negative log-probability of a ranking, best first: sum over i of log(sum over j >= i of exp(r_j - r_i)).
+def plackett_luce(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float[Tensor, " p"]:
+    """Negative log-probability of a ranking: sum over i of log(sum over j no better than i of exp(r_j - r_i)).
 
     Rafailov et al. 2023, appendix A.3, arXiv 2305.18290. With r = beta D it is DPO on rankings, and equals `dpo` at k
-    = 2; with a reward model's scores it is reward ranking. Sees differences of rewards only. Range [0, inf); log k!
-    where all are equal.
+    = 2; with a reward model's scores it is reward ranking. ranks: 1 is best, without ties; 0 where a prompt has fewer
+    than k responses. Sees differences of rewards only. Range [0, inf); log k! where all are equal.
     """
-    k = rewards.shape[1]
-    return torch.stack([(rewards[:, i:] - rewards[:, i : i + 1]).logsumexp(1) for i in range(k)]).sum(0)
+    seen = (rearrange(ranks, "p i -> p i 1") <= rearrange(ranks, "p j -> p 1 j")) & (ranks > 0)[:, :, None]
+    seen = seen | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)  # a missing response adds log 1
+    later = torch.where(seen, rearrange(rewards, "p j -> p 1 j"), -math.inf)
+    return (later.logsumexp(2) - rewards).sum(1)
+
+
+def reward_ranking(
+    rewards: Float[Tensor, "p k"],
+    ranks: Int[Tensor, "p k"],
+    margins: Float[Tensor, " p"] | None = None,
+    centring: float = 0.0,
+) -> Float[Tensor, " p"]:
+    """The reward ranking loss, over all pairs of a prompt's k responses where i is ranked better than j:
+
+        1 / C(k, 2) * sum over pairs of [ -log s(r_i - r_j - margin) + centring (r_i + r_j)^2 ]
+
+    Ouyang et al. 2022, Eq. 1, arXiv 2203.02155 (at k = 2 Bradley and Terry 1952, as in Stiennon et al. 2020, arXiv
+    2009.01325). margin, at least 0 and 0 by default: how much better people found i (Touvron et al. 2023, section
+    3.2.2, arXiv 2307.09288). centring, at least 0: keeps the mean reward near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244). ranks: 1 is best; a tied pair adds nothing; 0 where a prompt has fewer than k responses, which k then
+    does not count. Without centring sees differences of rewards only. Range [0, inf), ln 2 at r = 0 without ties and
+    margin; gradient to rewards.
+    """
+    _check(centring=centring)
+    better = rearrange(ranks, "p i -> p i 1") < rearrange(ranks, "p j -> p 1 j")
+    better = better & (ranks > 0)[:, :, None]
+    gaps = rearrange(rewards, "p i -> p i 1") - rearrange(rewards, "p j -> p 1 j")
+    if margins is not None:
+        gaps = gaps - rearrange(margins, "p -> p 1 1")
+    sums = rearrange(rewards, "p i -> p i 1") + rearrange(rewards, "p j -> p 1 j")
+    losses = torch.where(better, -F.logsigmoid(gaps) + centring * sums.square(), 0.0)
+    k = (ranks > 0).sum(1)
+    return losses.sum((1, 2)) / (k * (k - 1) / 2).clamp(min=1).to(losses.dtype)
+
+
+def best_of_k(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float[Tensor, " p"]:
+    """Cross-entropy of the best response among k: log(sum over j of exp(r_j)) - r_best, the mean over tied best ones.
+
+    Ziegler et al. 2019, Eq. 1, arXiv 1909.08593. ranks as in `reward_ranking`; the order below the best is not used.
+    Sees differences of rewards only. Range (0, inf); log k where all are equal; gradient to rewards.
+    """
+    best = (ranks == ranks.masked_fill(ranks == 0, ranks.shape[1] + 1).amin(1, keepdim=True)).to(rewards.dtype)
+    everyone = torch.where(ranks > 0, rewards, -math.inf).logsumexp(1)
+    return everyone - (best * rewards).sum(1) / best.sum(1)

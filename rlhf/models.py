@@ -1,7 +1,8 @@
-"""Loading a causal language model, scoring batches with it, choosing the layout, saving.
+"""Loading policies and reward models, scoring batches with them, choosing the layout, saving.
 
-Every model of the `transformers` library goes through `response_logps`: its own backbone gives hidden states, and the
-kernel of rlhf/logprobs.py turns those that precede a response token into log-probs.
+Every causal language model of the `transformers` library goes through `response_logps`: its own backbone gives hidden
+states, and the kernel of rlhf/logprobs.py turns those that precede a response token into log-probs. A reward model is
+the library's sequence classifier with one label: `rewards` is its linear head on the state at a response's last token.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf import BadInput, answer_at_once_offline
+from rlhf import BadInput, answer_at_once_offline, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
@@ -49,8 +50,70 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     return without_dropout(model).to(device)
 
 
+def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
+    """Whether a run directory, local folder or hub id is a sequence classifier, by its config."""
+    with _one_line(name, flag):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+
+
+def load_reward_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--reward"):
+    """The reward model of a run directory, a local folder or a hub id: a sequence classifier with one label, weights
+    in float32, dropout off. BadInput, in one line, for anything else."""
+    require(
+        is_reward_model(name, trust_remote_code, flag),
+        f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
+    )
+    with _one_line(name, flag, "reward model"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    require(
+        model.config.num_labels == 1 and isinstance(getattr(model, "score", None), torch.nn.Linear),
+        f"{flag} {name}: no reward model: it has {model.config.num_labels} labels, or a head that is no linear score",
+    )
+    return without_dropout(model).to(device)
+
+
+def new_reward_model(policy, tokenizer):
+    """A reward model that takes over the policy's own backbone, with a new head w ~ N(0, 1 / sqrt(d + 1)), no bias.
+
+    The deviation is that of Stiennon et al. 2020 (arXiv 2009.01325), so that a first score has a deviation of about 1.
+    The library's classifier reads the last token that is not its pad id, so this must not be the EOS id: the
+    tokenizer's pad token, if that is its EOS, becomes its BOS token, or a new one. Consumes the global random state.
+    BadInput where transformers has no such class for the architecture.
+    """
+    use_layout(policy, "padded")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id):
+            tokenizer.pad_token = tokenizer.bos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
+                policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = policy.config
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        model = None
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or type(model.base_model) is not type(
+        policy.base_model
+    ):
+        raise BadInput(
+            f"--model: transformers has no sequence classifier for {config.model_type} models, which a reward model is "
+            "saved as: start from another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-2"
+        )
+    setattr(model, model.base_model_prefix, policy.base_model)
+    head = torch.nn.Linear(model.score.in_features, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    model.score = head.to(policy.device)
+    return without_dropout(model)
+
+
 @contextmanager
-def _one_line(name: str, flag: str):
+def _one_line(name: str, flag: str, what: str = "causal language model"):
     """What the library says about a model that it cannot load, as one line."""
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -62,7 +125,7 @@ def _one_line(name: str, flag: str):
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         if os.path.isdir(name):
-            raise BadInput(f"{flag} {name}: the folder has no causal language model: {reason}") from None
+            raise BadInput(f"{flag} {name}: the folder has no {what}: {reason}") from None
         raise BadInput(
             f"{flag} {name}: not a local folder, and the model hub did not give it; without network, download it "
             f"elsewhere with `hf download {name} --local-dir DIR` and use {flag} DIR ({reason})"
@@ -103,6 +166,17 @@ def use_layout(model, layout: str) -> None:
         model.set_attn_implementation(model.own_attention)
 
 
+def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n d"]:
+    """The last layer's hidden states at these places of the flattened (rows t), in `dtype`, that of the products."""
+    precise = torch.float64 if model.dtype == torch.float64 else torch.float32
+    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
+        found = model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
+        ).last_hidden_state
+    return rearrange(found, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
+
+
 def response_logps(
     model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
@@ -111,24 +185,28 @@ def response_logps(
     `dtype` is what the matrix products are done in. Weights and log-probs stay float32; the sums are float64, because
     in float32 a thousand tokens lose a thousandth of a nat.
     """
-    precise = torch.float64 if model.dtype == torch.float64 else torch.float32
-    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
-        kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
-        states = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
-        ).last_hidden_state
-        states = rearrange(states, "rows t d -> (rows t) d")[batch.sources]
-    states = states.to(precise if dtype == torch.float32 else dtype)
-    logps, _ = token_logps(states, output_head(model), batch.targets, temperature, keep_bytes=keep_bytes)
+    found = states(model, batch, batch.sources, dtype)
+    logps, _ = token_logps(found, output_head(model), batch.targets, temperature, keep_bytes=keep_bytes)
     sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logps.device)
     return logps, sums.index_add(0, batch.sequence, logps.double())
+
+
+def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
+    """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
+
+    `reward_mean` is the config's (rlhf/models.py, save_reward_model), 0 while the model is in training; the library's
+    class gives w . h. Float32; gradient flows to w and to the model.
+    """
+    last = states(model, batch, batch.ends, dtype).to(model.score.weight.dtype)
+    return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
 @torch.no_grad()
 def score(
     model, examples: Sequence[Example], layout: str, pad: int, budget: int, dtype: torch.dtype, what: str = ""
 ) -> list[Float[Tensor, " k"]]:
-    """Log-prob (nats) of every response of every example, without gradient, in the examples' order, on the CPU.
+    """Log-prob (nats) of every response of every example, or a reward model's reward, without gradient, in the
+    examples' order, on the CPU.
 
     `budget` is the tokens of one forward pass; `what` names a progress bar.
     """
@@ -138,9 +216,10 @@ def score(
     groups = micro_batches(examples, budget, layout)
     for group in tqdm(groups, desc=what, unit="batch", disable=not what, leave=False, dynamic_ncols=True):
         part = [examples[i] for i in group]
-        sums = response_logps(model, collate(part, layout, pad, device), dtype)[1].cpu()
-        for i, logps in zip(group, sums.split([len(e.responses) for e in part]), strict=True):
-            found[i] = logps
+        batch = collate(part, layout, pad, device)
+        values = rewards(model, batch, dtype) if hasattr(model, "score") else response_logps(model, batch, dtype)[1]
+        for i, of_prompt in zip(group, values.cpu().split([len(e.responses) for e in part]), strict=True):
+            found[i] = of_prompt
     return found
 
 
@@ -201,45 +280,39 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
 
 @torch.no_grad()
 def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dtype, wanted: str = "auto") -> str:
-    """`tree` where the model gives the same log-probs in both layouts, and no branch sees another; else `padded`.
+    """`tree` where the model gives the same numbers in both layouts, and no branch sees another; else `padded`.
 
+    The numbers are the log-probs of the response tokens, or a reward model's scores at the tokens before them.
     Scored are the longest sequence and the largest tree, because a sliding window is harmless on short ones, with the
     shortest in front of them.
     Same means within 1e-4 nats a token in float32, and in bfloat16 within 4 times the difference between two padded
-    batchings of the same rows. On the way the kernel's log-probs are checked against the model's own logits.
+    batchings of the same rows. On the way our numbers are checked against the model's own, from its logits.
     """
     device = next(model.parameters()).device
     longest = max(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)))
     largest = max(examples, key=tokens)
     rows = [min(examples, key=tokens), longest, *([largest] if largest is not longest else [])]
     use_layout(model, "padded")
-    plain = torch.cat([response_logps(model, collate([e], "padded", pad, device), dtype)[0] for e in rows])
+    plain = torch.cat([_at_tokens(model, collate([e], "padded", pad, device), dtype) for e in rows])
     tolerance = 1e-4
     if dtype != torch.float32:
-        together = response_logps(model, collate(rows, "padded", pad, device), dtype)[0]
+        together = _at_tokens(model, collate(rows, "padded", pad, device), dtype)
         tolerance = max(tolerance, 4 * (together - plain).abs().max().item())
 
-    short = collate(rows[:1], "padded", pad, device)
-    ids = {"input_ids": short.input_ids, "attention_mask": short.attention_mask, "position_ids": short.position_ids}
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = rearrange(model(**ids, use_cache=False).logits, "rows t v -> (rows t) v")[short.sources]
-    theirs = logits.float().log_softmax(-1).gather(1, short.targets[:, None])[:, 0]
-    off = (plain[: len(theirs)] - theirs).abs().max().item()
-    if off > (1e-3 if dtype == torch.float32 else 0.5):
-        raise BadInput(
-            f"{model.config.model_type}: output_head in rlhf/models.py does not make its logits of the hidden states "
-            f"(log-probs differ by {off:.3g} nats): this model needs a line there"
-        )
+    if hasattr(model, "score"):
+        _check_rewards(model, rows, pad, dtype)
+    else:
+        _check_logps(model, rows[0], plain, pad, dtype)
     if wanted == "padded":
         return "padded"
 
     try:
         use_layout(model, "tree")
-        tree = response_logps(model, collate(rows, "tree", pad, device), dtype)[0]
+        tree = _at_tokens(model, collate(rows, "tree", pad, device), dtype)
         difference, leak = (tree - plain).abs().max().item(), _leak(model, rows, tree, pad, dtype)
         same = max(difference, leak) <= tolerance
         reason = (
-            f"the layouts differ by {difference:.2g} nats a token and a branch moves another by {leak:.2g}, "
+            f"the layouts differ by {difference:.2g} at a token and a branch moves another by {leak:.2g}, "
             f"where rounding explains {tolerance:.2g}"
         )
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
@@ -253,12 +326,58 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
     return "padded"
 
 
-def _leak(model, rows: Sequence[Example], logps: Float[Tensor, " n"], pad: int, dtype: torch.dtype) -> float:
-    """How far the log-probs of all other branches move (nats) from `logps` when the first one's tokens are changed."""
+def _at_tokens(model, batch: Batch, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The number of each response token that the layouts must agree on."""
+    if hasattr(model, "score"):
+        return model.score(states(model, batch, batch.sources, dtype).to(model.score.weight.dtype))[:, 0]
+    return response_logps(model, batch, dtype)[0]
+
+
+def _check_logps(model, example: Example, ours: Float[Tensor, " n"], pad: int, dtype: torch.dtype) -> None:
+    """BadInput unless the kernel's log-probs of this example are those of the model's own logits."""
+    device = ours.device
+    batch = collate([example], "padded", pad, device)
+    ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = rearrange(model(**ids, use_cache=False).logits, "rows t v -> (rows t) v")[batch.sources]
+    theirs = logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    off = (ours[: len(theirs)] - theirs).abs().max().item()
+    require(
+        off < (1e-3 if dtype == torch.float32 else 0.5),
+        f"{model.config.model_type}: output_head in rlhf/models.py does not make its logits of the hidden states "
+        f"(log-probs differ by {off:.3g} nats): this model needs a line there",
+    )
+
+
+def _check_rewards(model, examples: Sequence[Example], pad: int, dtype: torch.dtype) -> None:
+    """BadInput unless our scores are those of the library's own classifier, with padding to the right and to the left.
+
+    What would break this: a pad id that a response can end with, a wrong last token, positions that count the padding.
+    """
+    batch = collate(examples, "padded", pad, model.device)
+    ours = rewards(model, batch, dtype) + getattr(model.config, "reward_mean", 0.0)
+    padding = (batch.attention_mask.shape[1] - batch.attention_mask.sum(1)).tolist()
+    for side in ("right", "left"):
+        ids, mask, positions = (
+            x if side == "right" else torch.stack([row.roll(n) for row, n in zip(x, padding, strict=True)])
+            for x in (batch.input_ids, batch.attention_mask, batch.position_ids)
+        )
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            theirs = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0]
+        off = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
+        require(
+            off < (1e-4 if dtype == torch.float32 else 0.1),
+            f"{model.config.model_type}: with padding to the {side} the library's classifier gives other rewards than "
+            f"ours (by {off:.3g}): its pad id {model.config.pad_token_id} may end a response, or its head is another",
+        )
+
+
+def _leak(model, rows: Sequence[Example], before: Float[Tensor, " n"], pad: int, dtype: torch.dtype) -> float:
+    """How far the numbers of all other branches move from `before` when the first one's tokens are changed."""
     changed = [t - 1 if t else 1 for t in rows[0].responses[0]]
     other = replace(rows[0], responses=[changed, *rows[0].responses[1:]])
-    batch = collate([other, *rows[1:]], "tree", pad, logps.device)
-    moved = (response_logps(model, batch, dtype)[0] - logps)[batch.sequence != 0]
+    batch = collate([other, *rows[1:]], "tree", pad, before.device)
+    moved = (_at_tokens(model, batch, dtype) - before)[batch.sequence != 0]
     return moved.abs().max().item() if len(moved) else 0.0
 
 

@@ -276,13 +276,16 @@ def prompts(n: int, seed: int) -> list[str]:
 
 
 def rows(kind: str, n: int, seed: int = 0) -> list[tuple[str, dict]]:
-    """The data set `reviews`: n rows for supervised fine-tuning ("sft") or of preferences, each with its place.
+    """The data set `reviews`: n rows for supervised fine-tuning ("sft"), of prompts or of preferences ("preference").
 
-    A preference is between two continuations of one prompt, as the grammar (and a model that learnt it) writes them.
+    The prompts are those of the preferences. A preference is between two continuations of one prompt, as the grammar
+    (and a model that learnt it) writes them.
     """
     rng = random.Random(f"{kind} {seed}")  # so that the reviews of SFT and those that prompts begin are not the same
     if kind == "sft":
         found = [{"text": sample(rng)} for _ in range(n)]
+    elif kind == "prompts":
+        found = [{"prompt": prompt} for prompt in prompts(n, seed)]
     else:
         beginnings = prompts(n, seed)
         found = preference_rows(beginnings, [continuations(prompt, 2, rng) for prompt in beginnings], NOISE, rng)

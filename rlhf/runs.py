@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import signal
 import statistics
@@ -28,7 +29,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from rlhf import BadInput, lazy_import
+from rlhf import BadInput, lazy_import, require
 
 figure = lazy_import("matplotlib.figure")
 wandb = lazy_import("wandb")
@@ -54,19 +55,17 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def require(holds: bool, message: str) -> None:
-    """BadInput with `message` unless `holds`."""
-    if not holds:
-        raise BadInput(message)
-
-
 RANGES = {  # of the flags that mean the same in every script
     "at least 1": (
         lambda x: x >= 1,
-        "batch_size micro_batch_tokens epochs max_steps max_prompt_length eval_every save_every max_new_tokens",
+        "batch_size micro_batch_tokens epochs max_steps max_prompt_length eval_every save_every max_new_tokens k"
+        " max_prompts",
     ),
-    "at least 0": (lambda x: x >= 0, "weight_decay eval_prompts keep_softmax_mib"),
-    "above 0": (lambda x: x > 0, "lr max_grad_norm"),
+    "at least 0": (
+        lambda x: 0 <= x < math.inf,
+        "weight_decay eval_prompts keep_softmax_mib noise margin_coef centring",
+    ),
+    "above 0": (lambda x: 0 < x < math.inf, "lr max_grad_norm temperature"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "warmup eval_fraction"),
 }
 
@@ -75,11 +74,12 @@ def check(args: Any) -> None:
     """BadInput where a flag of `args` is outside its range; None, where a flag allows it, is its default."""
     for what, (inside, names) in RANGES.items():
         for name in names.split():
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             require(value is None or inside(value), f"--{name.replace('_', '-')} must be {what}, not {value}")
+    longest = getattr(args, "max_length", math.inf)
     require(
-        args.max_prompt_length < args.max_length,
-        f"--max-prompt-length {args.max_prompt_length} must be below --max-length {args.max_length}",
+        args.max_prompt_length < longest,
+        f"--max-prompt-length {args.max_prompt_length} must be below --max-length {longest}",
     )
     try:
         torch.empty(0, device=args.device)
@@ -291,10 +291,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def interval(mean_and_half: tuple[float, float]) -> str:
+def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
     """ "mean +- half", or the mean alone where one value gives no interval."""
     mean, half = mean_and_half
-    return f"{mean:.2f} +- {half:.2f}" if math.isfinite(half) else f"{mean:.2f}"
+    return f"{mean:.{digits}f}" + (f" +- {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 FACTS = {  # what is found out about sampled answers (rlhf/generate.py), as the tables name it
@@ -329,3 +329,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     pad = [str.ljust] + [str.rjust] * (len(header) - 1)
     lines = [header, ["-" * w for w in widths], *rows]
     return "\n".join("  ".join(f(x, w) for f, x, w in zip(pad, line, widths, strict=True)) for line in lines)
+
+
+def bootstrap(
+    items: Sequence[Any], statistic: Callable[[Sequence[Any]], float], draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of `statistic` over `draws` resamplings, with replacement, of `items` (Efron 1979).
+
+    Draws whose statistic is NaN are left out; (nan, nan) where none is left.
+    """
+    rng = random.Random(seed)
+    found = sorted(x for _ in range(draws) if not math.isnan(x := statistic(rng.choices(items, k=len(items)))))
+    if not found:
+        return math.nan, math.nan
+    return found[round(0.025 * (len(found) - 1))], found[round(0.975 * (len(found) - 1))]

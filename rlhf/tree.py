@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -130,6 +130,7 @@ class Batch:
     targets: Int[Tensor, " n"]
     sequence: Int[Tensor, " n"]  # which of the b sequences each target belongs to, in order
     lengths: Int[Tensor, " b"]  # scored tokens of each sequence
+    ends: Int[Tensor, " b"]  # index into the flattened (rows t) of each sequence's last token
 
 
 def tokens(example: Example, layout: str = "tree") -> int:
@@ -170,7 +171,7 @@ def collate(examples: Sequence[Example], layout: str, pad_id: int, device: torch
     positions: list[list[int]] = [[]] if layout == "tree" else []
     parts: list[Segment] = []
     width = max(len(e.prompt) + len(r) for e in examples for r in e.responses)
-    sources, targets, sequence, lengths = [], [], [], []
+    sources, targets, sequence, lengths, ends = [], [], [], [], []
     for e in examples:
         p = len(e.prompt)
         for i, response in enumerate(e.responses):
@@ -195,6 +196,7 @@ def collate(examples: Sequence[Example], layout: str, pad_id: int, device: torch
             targets += [response[j] for j in scored]
             sequence += [len(lengths)] * len(scored)
             lengths.append(len(scored))
+            ends.append(first + len(response) - 1 if response else root)
 
     def tensor(x, value=0):
         return pad_sequence([torch.tensor(r, dtype=torch.long) for r in x], True, value).to(device)
@@ -208,7 +210,17 @@ def collate(examples: Sequence[Example], layout: str, pad_id: int, device: torch
         targets=tensor([targets])[0],
         sequence=tensor([sequence])[0],
         lengths=tensor([lengths])[0],
+        ends=tensor([ends])[0],
     )
+
+
+def by_prompt(
+    values: Float[Tensor, " b"], examples: Sequence[Example]
+) -> tuple[Float[Tensor, "p k"], Int[Tensor, "p k"]]:
+    """Values of all responses and their ranks, a row for each prompt; ranks are 0 beyond a prompt's own responses."""
+    rows = values.split([len(e.ranks) for e in examples])
+    ranks = [torch.tensor(e.ranks) for e in examples]
+    return pad_sequence([*rows], batch_first=True), pad_sequence(ranks, batch_first=True).to(values.device)
 
 
 def tree_attention(

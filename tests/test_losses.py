@@ -23,6 +23,11 @@ def f64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def best_first(rewards: Tensor) -> Tensor:
+    """The ranks 1 to k of rewards [p, k] that are given best first."""
+    return torch.arange(1, rewards.shape[1] + 1).expand(rewards.shape)
+
+
 @dataclass
 class Pairs:
     """What a loss may read of m pairs; log-probabilities are sums over the response's tokens, in nats."""
@@ -88,7 +93,9 @@ LOSSES: dict[str, Loss] = {
     "kto": kto_of_pairs,
     "simpo": lambda q, b=2.0: losses.simpo(q.chosen, q.rejected, *q.lengths, b, gamma_beta_ratio=0.5),
     "orpo": lambda q, b=BETA: losses.orpo(q.chosen, q.rejected, *q.lengths, lam=0.1),
-    "plackett_luce": lambda q, b=BETA: losses.plackett_luce(b * torch.stack(q.ratios(), dim=1)),
+    "plackett_luce": lambda q, b=BETA: losses.plackett_luce(
+        rewards := b * torch.stack(q.ratios(), dim=1), best_first(rewards)
+    ),
     "forward_kl": lambda q, b=BETA: losses.dpo(*q.ratios("forward_kl"), b),
     "js": lambda q, b=BETA: losses.dpo(*q.ratios("js"), b),
     "alpha": lambda q, b=BETA: losses.dpo(*q.ratios("alpha", 0.5), b),
@@ -180,18 +187,97 @@ def test_chi_po_clip_holds_the_margin_and_stops_its_gradient():
 
 def test_plackett_luce_on_scores_and_on_reward_differences():
     scores = f64(2, 1, 0.5, -1)[None]
-    torch.testing.assert_close(losses.plackett_luce(scores), f64(1.251552), rtol=0, atol=6e-7)
+    torch.testing.assert_close(losses.plackett_luce(scores, best_first(scores)), f64(1.251552), rtol=0, atol=6e-7)
     # beta = 0.1, log-ratios 3, 1, -2: rewards 0.3, 0.1, -0.2, that is two choices left after the best
     rewards = BETA * (f64(-7, -12, -20) - f64(-10, -13, -18))[None]
     by_hand = log(1 + exp(-0.2) + exp(-0.5)) + log(1 + exp(-0.3))
-    torch.testing.assert_close(losses.plackett_luce(rewards), f64(by_hand), rtol=1e-14, atol=0)
+    torch.testing.assert_close(losses.plackett_luce(rewards, best_first(rewards)), f64(by_hand), rtol=1e-14, atol=0)
 
 
 def test_plackett_luce_is_a_distribution_over_rankings():
     rewards = torch.tensor(list(itertools.permutations([0.7, -1.3, 2.1, 0.0])), dtype=torch.float64)
-    assert losses.plackett_luce(rewards).neg().exp().sum().item() == pytest.approx(1, abs=1e-14)
-    assert losses.plackett_luce(f64(0.4)[None]).item() == 0  # one response: one ranking
-    assert losses.plackett_luce(torch.full((1, 5), 3.0)).item() == pytest.approx(log(120), abs=1e-6)
+    assert losses.plackett_luce(rewards, best_first(rewards)).neg().exp().sum().item() == pytest.approx(1, abs=1e-14)
+    assert losses.plackett_luce(f64(0.4)[None], torch.ones(1, 1).long()).item() == 0  # one response: one ranking
+    equal = torch.full((1, 5), 3.0)
+    assert losses.plackett_luce(equal, best_first(equal)).item() == pytest.approx(log(120), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- reward ranking
+
+RAGGED = torch.tensor([[2, 1, 0.5, -1], [0.3, 1.4, -0.2, 0]], dtype=torch.float64)  # the second prompt has 3 responses
+RANKS = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 0]])
+
+
+def sigmoid_loss(x: float) -> float:
+    return log(1 + exp(-x))
+
+
+def test_reward_ranking_weighs_all_pairs_of_a_prompt():
+    """The golden value over C(4, 2) pairs, and three pairs by hand where a response is missing."""
+    ours = losses.reward_ranking(RAGGED, RANKS)
+    assert ours[0].item() == pytest.approx(0.227613, abs=6e-7)
+    assert ours[1].item() == pytest.approx((sigmoid_loss(1.1) + sigmoid_loss(0.5) + sigmoid_loss(1.6)) / 3, abs=1e-14)
+    garbage = RAGGED.clone()
+    garbage[1, 3] = 1e4
+    torch.testing.assert_close(
+        losses.reward_ranking(garbage, RANKS, centring=0.1)[1], losses.reward_ranking(RAGGED, RANKS, centring=0.1)[1]
+    )
+
+
+def test_reward_ranking_skips_tied_pairs_and_keeps_the_weight():
+    rewards = f64(0.7, -0.4, 1.2)[None]
+    want = (sigmoid_loss(0.7 - 1.2) + sigmoid_loss(-0.4 - 1.2)) / 3  # the first two are tied, the third is worst
+    assert losses.reward_ranking(rewards, torch.tensor([[1, 1, 2]])).item() == pytest.approx(want, abs=1e-14)
+    assert losses.reward_ranking(rewards, torch.tensor([[1, 1, 1]])).item() == 0
+
+
+def test_reward_ranking_with_margin_and_centring():
+    """2 against 0.5 with a margin of 0.5, and 0.01 times the squared sum: the golden value."""
+    ours = losses.reward_ranking(f64(2, 0.5)[None], torch.tensor([[1, 2]]), f64(0.5), 0.01)
+    assert ours.item() == pytest.approx(0.375762, abs=6e-7)
+    with pytest.raises(BadInput, match="centring must be at least 0"):
+        losses.reward_ranking(f64(2, 0.5)[None], torch.tensor([[1, 2]]), centring=-1.0)
+
+
+def test_best_of_k():
+    assert losses.best_of_k(RAGGED, RANKS)[0].item() == pytest.approx(0.495182, abs=6e-7)
+    by_hand = log(exp(0.3) + exp(1.4) + exp(-0.2)) - 1.4
+    assert losses.best_of_k(RAGGED, RANKS)[1].item() == pytest.approx(by_hand, abs=1e-14)
+    tied = losses.best_of_k(f64(1, 2, 3)[None], torch.tensor([[1, 1, 2]])).item()
+    assert tied == pytest.approx(log(exp(1) + exp(2) + exp(3)) - 1.5, abs=1e-14)
+    equal = torch.zeros(1, 9, dtype=torch.float64)
+    assert losses.best_of_k(equal, best_first(equal)).item() == pytest.approx(log(9), abs=1e-14)
+
+
+def test_the_three_reward_losses_are_one_at_two_responses():
+    rewards = f64(0.4, 1.7)[None]
+    for ranks in ([[1, 2]], [[2, 1]]):
+        found = [loss(rewards, torch.tensor(ranks)) for loss in REWARD_LOSSES]
+        want = sigmoid_loss((0.4 - 1.7) * (1 if ranks == [[1, 2]] else -1))
+        assert [x.item() for x in found] == pytest.approx([want] * 3, abs=1e-14)
+
+
+REWARD_LOSSES = [losses.reward_ranking, losses.plackett_luce, losses.best_of_k]
+
+
+@pytest.mark.parametrize("loss", REWARD_LOSSES)
+def test_gradients_of_reward_losses(loss):
+    """Exact, 0 for a missing response, and finite at rewards far apart; they add up to 0 over a prompt."""
+    rewards = RAGGED.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, RANKS), (rewards,))
+    loss(rewards, RANKS).sum().backward()
+    assert rewards.grad[1, 3].item() == 0
+    assert rewards.grad.sum(1).abs().max().item() < 1e-15
+    far = torch.tensor([[1e4, -1e4, 0.0, 3.0], [-1e4, 0.0, 1e4, 0.0]], requires_grad=True)
+    loss(far, RANKS).sum().backward()
+    assert far.grad.isfinite().all()
+
+
+def test_nine_responses_weigh_as_much_as_two():
+    """At equal rewards, without ties, the loss of a prompt is ln 2 whatever its k."""
+    for k in (2, 4, 9):
+        equal = torch.zeros(1, k, dtype=torch.float64)
+        assert losses.reward_ranking(equal, best_first(equal)).item() == pytest.approx(log(2), abs=1e-14)
 
 
 def test_implicit_rewards():
@@ -269,7 +355,7 @@ def test_gradcheck(name):
 
 def test_gradcheck_plackett_luce_of_many():
     rewards = f64(0.3, 1.2, -0.7, 0.1, 2.2, 2.2, -1.0, 0.5).reshape(2, 4).requires_grad_()
-    assert torch.autograd.gradcheck(losses.plackett_luce, (rewards,))
+    assert torch.autograd.gradcheck(lambda x: losses.plackett_luce(x, best_first(x)), (rewards,))
 
 
 def test_gradcheck_orpo_near_certainty():
@@ -471,7 +557,9 @@ def test_finite_optimum(name):
 @pytest.mark.parametrize("beta", [0.05, 1.0, 4.0])
 def test_plackett_luce_of_two_is_dpo(beta):
     rewards = beta * torch.stack([H, H.flip(0) / 3], dim=1)
-    torch.testing.assert_close(losses.plackett_luce(rewards), losses.dpo(H, H.flip(0) / 3, beta), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        losses.plackett_luce(rewards, best_first(rewards)), losses.dpo(H, H.flip(0) / 3, beta), rtol=1e-9, atol=1e-14
+    )
 
 
 def test_special_cases_are_dpo():

@@ -412,7 +412,8 @@ def test_plackett_luce_reaches_the_optimal_policy(k):
     chance = torch.stack([strength[:, i] / strength[:, i:].sum(1) for i in range(k)]).prod(0)
     assert chance.sum().item() == pytest.approx(math.comb(VOCAB, k), rel=1e-12)
 
-    mean = lambda logps: (chance * losses.plackett_luce(BETA * (logps - ref)[rankings])).mean()  # noqa: E731
+    best_first = torch.arange(1, k + 1).expand(rankings.shape)
+    mean = lambda logps: (chance * losses.plackett_luce(BETA * (logps - ref)[rankings], best_first)).mean()  # noqa: E731
     best = optimal_policy(ref, rewards, BETA)
     assert min(kl(ref, best), kl(best, ref)) > 0.1
     assert mean(best).item() == pytest.approx(-(chance * chance.log()).mean().item(), rel=1e-12)  # at pi*, the entropy
