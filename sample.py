@@ -222,7 +222,7 @@ def main(a: Args) -> dict[str, float]:
 
     # ---------------------------------------------------------------------------------------------------- what they are
     facts = {
-        "length": ("length, tokens", [n for row in rows for n in row["tokens"]]),
+        "length": ("length, tokens", [float(n) for row in rows for n in row["tokens"]]),
         "ended": ("share that ends with EOS", [float(x) for row in rows for x in row["ended"]]),
         "logps": ("log-prob, nats a response", [x for row in rows for x in row["logps"]]),
     }

@@ -315,6 +315,10 @@ def main(a: Args) -> dict[str, float]:
         held = read(a, a.eval_data, tokenizer)
     else:
         train, held = held_out(train, a.eval_fraction, a.split_by)
+        require(
+            bool(held) or not a.split_by or a.eval_fraction == 0,
+            f"--split-by {a.split_by}: no value of it falls into --eval-fraction {a.eval_fraction}: raise that",
+        )
     require(bool(train), f"--data {a.data}: no example is left to train on")
     require(not a.margin_coef or any(e.margin for e in train), f"--margin-coef: no row of {a.data} has a 'margin'")
     print(f"{len(train)} examples to train on, {len(held)} held out")

@@ -128,9 +128,9 @@ def trained_tokens(examples: Sequence[Example]) -> int:
     return sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
 
 
-def is_made() -> bool:
-    """Whether the default run directory holds a finished run, or a model that someone put there."""
-    has = {name: (Path(Args.out) / name).exists() for name in ("results.json", "config.json", "args.json")}
+def is_made(out: str = Args.out) -> bool:
+    """Whether a run directory holds a finished run, or a model that someone put there."""
+    has = {name: (Path(out) / name).exists() for name in ("results.json", "config.json", "args.json")}
     return has["results.json"] or (has["config.json"] and not has["args.json"])
 
 

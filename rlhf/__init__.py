@@ -6,6 +6,9 @@
     data.py       rows -> token ids
     models.py     loading, scoring, saving
     generate.py   batched sampling
+    rewards.py    gold reward, a reward model or a function of yours, all called alike
+    agreement.py  how far annotators agree
+    annotate.html the page of annotate.py
     reviews.py    the embedded task: film reviews with a known gold reward
     runs.py       run directory, metrics, tables, curves, checkpoints
 

@@ -489,12 +489,11 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
 
     draft = _Draft(where, row, "", [], [1])
     pair = "chosen" in form
-    dialogues = pair and all(isinstance(row[name], list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
-    if pair and ("prompt" not in form or isinstance(row["prompt"], str) and dialogues):  # or the prompt is there twice
+    if pair and ("prompt" not in form or implicit(row)):
         prompt, values = _common(row)
         names = ["chosen", "rejected"]
     else:
-        prompt = row["prompt"]
+        prompt = prompt_of(row) if kind == "prompts" else row["prompt"]
         names = [name for name in form if name in ("completion", "chosen", "rejected")]
         values = [row[name] for name in names]
     if "responses" in form:
@@ -781,13 +780,29 @@ def without_ties(examples: Sequence[Example], ties: str, seed: int) -> list[Exam
     return [replace(e, ranks=[o.index(i) + 1 for i in range(len(o))]) for e, o in zip(examples, orders, strict=True)]
 
 
+def implicit(row: dict) -> bool:
+    """Whether the prompt of a row is what its chosen and rejected share: it has no other, or has it twice."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    dialogues = all(isinstance(side, list) and len(side) > 1 for side in sides)
+    return None not in sides and (row.get("prompt") is None or isinstance(row["prompt"], str) and dialogues)
+
+
 def prompt_of(row: dict) -> str | list[Message]:
-    """The prompt of a row that `build` took, as the row has it: a text or messages."""
-    if row.get("prompt") is not None:
-        return row["prompt"]
-    if row.get("chosen") is not None:
+    """The prompt of a row that `build` took, as it took it: a text, or messages."""
+    if implicit(row):
         return _common(row)[0]
-    return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    if row.get("prompt") is None:
+        return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    answers = [row.get("chosen"), row.get("rejected"), row.get("completion"), *(row.get("responses") or ())]
+    if isinstance(row["prompt"], str) and any(isinstance(answer, list) for answer in answers):
+        return [{"role": "user", "content": row["prompt"]}]
+    return row["prompt"]
+
+
+def texts_of(row: dict) -> list[str]:
+    """The responses of a preference or ranking row as texts, without the marks of a chat template."""
+    found = _common(row)[1] if implicit(row) else row.get("responses") or [row["chosen"], row["rejected"]]
+    return [x if isinstance(x, str) else x[-1]["content"] for x in found]
 
 
 def mismatched(examples: Sequence[Example], seed: int) -> list[list[int]]:

@@ -99,7 +99,7 @@ def checked(function: Reward, name: str) -> Reward:
             raise BadInput(f"{name}: raised {type(error).__name__}: {error} ({where})") from error
         require(
             len(values) == len(sequences),
-            f"{name}: gave {len(values)} rewards for {len(sequences)} responses, from "
+            f"{name}: gave {len(values)} numbers for {len(sequences)} responses, from "
             + (place(*sequences[0][:2]) if sequences else "none")
             + " on",
         )

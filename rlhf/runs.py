@@ -226,11 +226,13 @@ class Run:
         print(f"\nstopped after step {step}; the same command with --resume goes on from there")
         sys.exit(128 + self.interrupted)
 
-    def finish(self, results: dict[str, float], panels: dict[str, list[str]]) -> None:
-        """Draw curves.png, write results.json, which makes the run complete, and drop the checkpoint."""
-        curves(self.out, panels)
+    def finish(self, results: dict, panels: dict[str, list[str]]) -> None:
+        """Draw curves.png if it has panels; write results.json, which makes the run complete; drop the checkpoint."""
+        if panels:
+            curves(self.out, panels)
         if self.args.wandb:
-            wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
+            if panels:
+                wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
             wandb.summary.update(results)
             wandb.finish()
         _write(self.out / "results.json", json.dumps(results, indent=1))
