@@ -493,7 +493,9 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
         prompt, values = _common(row)
         names = ["chosen", "rejected"]
     else:
-        prompt = prompt_of(row) if kind == "prompts" else row["prompt"]
+        prompt = row["prompt"]
+        if kind == "prompts" and isinstance(prompt, str):  # that may belong to answers in messages
+            prompt = prompt_of(row)
         names = [name for name in form if name in ("completion", "chosen", "rejected")]
         values = [row[name] for name in names]
     if "responses" in form:
