@@ -1,0 +1,632 @@
+"""Ranking by people, phase 2b: show the K responses to each prompt to people, and write down how they rank them.
+
+    python annotate.py runs/samples.jsonl --out preferences.jsonl     a page in your browser; nothing leaves the machine
+    python annotate.py runs/samples.jsonl --overlap 2                 two people judge each prompt
+    python annotate.py --report --out preferences.jsonl               how far they agree, and what sways them
+    python annotate.py runs/samples.jsonl --by gold --noise 0.5       no people: a reward ranks, with noise
+
+People see one prompt at a time, its responses blind and in an order of their own. Every judgement is a line of a
+journal beside --out, on disk before the page moves on; --out holds the rankings in force, ready at any moment for
+train_rm.py and train_dpo.py. The same command goes on where it was stopped. In order below: samples, the journal and
+the queue, the server, labelling without people, the report.
+"""
+
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import socket
+import statistics
+import threading
+import time
+import webbrowser
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+import tyro
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+from tqdm import tqdm
+
+from rlhf import BadInput, agreement, lazy_import, require
+from rlhf.data import read_rows
+from rlhf.runs import bootstrap, cli, table
+
+reviews, rewards = lazy_import("rlhf.reviews"), lazy_import("rlhf.rewards")
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+PAGE = Path(__file__).parent / "rlhf" / "annotate.html"
+HOLD = 15 * 60  # seconds for which a prompt on someone's page is kept from the others
+Event = dict  # a line of the journal: id, kind (rank, skip, flag, undo), annotator, sample, ...
+
+
+@dataclass
+class Args:
+    samples: tyro.conf.Positional[str] = "runs/samples.jsonl"
+    """rows with a prompt and 2 to 9 responses, as sample.py writes them"""
+    out: str = "runs/preferences.jsonl"
+    """the rankings, one row for each judgement in force; its journal lies beside it; an --out of people goes on"""
+
+    overlap: int = 1
+    """people who judge the same prompt, >= 1"""
+    overlap_share: float = 1.0
+    """share of the prompts that --overlap holds for, by hash of their text, in [0, 1]; the others are judged once"""
+    port: int = 8000
+    """of the page on 127.0.0.1, in [0, 65535]; 0: any free one"""
+    open: bool = True
+    """open the page in the browser"""
+    report: bool = False
+    """print agreement, position bias, length bias and time per judgement of --out, and serve nothing"""
+    dry_run: bool = False
+    """print what there is to judge and what is judged, and serve nothing"""
+
+    by: str | None = None
+    """label without people: gold (the embedded task's reward), a reward model's run directory or module:function"""
+    noise: float | None = None
+    """--by: temperature of the labels, in units of the reward, >= 0: P(i is best) = softmax(rewards / noise)_i, and so
+    on for the rest (Plackett-Luce; Bradley-Terry for two); 0: by reward alone, and equal rewards tie; default 0 (gold:
+    0.35, the noise of the embedded task's own annotators)"""
+    seed: int = 0
+    """--by: draws of the noise"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """--by RUN_DIR: torch device"""
+    trust_remote_code: bool = False
+    """--by RUN_DIR: run code that comes with the model"""
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+@dataclass
+class Sample:
+    """A prompt with K responses."""
+
+    where: str  # "samples.jsonl:17"
+    row: dict
+    first: list[int]  # for each response, the first one identical to it: these are shown once and tie
+    distinct: list[int]  # the responses that are shown
+
+
+def identity(row: dict) -> str:
+    """What a judgement is about: a hash of prompt and responses."""
+    text = json.dumps([row["prompt"], row["responses"], row.get("ended")])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sample_of(where: str, row: dict) -> Sample:
+    """A cut response is not identical to one that ended."""
+    shown = list(zip(row["responses"], row.get("ended") or row["responses"], strict=True))
+    first = [shown.index(response) for response in shown]
+    return Sample(where, row, first, sorted(set(first)))
+
+
+def check_row(where: str, row: dict) -> None:
+    """BadInput unless the row can be shown."""
+    prompt, responses, ended = (row.get(name) for name in ("prompt", "responses", "ended"))
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    texts = [turn.get(name) if isinstance(turn, dict) else None for turn in turns for name in ("role", "content")]
+    fit = bool(prompt) and all(isinstance(text, str) for text in texts)
+    require(fit, f"{where}: field 'prompt' is missing or not text or messages: give every row one")
+    fit = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
+    require(fit, f"{where}: field 'responses' is missing or not a list of texts: give every row 2 to 9")
+    fit = 2 <= len(responses) <= 9
+    require(fit, f"{where}: field 'responses' has {len(responses)} entries: 2 to 9 can be ranked")
+    fit = ended is None or isinstance(ended, list) and list(map(type, ended)) == [bool] * len(responses)
+    require(fit, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
+    fit = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
+    require(fit, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
+
+
+def read_samples(source: str) -> dict[str, Sample]:
+    """The samples by their identity, in the order of the file; prints which rows there is nothing to rank in."""
+    advice = "make it with `python sample.py`, or name a file of samples" if source == Args.samples else "no such file"
+    require(Path(source).is_file(), f"{source} is missing: {advice}")
+    try:
+        rows, _ = read_rows(source)
+    except BadInput as error:
+        raise BadInput(str(error).removesuffix(" or use --skip-bad-rows")) from None
+    samples, again, same = {}, 0, 0
+    for where, row in rows:
+        check_row(where, row)
+        sample, key = sample_of(where, row), identity(row)
+        again += key in samples
+        same += len(sample.distinct) == 1
+        if len(sample.distinct) > 1:
+            samples.setdefault(key, sample)
+    if again or same:
+        print(f"left out: {again} rows that are there twice, {same} whose responses are all identical")
+    require(bool(samples), f"{source}: no row has two different responses to rank")
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------- journal, queue, views
+
+
+def journal_of(out: Path) -> Path:
+    return out.with_name(out.stem + ".journal.jsonl")
+
+
+def read_journal(path: Path) -> tuple[list[Event], int]:
+    """The events, and how many bytes they take; what follows is a line that a killed server did not finish."""
+    data = path.read_bytes() if path.exists() else b""
+    whole, events = data[: data.rfind(b"\n") + 1], []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+        fit = len(events) == number and isinstance(events[-1], dict)
+        fit = fit and {"id", "kind", "annotator", "sample", "where", "note", "time"} <= events[-1].keys()
+        require(fit, f"{path}:{number}: not a line of annotate.py's journal: mend it, or name another --out")
+    return events, len(whole)
+
+
+def advance(history: dict[str, list[Event]], event: Event) -> None:
+    """Each annotator's events so far, without the undone ones."""
+    if event["kind"] == "undo":
+        del history[event["annotator"]][-1:]
+    else:
+        history[event["annotator"]].append(event)
+
+
+def in_force(history: dict[str, list[Event]]) -> dict[str, dict[str, Event]]:
+    """Sample -> annotator -> the last thing that this annotator did with it."""
+    found: dict[str, dict[str, Event]] = defaultdict(dict)
+    for annotator in sorted(history):
+        for event in history[annotator]:
+            found[event["sample"]][annotator] = event
+    return found
+
+
+def rankings(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if event["kind"] == "rank"]
+
+
+def pair_table(sample: Sample, rankings: Sequence[dict]) -> torch.Tensor:
+    """Coincidences of a sample's response pairs, over several annotators' `ranks` of it."""
+    return agreement.of_rankings(tuple(tuple(x["ranks"][i] for i in sample.distinct) for x in rankings))
+
+
+class Judgements:
+    """What people did with the samples. Owns the journal, which is the truth, and keeps --out in step with it.
+
+    `file` is the journal, opened and locked; None only looks. BadInput where journal or --out tell of something else.
+    """
+
+    def __init__(self, samples: dict[str, Sample], out: Path, file: FileIO | None, overlap: int, share: float):
+        self.samples, self.out, self.file = samples, out, file
+        self.history: dict[str, list[Event]] = defaultdict(list)
+        self.lines: dict[str, str] = {}  # of --out, by the event's id
+        self.held: dict[str, tuple[str, float]] = {}  # annotator -> sample on the page, and until when it is kept
+        self.wanted = {key: overlap if int(key[:8], 16) < share * 16**8 else 1 for key in samples}
+        journal = journal_of(out)
+        events, size = read_journal(journal)
+        for number, event in enumerate(events, 1):
+            problem = f"{journal}:{number}: a judgement of a prompt that is not among these samples"
+            require(event["sample"] in samples, f"{problem}: give those it was made from, or name another --out")
+            advance(self.history, event)
+        self.judged = in_force(self.history)
+        made = {self.key(e["sample"], e) for e in events if e["kind"] == "rank"}
+        for where, row in read_rows(str(out))[0] if out.exists() and out.stat().st_size else []:
+            ours = {"prompt", "responses", "ranks", "annotator", "time"} <= row.keys()
+            ours = ours and self.key(identity(row), row) in made
+            require(ours, f"{where}: was not written from {journal}: move {out} away, or name another --out")
+        if file:
+            if size < os.fstat(file.fileno()).st_size:
+                os.ftruncate(file.fileno(), size)
+                print(f"{journal}: cut off an unfinished last line, which was never confirmed")
+            self.write_out()
+
+    @staticmethod
+    def key(sample: str, event: dict) -> tuple:
+        return sample, event["annotator"], tuple(event["ranks"]), event["time"]
+
+    def add(self, event: Event) -> None:
+        """The event on disk, then in force, then in --out. An event that is there already is not written again."""
+        if not any(e["id"] == event["id"] for e in self.history[event["annotator"]][-1:]):
+            size = os.fstat(self.file.fileno()).st_size
+            try:
+                line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self.file.fileno())
+            except OSError:
+                os.ftruncate(self.file.fileno(), size)
+                raise
+            advance(self.history, event)
+            self.judged = in_force(self.history)
+        self.write_out()
+
+    def write_out(self) -> None:
+        """--out, whole or not at all."""
+        partial = self.out.with_name(self.out.name + ".partial")
+        with open(partial, "w", encoding="utf-8") as f:
+            f.writelines(self.line(e) for key in self.samples for e in rankings(self.judged.get(key, {}).values()))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, self.out)
+
+    def line(self, event: Event) -> str:
+        if event["id"] not in self.lines:
+            row = self.samples[event["sample"]].row
+            row = {name: row[name] for name in ("prompt", "responses", "ended", "where") if name in row}
+            row |= {name: event[name] for name in ("ranks", "annotator", "order", "seconds", "note", "time")}
+            self.lines[event["id"]] = json.dumps(row, ensure_ascii=False) + "\n"
+        return self.lines[event["id"]]
+
+    def missing(self, annotator: str, held: Counter[str]) -> Iterator[tuple[int, str]]:
+        """Prompts that still want a judgement which this annotator can give; before each, how many have ranked it."""
+        for key in self.samples:
+            judged = self.judged.get(key, {})
+            ranked = len(rankings(judged.values()))
+            flagged = any(event["kind"] == "flag" for event in judged.values())
+            if annotator not in judged and not flagged and ranked + held[key] < self.wanted[key]:
+                yield ranked, key
+
+    def next(self, annotator: str) -> str | None:
+        """The prompt for this annotator's page: the one there already, else one begun by others, else a new one."""
+        now = time.monotonic()
+        held = Counter(key for who, (key, until) in self.held.items() if who != annotator and until > now)
+        free = {key: ranked for ranked, key in self.missing(annotator, held)}
+        mine = self.held.pop(annotator, (None,))[0]
+        key = mine if mine in free else max(free, key=free.__getitem__, default=None)
+        if key:
+            self.held[annotator] = key, now + HOLD
+        return key
+
+    def order(self, annotator: str, key: str) -> list[int]:
+        """The places of the responses in the order in which this annotator sees them: always the same."""
+        distinct = self.samples[key].distinct
+        return random.Random(f"{annotator} {key}").sample(distinct, len(distinct))
+
+    def step(self, annotator: str, key: str | None, by: int) -> str | None:
+        """The prompt before or after `key` among those that this annotator judged, and past the last one a new one."""
+        done = list(dict.fromkeys(event["sample"] for event in reversed(self.history[annotator])))[::-1]
+        place = (done.index(key) if key in done else len(done)) + by
+        return done[max(place, 0)] if place < len(done) else self.next(annotator)
+
+    def view(self, annotator: str, key: str | None, draft: Event | None = None) -> dict:
+        """What the page shows, which never learns the responses' places. `draft`: a ranking to start from."""
+        judged = self.judged.get(key, {}).get(annotator)
+        own = [e for events in self.judged.values() if (e := events.get(annotator))]
+        todo = sum(1 for _ in self.missing(annotator, Counter()))
+        shown = {"sample": key, "done": len(own), "todo": todo, "judged": judged and judged["kind"]}
+        shown["last"] = self.history[annotator][-1]["id"] if self.history[annotator] else None
+        seconds = [e["seconds"] for e in own if e["kind"] == "rank"]
+        shown["seconds"] = statistics.median(seconds) if seconds else None
+        ranked = {k: rankings(events.values()) for k, events in self.judged.items()}
+        tables = [pair_table(self.samples[k], events) for k, events in ranked.items() if len(events) > 1]
+        total = torch.stack(tables).sum(0) if tables else torch.zeros(3, 3)
+        found = {"same": agreement.same(total), "alpha": agreement.alpha(total)}
+        shown |= {name: None if math.isnan(x) else x for name, x in found.items()} | {"prompts": len(tables)}
+        if key:
+            row, order, draft = self.samples[key].row, self.order(annotator, key), judged or draft
+            ended = row.get("ended") or [True] * len(row["responses"])
+            shown["prompt"] = row["prompt"]
+            shown["responses"] = [{"text": row["responses"][i], "cut": not ended[i]} for i in order]
+            shown["places"] = [draft["ranks"][i] for i in order] if draft and draft["kind"] == "rank" else None
+            shown["note"] = draft["note"] if draft else ""
+        return shown
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def text_of(body: dict, name: str, most: int) -> str:
+    """A short text that can be written down, or 400."""
+    text = body.get(name)
+    if not isinstance(text, str) or len(text) > most or re.search(r"[\ud800-\udfff]", text):
+        raise HTTPException(400, f"{name} is not a text of at most {most} characters")
+    return text
+
+
+def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
+    """The event that the page asks to write down, checked, or 400."""
+    key, kind, places, seconds = (body.get(name) for name in ("sample", "kind", "places", "seconds"))
+    if not isinstance(key, str) or key not in judgements.samples:
+        raise HTTPException(400, "this prompt is not among the samples any more: reload the page")
+    if kind not in ("rank", "skip", "flag"):
+        raise HTTPException(400, "kind is not rank, skip or flag")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
+        raise HTTPException(400, "seconds is not a number of seconds")
+    event = {"id": text_of(body, "id", 64), "kind": kind, "annotator": annotator, "sample": key}
+    event["where"] = judgements.samples[key].where
+    order, first = judgements.order(annotator, key), judgements.samples[key].first
+    if kind == "rank":
+        whole = isinstance(places, list) and len(places) == len(order) and all(type(x) is int for x in places)
+        if not whole or set(places) != set(range(1, max(places) + 1)):
+            raise HTTPException(400, "places are not the ranks of all responses, from 1 and without gaps")
+        event["ranks"] = [places[order.index(i)] for i in first]
+    event |= {"order": order, "seconds": round(seconds, 1), "note": text_of(body, "note", 2000).strip()}
+    return event | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def app(judgements: Judgements, port: int) -> Starlette:
+    """The page and its four requests. Only this machine's own page can make them: everything else is 403."""
+    page = PAGE.read_text("utf-8")
+    inline = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1] for tag in ("style", "script")}
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
+    headers = {
+        "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        + "; ".join(f"{tag}-src 'sha256-{found}'" for tag, found in hashes.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+
+    async def guard(request, answer):
+        host = request.headers.get("host")
+        own = request.headers.get("origin", f"http://{host}") == f"http://{host}"
+        own = own and request.headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if host not in hosts:
+            advice = f"open http://{hosts[0]} (over ssh, forward the same port number: ssh -L {port}:{hosts[0]})"
+            response = JSONResponse({"error": advice}, 403)
+        elif request.method not in ("GET", "HEAD") and not own:
+            response = JSONResponse({"error": "a request from another page"}, 403)
+        elif request.method not in ("GET", "HEAD") and kind != "application/json":
+            response = JSONResponse({"error": "not application/json"}, 415)
+        else:
+            response = await answer(request)
+        response.headers.update(headers)
+        return response
+
+    async def index(_request):
+        return HTMLResponse(page)
+
+    async def api(request):
+        try:
+            body = dict(await request.json())
+        except (ValueError, TypeError, RecursionError):
+            raise HTTPException(400, "not a JSON object") from None
+        annotator = " ".join(text_of(body, "annotator", 60).split())
+        if not annotator:
+            raise HTTPException(400, "annotator is empty: give a name")
+        action, draft, last = request.path_params["action"], None, judgements.history[annotator][-1:]
+        if action == "step":
+            key = judgements.step(annotator, body.get("sample"), 1 if body.get("by") == 1 else -1)
+        elif action == "undo":
+            if not last or last[0]["id"] != body.get("last"):
+                raise HTTPException(409, "there is nothing to undo, or another page of yours went on: reload the page")
+            draft, key = last[0], last[0]["sample"]
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            judgements.add(draft | {"id": f"undo {draft['id']}", "kind": "undo", "time": stamp})
+            judgements.held[annotator] = key, time.monotonic() + HOLD
+        elif action not in ("next", "judge"):
+            raise HTTPException(404, "no such action: next, judge, undo or step")
+        else:
+            if action == "judge":
+                judgements.add(judgement(judgements, annotator, body))
+            key = judgements.next(annotator)
+        return JSONResponse(judgements.view(annotator, key, draft))
+
+    def refused(_request, error):
+        return JSONResponse({"error": error.detail}, error.status_code)
+
+    def failed(_request, error):
+        return JSONResponse({"error": f"cannot write: {error.strerror}"}, 500)
+
+    return Starlette(
+        routes=[Route("/", index), Route("/api/{action}", api, methods=["POST"])],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
+        exception_handlers={HTTPException: refused, OSError: failed},
+    )
+
+
+def serve(judgements: Judgements, port: int, browser: bool) -> None:
+    """The page on 127.0.0.1, until Ctrl-C."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    except OSError as error:
+        raise BadInput(f"--port {port}: {error.strerror}; name another, or 0 for any free one") from None
+    port = listener.getsockname()[1]
+    print(f"http://127.0.0.1:{port}  (Ctrl-C ends; every confirmed judgement is in {judgements.out})", flush=True)
+    if browser:
+        threading.Thread(target=webbrowser.open, args=(f"http://127.0.0.1:{port}",), daemon=True).start()
+    options = {"log_level": "warning", "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
+    try:
+        uvicorn.Server(uvicorn.Config(app(judgements, port), **options)).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------ without people
+
+
+def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
+    """--by: every prompt ranked by a reward, with noise; --out is written whole or not at all."""
+    noise = a.noise if a.noise is not None else reviews.NOISE if a.by == "gold" else 0.0
+    reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
+    rng = random.Random(f"annotate {a.seed}")
+    partial = out.with_name(out.name + ".partial")
+    todo = list(samples.values())
+    try:
+        with open(partial, "w", encoding="utf-8") as f, tqdm(total=len(todo), desc=a.by, unit="prompt") as bar:
+            for start in range(0, len(todo), 64):
+                group = [(s, i) for s in todo[start : start + 64] for i in range(len(s.first))]
+                prompts, responses = [s.row["prompt"] for s, _ in group], [s.row["responses"][i] for s, i in group]
+                rows = [s.row | {"ended": s.row["ended"][i]} if s.row.get("ended") else s.row for s, i in group]
+                found = iter(reward(prompts, responses, rows))
+                for s in todo[start : start + 64]:
+                    seen = [next(found) for _ in s.first]
+                    distinct = [seen[i] for i in s.distinct]
+                    ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
+                    row = {name: s.row[name] for name in ("prompt", "responses", "ended", "where") if name in s.row}
+                    row |= {"ranks": [ranks[s.distinct.index(i)] for i in s.first], "annotator": a.by}
+                    f.write(json.dumps(row | {"rewards": seen, "noise": noise}, ensure_ascii=False) + "\n")
+                bar.update(len(todo[start : start + 64]))
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(todo)} rankings by {a.by} with noise {noise:g} are in {out}\nNext: python train_rm.py --data {out}")
+    return {"judgements": len(todo), "noise": noise}
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(out: Path) -> dict:
+    """Prints what is known of the rankings in --out and of the people who made them, and returns it."""
+    require(out.is_file(), f"--report: {out} is missing: name the rankings with --out")
+    require(out.stat().st_size > 0, f"--report: {out} holds no rankings yet")
+    prompts: dict[str, list[dict]] = defaultdict(list)  # the rankings of each
+    for where, row in read_rows(str(out))[0]:
+        check_row(where, row)
+        fit = isinstance(row.get("ranks"), list) and list(map(type, row["ranks"])) == [int] * len(row["responses"])
+        require(fit, f"{where}: field 'ranks' is missing or not one rank for each response")
+        prompts[identity(row)].append(row)
+    rows = [row for found in prompts.values() for row in found]
+    history: dict[str, list[Event]] = defaultdict(list)
+    for event in read_journal(journal_of(out))[0]:
+        advance(history, event)
+    events = [event for found in in_force(history).values() for event in found.values()]
+
+    def compare(rankings: Sequence[dict]) -> torch.Tensor:
+        return pair_table(sample_of("", rankings[0]), rankings)
+
+    def median(rows: Sequence[dict]) -> float:
+        seconds = [row["seconds"] for row in rows if "seconds" in row]
+        return statistics.median(seconds) if seconds else math.nan
+
+    def show(x: float, digits: int = 3) -> str:
+        return "-" if math.isnan(x) else f"{x:.{digits}f}"
+
+    people = []
+    for name in sorted({x["annotator"] for x in [*rows, *events] if x.get("annotator")}):
+        own = [row for row in rows if row.get("annotator") == name]
+        pairs = [compare([x, y]) for x in own for y in prompts[identity(x)] if y is not x]
+        others = agreement.same(torch.stack(pairs).sum(0)) if pairs else math.nan
+        kinds = Counter(event["kind"] for event in events if event["annotator"] == name)
+        counts = [str(n) for n in (len(own), kinds["skip"], kinds["flag"])]
+        people.append([name, *counts, show(median(own), 1), show(others)])
+    print(f"{out}: {len(rows)} rankings of {len(prompts)} prompts\n")
+    print(table(["annotator", "ranked", "skipped", "flagged", "median seconds", "agrees with others"], people) + "\n")
+
+    twice = [compare(found) for found in prompts.values() if len(found) > 1]
+    first, longer, chance = [], [], []  # the sum over each prompt's rankings, or untied pairs, and their number
+    for found in prompts.values():
+        seen = [row for row in found if "order" in row]
+        first.append([sum(agreement.first_shown(row["order"], row["ranks"]) for row in seen), len(seen)])
+        chance.append([sum(1 / len(row["order"]) for row in seen), len(seen)])
+        wins = [x for row in found for x in agreement.longer_wins([*map(len, row["responses"])], row["ranks"])]
+        longer.append([sum(wins), len(wins)])
+
+    def ratio(sums: torch.Tensor) -> float:
+        return (sums[0] / sums[1]).item()
+
+    by_chance = ratio(torch.tensor(chance).sum(0))
+    tables = torch.stack(twice) if twice else torch.zeros(0, 3, 3)
+    numbers = {  # name: what it says, what is summed over the prompts, and the statistic of the sum
+        "agreement/same": (
+            f"pairwise agreement, over {len(twice)} prompts ranked twice or more",
+            tables,
+            agreement.same,
+        ),
+        "agreement/alpha": ("Krippendorff's ordinal alpha of the response pairs", tables, agreement.alpha),
+        "bias/first_shown": (f"the response shown first is ranked best (by chance {show(by_chance)})", first, ratio),
+        "bias/longer": ("the longer response of an untied pair wins (no bias: 0.500)", longer, ratio),
+    }
+    results = {"judgements": len(rows), "prompts": len(prompts), "seconds": median(rows), "bias/chance": by_chance}
+    lines = []
+    for name, (says, sums, statistic) in numbers.items():
+        sums = torch.as_tensor(sums, dtype=torch.float64)
+
+        def drawn(places: Sequence[int], sums=sums, statistic=statistic) -> float:
+            return statistic(sums.index_select(0, torch.tensor(places)).sum(0))
+
+        low, high = bootstrap(range(len(sums)), drawn) if len(sums) else (math.nan, math.nan)
+        results |= {name: statistic(sums.sum(0)), f"{name}_interval": (low, high)}
+        lines.append([says, show(results[name]), f"{show(low)} to {show(high)}"])
+    lines.append(["median time per judgement, seconds", show(results["seconds"], 1), ""])
+    print(table(["", "", "95 % interval"], lines))
+    for event in events:
+        if event["kind"] == "flag" or event["note"]:
+            print(
+                f"{event['where']}  {event['kind']} by {event['annotator']}: {' '.join(event['note'].split()) or '-'}"
+            )
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def open_journal(out: Path) -> FileIO:
+    """The journal, locked for this process alone, so that a killed one leaves no lock behind."""
+    journal = journal_of(out)
+    made = journal.exists() or not out.exists()
+    require(made, f"--out {out} was not made by this page, which leaves a journal beside it: name another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(journal, "ab", buffering=0)
+        folder = os.open(out.parent, os.O_RDONLY)  # where a new journal must be on disk too
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"--out {out} is being written by another annotate.py: share its page, or end it") from None
+    return file
+
+
+def main(a: Args) -> dict:
+    """Serves the page, labels by a reward or reports; returns what there is then (docs/metrics.md)."""
+    out = Path(a.out)
+    require(a.overlap >= 1, f"--overlap must be at least 1, not {a.overlap}")
+    require(0 <= a.overlap_share <= 1, f"--overlap-share must be in [0, 1], not {a.overlap_share}")
+    require(0 <= a.port < 2**16, f"--port must be in [0, 65535], not {a.port}")
+    require(a.noise is None or 0 <= a.noise < math.inf, f"--noise must be at least 0, not {a.noise}")
+    require(a.noise is None or a.by is not None, "--noise is of --by: people bring their own")
+    require(not (a.report and a.by), "--report and --by exclude each other: label first, then report")
+    if a.report:
+        return report(out)
+    samples = read_samples(a.samples)
+    sizes = Counter(len(sample.first) for sample in samples.values())
+    print(f"{a.samples}: " + ", ".join(f"{n} prompts with {k} responses" for k, n in sorted(sizes.items())))
+    if a.by:
+        used = next((path for path in (out, journal_of(out)) if path.exists()), None)
+        require(used is None, f"--out {out}: {used} is there already: name another --out")
+        return {"prompts": len(samples)} if a.dry_run else label(a, samples, out)
+    file = None if a.dry_run else open_journal(out)
+    judgements = Judgements(samples, out, file, a.overlap, a.overlap_share)
+
+    def state() -> dict[str, int]:
+        events = [e for events in judgements.judged.values() for e in events.values()]
+        by, kinds = Counter(e["annotator"] for e in rankings(events)), Counter(e["kind"] for e in events)
+        wanting = sum(1 for _ in judgements.missing("", Counter()))
+        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {name} {n}" for name, n in by.items()), end="")
+        print(f"; {kinds['skip']} skipped, {kinds['flag']} flagged; {wanting} prompts want one or more judgements")
+        return {"prompts": len(samples), "judgements": kinds["rank"], "wanting": wanting}
+
+    found = state()
+    if file:
+        with file:
+            serve(judgements, a.port, a.open)
+        found = state()
+        print(f"The same command goes on from here. Next: python train_rm.py --data {out}")
+    return found
+
+
+if __name__ == "__main__":
+    cli(main, Args)
