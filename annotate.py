@@ -82,6 +82,8 @@ class Args:
     """--by: temperature of the labels, in units of the reward, >= 0: P(i is best) = softmax(rewards / noise)_i, and so
     on for the rest (Plackett-Luce; Bradley-Terry for two); 0: by reward alone, and equal rewards tie; default 0 (gold:
     0.35, the noise of the embedded task's own annotators)"""
+    resume: bool = False
+    """--by: go on with a labelling that was stopped, to the same rankings"""
     seed: int = 0
     """--by: draws of the noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -454,32 +456,61 @@ def serve(judgements: Judgements, port: int, browser: bool) -> None:
 
 
 def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
-    """--by: every prompt ranked by a reward, with noise; --out is written whole or not at all."""
+    """--by: every prompt ranked by a reward, with noise. What is done waits in a partial file, and --out is whole."""
     noise = a.noise if a.noise is not None else reviews.NOISE if a.by == "gold" else 0.0
-    reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
-    rng = random.Random(f"annotate {a.seed}")
     partial = out.with_name(out.name + ".partial")
-    todo = list(samples.values())
-    try:
-        with open(partial, "w", encoding="utf-8") as f, tqdm(total=len(todo), desc=a.by, unit="prompt") as bar:
-            for start in range(0, len(todo), 64):
-                group = [(s, i) for s in todo[start : start + 64] for i in range(len(s.first))]
-                prompts, responses = [s.row["prompt"] for s, _ in group], [s.row["responses"][i] for s, i in group]
-                rows = [s.row | {"ended": s.row["ended"][i]} if s.row.get("ended") else s.row for s, i in group]
+    begun = partial.exists()
+    require(begun or not a.resume, f"--resume: {partial} is missing: there is no labelling to go on with")
+    require(a.resume or not begun, f"--out {out}: labelling was stopped: go on with --resume, or remove {partial}")
+
+    def ranked(key: str, rewards: Sequence[float]) -> list[int]:
+        sample = samples[key]
+        distinct = [rewards[i] for i in sample.distinct]
+        rng = random.Random(f"annotate {a.seed} {key}")  # a prompt's own, so that going on gives the same ranks
+        ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
+        return [ranks[sample.distinct.index(i)] for i in sample.first]
+
+    whole = partial.read_bytes().rpartition(b"\n")[0] if begun else b""
+    done = {}
+    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+        row = json.loads(line)
+        key = identity(row)
+        ours = key in samples and (row["annotator"], row["noise"]) == (a.by, noise)
+        ours = ours and row["ranks"] == ranked(key, row["rewards"])
+        require(
+            ours, f"--resume: {partial}:{number} was labelled with other samples or flags: give those, or remove it"
+        )
+        done[key] = line + b"\n"
+    reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
+    todo = [key for key in samples if key not in done]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb") as f, tqdm(total=len(samples), initial=len(done), desc=a.by, unit="prompt") as bar:
+        f.writelines(done.values())
+        for start in range(0, len(todo), 64):
+            group = todo[start : start + 64]
+            sequences = [(samples[key].row, i) for key in group for i in range(len(samples[key].first))]
+            prompts, responses = [row["prompt"] for row, _ in sequences], [row["responses"][i] for row, i in sequences]
+            rows = [row | {"ended": row["ended"][i]} if row.get("ended") else row for row, i in sequences]
+            try:
                 found = iter(reward(prompts, responses, rows))
-                for s in todo[start : start + 64]:
-                    seen = [next(found) for _ in s.first]
-                    distinct = [seen[i] for i in s.distinct]
-                    ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
-                    row = {name: s.row[name] for name in ("prompt", "responses", "ended", "where") if name in s.row}
-                    row |= {"ranks": [ranks[s.distinct.index(i)] for i in s.first], "annotator": a.by}
-                    f.write(json.dumps(row | {"rewards": seen, "noise": noise}, ensure_ascii=False) + "\n")
-                bar.update(len(todo[start : start + 64]))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{len(todo)} rankings by {a.by} with noise {noise:g} are in {out}\nNext: python train_rm.py --data {out}")
-    return {"judgements": len(todo), "noise": noise}
+            except BadInput:
+                f.close()
+                if not partial.stat().st_size:
+                    partial.unlink()
+                raise
+            for key in group:
+                sample = samples[key]
+                seen = [next(found) for _ in sample.first]
+                row = {n: sample.row[n] for n in ("prompt", "responses", "ended", "where") if n in sample.row}
+                row |= {"ranks": ranked(key, seen), "annotator": a.by, "rewards": seen, "noise": noise}
+                done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                f.write(done[key])
+            f.flush()
+            os.fsync(f.fileno())
+            bar.update(len(group))
+    os.replace(partial, out)
+    print(f"{len(done)} rankings by {a.by} with noise {noise:g} are in {out}\nNext: python train_rm.py --data {out}")
+    return {"judgements": len(done), "noise": noise}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -598,6 +629,7 @@ def main(a: Args) -> dict:
     require(0 <= a.port < 2**16, f"--port must be in [0, 65535], not {a.port}")
     require(a.noise is None or 0 <= a.noise < math.inf, f"--noise must be at least 0, not {a.noise}")
     require(a.noise is None or a.by is not None, "--noise is of --by: people bring their own")
+    require(not a.resume or a.by is not None, "--resume is of --by: the page goes on by itself")
     require(not (a.report and a.by), "--report and --by exclude each other: label first, then report")
     if a.report:
         return report(out)

@@ -1,6 +1,6 @@
 """All of RLHF without RL, on the embedded task, in one go: each phase is one call of a script's main.
 
-    python pipeline.py              about 6 minutes on 2 cores
+    python pipeline.py              about 5 minutes on 2 cores
     python pipeline.py --smoke      20 seconds: the same steps on next to nothing, to see that they run
 
     1   train_sft    a small language model learns to write film reviews
@@ -47,7 +47,7 @@ SMOKE_ROWS = {"sft": 60, "prompts": 40, "preference": 8}
 class Args:
     out: str = "runs/pipeline"
     """folder of all run directories and files; one that is in use is never overwritten"""
-    prompts: int = 6000
+    prompts: int = 4000
     """prompts that are answered and ranked, >= 16; half of them in each round"""
     k: int = 4
     """answers to each prompt, in [2, 9]"""

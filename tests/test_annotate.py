@@ -746,6 +746,38 @@ def test_identical_responses_tie_under_noise_too(labels):
     assert {tuple(row["ranks"]) for row in found} == {(1, 2, 1), (2, 1, 2)}
 
 
+def test_by_goes_on_after_a_stop_to_the_same_rankings(labels, capsys):
+    """The reward fails at prompt 150: two groups of 64 are kept, and a torn line behind them is not."""
+    rows = [{"prompt": str(i), "responses": ["a", "bb", "ccc"]} for i in range(200)]
+    want = labels(rows, noise=2.0)
+    Path("out.jsonl").unlink()
+    good = Path("own_rewards.py").read_text()
+    Path("own_rewards.py").write_text(
+        good + "_length = length\ndef length(p, r, rows):\n"
+        "    if '150' in p: raise ValueError('later')\n    return _length(p, r, rows)\n"
+    )
+    sys.modules.pop("own_rewards")
+    with pytest.raises(BadInput, match="later"):
+        labels(rows, noise=2.0)
+    partial = Path("out.jsonl.partial")
+    assert len(read(partial)) == 128 and not Path("out.jsonl").exists()
+    with open(partial, "a") as f:
+        f.write('{"prompt": "12')
+    for flags in ({"noise": 1.0}, {"noise": 2.0, "seed": 1}):
+        with pytest.raises(BadInput, match="labelled with other samples or flags"):
+            labels(rows, resume=True, **flags)
+    with pytest.raises(BadInput, match="go on with --resume"):
+        labels(rows, noise=2.0)
+    Path("own_rewards.py").write_text(
+        good + "\nasked = []\n_length = length\ndef length(p, r, rows):\n"
+        "    asked.extend(p)\n    return _length(p, r, rows)\n"
+    )
+    sys.modules.pop("own_rewards")
+    assert labels(rows, noise=2.0, resume=True) == want
+    assert sys.modules["own_rewards"].asked == [str(i) for i in range(128, 200) for _ in range(3)]
+    assert not partial.exists()
+
+
 def test_by_overwrites_nothing_and_leaves_nothing_half_done(labels):
     rows = [{"prompt": "the first one", "responses": ["a", "bb"]}]
     with pytest.raises(BadInput, match="the first one") as error:
