@@ -559,7 +559,9 @@ def report(out: Path) -> dict:
         seen = [row for row in found if "order" in row]
         first.append([sum(agreement.first_shown(row["order"], row["ranks"]) for row in seen), len(seen)])
         chance.append([sum(1 / len(row["order"]) for row in seen), len(seen)])
-        wins = [x for row in found for x in agreement.longer_wins([*map(len, row["responses"])], row["ranks"])]
+        places = sample_of("", found[0]).distinct
+        sizes = [len(found[0]["responses"][i]) for i in places]
+        wins = [x for row in found for x in agreement.longer_wins(sizes, [row["ranks"][i] for i in places])]
         longer.append([sum(wins), len(wins)])
 
     def ratio(sums: torch.Tensor) -> float:

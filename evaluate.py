@@ -33,7 +33,7 @@ from rlhf.data import Example, build, ceiling, held_out, pairs, prompt_of, read_
 from rlhf.generate import answer, end_ids, facts
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.rewards import checked, load_function, load_reward
-from rlhf.runs import Run, bootstrap, check, cli, table
+from rlhf.runs import Run, bootstrap, check, cli, mean_interval, table
 from rlhf.tree import collate, micro_batches
 
 bleu = lazy_import("sacrebleu.metrics")
@@ -215,10 +215,10 @@ def mean(values: Sequence[float], prompts: Sequence[Sequence[int]]) -> dict[str,
     prompt's values: they are resampled together, and the standard error lets them depend on each other."""
     sums = [(sum(values[i] for i in places), len(places)) for places in prompts]
     pooled = lambda drawn: sum(x for x, _ in drawn) / sum(n for _, n in drawn)  # noqa: E731
-    value, p = pooled(sums), len(sums)
-    spread = math.sqrt(sum((x - value * n) ** 2 for x, n in sums)) / sum(n for _, n in sums)
-    low, high = bootstrap(sums, pooled)
-    return {"value": value, "se": spread * math.sqrt(p / (p - 1)) if p > 1 else None, "low": low, "high": high}
+    ordered = [values[i] for places in prompts for i in places]
+    value, half = mean_interval(ordered, [p for p, places in enumerate(prompts) for _ in places])
+    found = dict(zip(("value", "se", "low", "high"), (value, half / 1.96, *bootstrap(sums, pooled)), strict=True))
+    return {name: x if math.isfinite(x) else None for name, x in found.items()}
 
 
 def at_equal_length(
@@ -469,7 +469,7 @@ def plot(results: dict, path: Path) -> None:
     for name, numbers in results["models"].items():
         x, y = numbers["kl"], numbers["reward"]
         at = x["value"], y["value"]
-        ends = [[[n["value"] - n["low"]], [n["high"] - n["value"]]] for n in (x, y)]
+        ends = [None if n["low"] is None else [[n["value"] - n["low"]], [n["high"] - n["value"]]] for n in (x, y)]
         axes.errorbar(*at, xerr=ends[0], yerr=ends[1], marker="o", capsize=3)
         side, shift = ("right", -6) if x["value"] > middle else ("left", 6)
         axes.annotate(short(name), at, (shift, 6), textcoords="offset points", ha=side, fontsize=9)

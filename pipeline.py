@@ -155,7 +155,8 @@ def matched(ours: dict, others: Sequence[dict]) -> dict[str, float]:
     others = sorted(others, key=mean_kl)
     above = sum(mean_kl(x) < mean_kl(ours) for x in others)
     lower, upper = others[max(min(above, len(others) - 1) - 1, 0) :][:2]
-    w = (mean_kl(upper) - mean_kl(ours)) / (mean_kl(upper) - mean_kl(lower))
+    gap = mean_kl(upper) - mean_kl(lower)
+    w = (mean_kl(upper) - mean_kl(ours)) / gap if gap else 0.5
     rewards = zip(ours["reward"], lower["reward"], upper["reward"], strict=True)
     difference, half = mean_interval([x - w * y - (1 - w) * z for x, y, z in rewards])
     kl = dict(zip(("kl", "kl_lower", "kl_upper"), map(mean_kl, (ours, lower, upper)), strict=True))

@@ -5,8 +5,8 @@
     python sample.py --model runs/dpo --ref runs/sft                      with log-probs under a reference too
 
 Every token is drawn from softmax(logits / temperature), all of it: no top-k, no top-p, no repetition penalty, whatever
-the model's own generation settings say. So the responses are samples of a known distribution, and `logps` are their
-exact log-probs. One row a prompt goes to samples.jsonl, which annotate.py ranks:
+the model's own generation settings say. `logps` are the responses' log-probs at temperature 1, whatever they were drawn
+at. One row a prompt goes to samples.jsonl, which annotate.py ranks:
 
     {"prompt": ..., "responses": [k texts], "ended": [k], "logps": [k], "ref_logps": [k], "where": "prompts.jsonl:17"}
 """
@@ -95,7 +95,8 @@ def read(a: Args, tokenizer) -> list[Example]:
         rows, skipped = read_rows(a.data, a.split, a.skip_bad_rows)
     limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens)
     examples, report = build(rows, tokenizer, "prompts", *limits, a.skip_bad_rows, skipped)
-    distinct = list({e.prompt_text: e for e in reversed(examples)}.values())[::-1]
+    first = {e.prompt_text: i for i, e in reversed([*enumerate(examples)])}
+    distinct = [examples[i] for i in sorted(first.values())]
     print(f"{a.data}\n{report}\n{len(distinct)} distinct prompts\n")
     chosen = range(len(distinct))
     if a.max_prompts and a.max_prompts < len(distinct):
@@ -109,7 +110,7 @@ def identity(prompt: str | list) -> str:
 
 
 def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
-    """The rows of --out that a stopped run left, without a last line that is torn. BadInput where they are not its."""
+    """The rows of the whole batches that a stopped run left in --out. BadInput where they are not this run's."""
     out, flags = Path(a.out), Path(a.out).with_suffix(".args.json")
     if not a.resume:
         require(not out.exists(), f"--out {out} is there already: continue it with --resume, or name another --out")
@@ -124,24 +125,31 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
     asked = {identity(prompt_of(e.row)) for e in prompts}
     strange = [row["where"] for row in rows if identity(row["prompt"]) not in asked]
     require(not strange, f"--resume: {out} has a prompt that --data {a.data} has not ({strange[:1]}): it has changed")
-    return rows
+    return rows if len(rows) == len(asked) else rows[: len(rows) // a.batch_size * a.batch_size]
 
 
 def write(path: Path, rows: Sequence[dict], mode: str) -> None:
-    """Append rows, or replace the file by them: on disk when this returns, whole or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    target = path if mode == "append" else path.with_name(path.name + ".partial")
-    with open(target, "ab" if mode == "append" else "wb") as f:
+    """Append rows ("a"), or replace the file by them ("w"): on disk when this returns, whole or not at all."""
+    left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    target = path if mode == "a" else path.with_name(path.name + ".partial")
+    with open(target, mode + "b", buffering=0) as f:
         size = f.tell()
         try:
-            f.write(text)
-            f.flush()
+            while left:
+                left = left[f.write(left) :]
             os.fsync(f.fileno())
         except OSError:
             os.truncate(target, size)
             raise
-    if mode != "append":
+    if mode == "w":
         os.replace(target, path)
+
+
+def longest(a: Args, prompts: Sequence[Example]) -> list[Example]:
+    """The shortest and the longest prompt with made-up responses of full length: what the layout is checked on."""
+    ends = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
+    filler = [(e.prompt * a.max_new_tokens)[: a.max_new_tokens] for e in ends]
+    return [replace(e, responses=[ids, ids[::-1] + ids[:1]], ranks=[1, 1]) for e, ids in zip(ends, filler, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -162,63 +170,61 @@ def main(a: Args) -> dict[str, float]:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         return {}
     out, rows = Path(a.out), begun(a, prompts)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write(out, rows, "replace")
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
-    out.with_suffix(".args.json").write_text(json.dumps({"flags": asdict(a), **environment()}, indent=1))
 
+    # ---------------------------------------------------------------------------------------------------------- models
     if to_make:
         train_sft.make(a.device)
-    model = models.load_model(a.model, a.device, a.trust_remote_code)
-    ref = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref") if a.ref else None
-    scorers = {"logps": model, "ref_logps": ref} if ref else {"logps": model}
-    layouts: dict[str, str] = {}
-    pad, ends = models.pad_id(tokenizer), end_ids(model, tokenizer)
+    scorers = {"logps": models.load_model(a.model, a.device, a.trust_remote_code)}
+    if a.ref:
+        scorers["ref_logps"] = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
+    model, pad, dtype = scorers["logps"], models.pad_id(tokenizer), torch.float32
+    ends, probes = end_ids(model, tokenizer), longest(a, prompts)
+    layouts = {name: models.choose_layout(scorer, probes, pad, dtype, a.layout) for name, scorer in scorers.items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".args.json").write_text(json.dumps({"flags": asdict(a), **environment()}, indent=1))
+        write(out, rows, "w")
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
 
+    # -------------------------------------------------------------------------------------------------------- sampling
     # Prompts of like length share a batch. Its seed comes from what is in it, so that a run which goes on after a stop
     # gives the batches that are left what they would have been given.
     there = {identity(row["prompt"]) for row in rows}
     left = [e for e in sorted(prompts, key=lambda e: len(e.prompt)) if identity(prompt_of(e.row)) not in there]
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(left), unit="prompt", desc=out.name, dynamic_ncols=True)
     began, done = time.perf_counter(), 0
-    for start in range(0, len(left), a.batch_size):
-        batch = left[start : start + a.batch_size]
-        content = json.dumps([a.seed, [e.prompt for e in batch]]).encode()
-        seed = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-        repeated = [e.prompt for e in batch for _ in range(a.k)]
-        ids = generate(model, tokenizer, repeated, a.max_new_tokens, a.temperature, seed, len(repeated))
-        sampled = [
-            replace(e, responses=ids[i * a.k : (i + 1) * a.k], ranks=[1] * a.k, response_texts=[])
-            for i, e in enumerate(batch)
-        ]
-        scores = {}
-        for name, scorer in scorers.items():
-            if name not in layouts:
-                layouts[name] = models.choose_layout(scorer, sampled, pad, torch.float32, a.layout)
-            scores[name] = models.score(scorer, sampled, layouts[name], pad, a.micro_batch_tokens, torch.float32)
-        found = [
-            {
-                "prompt": prompt_of(e.row),
-                "responses": [tokenizer.decode(response, skip_special_tokens=True) for response in e.responses],
-                "ended": [response[-1] in ends for response in e.responses],
-                **{name: values[i].tolist() for name, values in scores.items()},
-                "tokens": [len(response) for response in e.responses],
-                "where": e.where,
+    with tqdm(total=len(prompts), initial=len(there), unit="prompt", desc=out.name, dynamic_ncols=True) as bar:
+        for start in range(0, len(left), a.batch_size):
+            batch = left[start : start + a.batch_size]
+            content = json.dumps([a.seed, [e.prompt for e in batch]]).encode()
+            seed = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+            repeated = [e.prompt for e in batch for _ in range(a.k)]
+            ids = generate(model, tokenizer, repeated, a.max_new_tokens, a.temperature, seed, len(repeated))
+            own = [ids[i * a.k : (i + 1) * a.k] for i in range(len(batch))]
+            sampled = [replace(e, responses=found, ranks=[1] * a.k) for e, found in zip(batch, own, strict=True)]
+            scores = {
+                name: models.score(scorer, sampled, layouts[name], pad, a.micro_batch_tokens, dtype)
+                for name, scorer in scorers.items()
             }
-            for i, e in enumerate(sampled)
-        ]
-        write(out, found, "append")
-        rows += found
-        done += sum(map(len, ids))
-        bar.set_postfix({"tokens/s": f"{done / (time.perf_counter() - began):,.0f}"}, refresh=False)
-        bar.update(len(batch))
-    bar.close()
-
+            found = [
+                {
+                    "prompt": prompt_of(e.row),
+                    "responses": [tokenizer.decode(response, skip_special_tokens=True) for response in e.responses],
+                    "ended": [response[-1] in ends for response in e.responses],
+                    **{name: values[i].tolist() for name, values in scores.items()},
+                    "tokens": [len(response) for response in e.responses],
+                    "where": e.where,
+                }
+                for i, e in enumerate(sampled)
+            ]
+            write(out, found, "a")
+            rows += found
+            done += sum(map(len, ids))
+            bar.set_postfix({"tokens/s": f"{done / (time.perf_counter() - began):,.0f}"}, refresh=False)
+            bar.update(len(batch))
     place = {identity(prompt_of(e.row)): i for i, e in enumerate(prompts)}
     rows.sort(key=lambda row: place[identity(row["prompt"])])
-    write(out, rows, "replace")
+    write(out, rows, "w")
 
     # ---------------------------------------------------------------------------------------------------- what they are
     facts = {
@@ -232,7 +238,8 @@ def main(a: Args) -> dict[str, float]:
     if embedded:
         texts = [f"{row['prompt']} {text}" for row in rows for text in row["responses"]]
         facts["gold"] = ("gold reward", [reviews.gold_reward(text) for text in texts])
-    shown = [[title, interval(mean_interval(values))] for title, values in facts.values()]
+    of_prompt = [i for i in range(len(rows)) for _ in range(a.k)]
+    shown = [[title, interval(mean_interval(values, of_prompt))] for title, values in facts.values()]
     print("\n" + table([f"{len(rows)} prompts, {a.k} responses each", "mean"], shown))
     for row in rows[:3]:
         print(f"\nprompt  {str(row['prompt'])[-300:]}")

@@ -128,7 +128,7 @@ class Args:
     undesirable_weight: float = 1.0
     """kto: weight of undesirable responses, >= 0"""
     ties: Literal["refuse", "drop", "random"] = "refuse"
-    """plackett_luce: what to do with a ranking that has ties"""
+    """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
 
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
@@ -302,7 +302,7 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
     kind = "unpaired" if a.loss == "kto" else "preference"
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
     print(f"{source}\n{report}\n")
-    return without_ties(examples, a.ties, a.seed) if a.loss == "plackett_luce" else examples
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -328,6 +328,9 @@ def main(a: Args) -> dict[str, float]:
         held = read(a, a.eval_data, tokenizer)
     else:
         train, held = held_out(train, a.eval_fraction)
+    if a.loss == "plackett_luce":
+        train = without_ties(train, a.ties, a.seed)
+        held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
     require(bool(train), f"--data {a.data}: no example is left to train on")
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)

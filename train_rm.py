@@ -14,6 +14,7 @@ prompt share one forward pass. Only differences matter, so the mean over the SFT
 afterwards and taken off wherever the reward is used. In order: data, model, the loop, how far the model can be trusted.
 """
 
+import itertools
 import math
 import random
 import time
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import train_sft
 from rlhf import losses, models, require, reviews
-from rlhf.data import Example, build, ceiling, held_out, pairs, read_rows, show, without_ties
+from rlhf.data import Example, build, ceiling, group_of, held_out, pairs, read_rows, show, without_ties
 from rlhf.generate import answer
 from rlhf.runs import Run, check, cli, figure, interval, mean_interval, schedule, table
 from rlhf.tree import by_prompt, collate, micro_batches
@@ -83,7 +84,7 @@ class Args:
     centring: float = 0.0
     """pairwise: weight of (r_i + r_j)^2, which keeps rewards near 0, >= 0; 0.01 is usual"""
     ties: Literal["refuse", "drop", "random"] = "refuse"
-    """plackett_luce: what to do with a ranking that has ties"""
+    """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
 
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 1e-5 (embedded: 1e-3)"""
@@ -109,8 +110,8 @@ class Args:
     eval_every: int = 100
     """optimizer steps between evaluations on the held-out rankings, >= 1"""
     eval_prompts: int | None = None
-    """prompts that the starting model answers, for the reward's mean and deviation, >= 0; default 256 (embedded: 512);
-    0, or a reward model to start from: over the data's responses instead"""
+    """answers of the starting model, to held-out prompts first, for the reward's mean and deviation, >= 0; default 256
+    (embedded: 512); 0, or a reward model to start from: over the data's responses instead"""
     max_new_tokens: int = 128
     """tokens of those answers at most, >= 1"""
     save_every: int = 100
@@ -136,6 +137,11 @@ class Args:
 # ----------------------------------------------------------------------------------------------------------- objective
 
 
+def expected(margins: Tensor, right: Tensor) -> Tensor:
+    """Accuracy of each pair: P(label) where the margin is above 0, 1 - P(label) where it is below, 1/2 in a tie."""
+    return torch.where(margins.abs() <= TIE, torch.full_like(right, 0.5), torch.where(margins > 0, right, 1 - right))
+
+
 def objective(a: Args, examples: Sequence[Example], rewards: Tensor):
     """Sum of the losses of p prompts, and the (weighted sum, weight) of each metric.
 
@@ -143,12 +149,12 @@ def objective(a: Args, examples: Sequence[Example], rewards: Tensor):
     """
     margins = rewards.new_tensor([e.margin or 0.0 for e in examples])
     loss = LOSSES[a.loss](a, *by_prompt(rewards, examples), margins).sum()
-    better, worse, weights, right = (torch.tensor(x, device=rewards.device) for x in pairs(examples))
+    better, worse = (torch.tensor(x, device=rewards.device) for x in pairs(examples)[:2])
+    weights, right = (rewards.new_tensor(x) for x in pairs(examples)[2:])
     found = rewards.detach()[better] - rewards.detach()[worse]
-    correct = torch.where(found.abs() <= TIE, 0.5, torch.where(found > 0, right, 1 - right))
     values = {
         "rewards/margins": found,
-        "rewards/accuracies": correct,
+        "rewards/accuracies": expected(found, right),
         "rewards/chosen": rewards.detach()[better],
         "rewards/rejected": rewards.detach()[worse],
     }
@@ -172,7 +178,7 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
         rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
     examples, report = build(rows, tokenizer, "preference", a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
     print(f"{source}\n{report}\n")
-    return without_ties(examples, a.ties, a.seed) if a.loss == "plackett_luce" else examples
+    return examples
 
 
 # ------------------------------------------------------------------------------------- how far the model can be trusted
@@ -196,7 +202,7 @@ def calibration(margins: Tensor, right: Tensor, weights: Tensor, bins: int = 10)
     weight * |mean confidence - share right| (Guo et al. 2017, Eq. 3, arXiv 1706.04599), in [0, 0.5].
     """
     confidence = margins.abs().sigmoid()
-    correct = torch.where(margins > 0, right, 1 - right)
+    correct = expected(margins, right)
     place = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     rows = []
     for i in place.unique().tolist():
@@ -225,29 +231,32 @@ def trust(a: Args, held: Sequence[Example], rewards: Sequence[Tensor], embedded:
     """What the held-out rankings say of the model: rows of a table, results, and the panels of report.png."""
     flat = torch.cat([*rewards]).double()
     lengths = torch.tensor([len(r) for e in held for r in e.responses]).double()
-    better, worse, weights, right = (torch.tensor(x) for x in pairs(held))
+    better, worse = (torch.tensor(x) for x in pairs(held)[:2])
+    weights, right = (torch.tensor(x, dtype=torch.float64) for x in pairs(held)[2:])
     margins, longer = flat[better] - flat[worse], lengths[better] - lengths[worse]
 
-    def accuracy(gaps: Tensor) -> Tensor:
-        return torch.where(gaps.abs() <= TIE, 0.5, torch.where(gaps > 0, right, 1 - right).double())
+    group = [group_of(e, a.split_by) for e in held]
+    example = torch.tensor([i for i, e in enumerate(held) for _ in pairs([e])[0]])
 
-    prompt = torch.cat([torch.full((len(pairs([e])[0]),), i) for i, e in enumerate(held)])
-    per_prompt = {
-        name: torch.zeros(len(held)).double().index_add(0, prompt, accuracy(gaps) * weights).tolist()
-        for name, gaps in (("accuracy", margins), ("longer_wins", longer))
-    }
+    def by_example(gaps: Tensor) -> tuple[float, float]:
+        """Mean accuracy of the examples, with its interval over groups of them."""
+        sums = torch.zeros(len(held)).double().index_add(0, example, expected(gaps, right) * weights)
+        return mean_interval(sums.tolist(), group)
+
+    accuracy, longer_wins = by_example(margins), by_example(longer)
     curve, error = calibration(margins, right, weights)
     results = {
-        **{name: mean_interval(values)[0] for name, values in per_prompt.items()},
-        "accuracy_interval": mean_interval(per_prompt["accuracy"])[1],
+        "accuracy": accuracy[0],
+        "accuracy_interval": accuracy[1],
+        "longer_wins": longer_wins[0],
         "ceiling": ceiling(held),
         "ece": error,
         "length_correlation": correlation(flat, lengths),
     }
-    rows = [["held-out accuracy", interval(mean_interval(per_prompt["accuracy"]), 3)]]
+    rows = [["held-out accuracy", interval(accuracy, 3)]]
     if results["ceiling"] < 1:
         rows.append(["  (best possible with these labels)", f"{results['ceiling']:.3f}"])
-    rows.append(["  ('the longer one is better')", interval(mean_interval(per_prompt["longer_wins"]), 3)])
+    rows.append(["  ('the longer one is better')", interval(longer_wins, 3)])
     unit, sizes = true_margins(held, embedded)
     bars = []
     if sizes:
@@ -255,13 +264,14 @@ def trust(a: Args, held: Sequence[Example], rewards: Sequence[Tensor], embedded:
         edges = sizes.quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1.0])).unique()
         for low, high in zip(edges[:-1], edges[1:], strict=True):
             inside = (sizes >= low) & ((sizes < high) | (high == edges[-1]))
-            values = accuracy(margins)[inside]
+            values = expected(margins, right)[inside]
             if len(values) == 0:
                 continue
             best = torch.maximum(right, 1 - right)[inside].mean().item()
-            bars.append([low.item(), high.item(), *mean_interval(values.tolist()), best])
-            results[f"accuracy/margin_{low:.2f}_{high:.2f}"] = bars[-1][2]
-            rows.append([f"  where {unit} differs by {low:.2f} to {high:.2f}", interval(tuple(bars[-1][2:4]), 3)])
+            groups = [group[i] for i in example[inside].tolist()]
+            bars.append([low.item(), high.item(), *mean_interval(values.tolist(), groups), best])
+            results[f"accuracy/margin_{low:.3g}_{high:.3g}"] = bars[-1][2]
+            rows.append([f"  where {unit} differs by {low:.3g} to {high:.3g}", interval(tuple(bars[-1][2:4]), 3)])
     rows.append(["calibration error (ECE)", f"{error:.3f}"])
     rows.append(["correlation of reward with length", f"{results['length_correlation']:+.2f}"])
     return rows, results, (curve, unit, bars, (lengths.tolist(), flat.tolist()))
@@ -306,6 +316,9 @@ def main(a: Args) -> dict[str, float]:
     check(a)
     for name in ("margin_coef", "centring"):
         require(a.loss == "pairwise" or not getattr(a, name), f"--{name.replace('_', '-')} is of --loss pairwise only")
+    require(
+        not (a.split_by and a.eval_data), "--split-by and --eval-data exclude each other: both say what is held out"
+    )
     torch.manual_seed(a.seed)
     run = Run(a, __file__)
 
@@ -319,6 +332,9 @@ def main(a: Args) -> dict[str, float]:
             bool(held) or not a.split_by or a.eval_fraction == 0,
             f"--split-by {a.split_by}: no value of it falls into --eval-fraction {a.eval_fraction}: raise that",
         )
+    if a.loss == "plackett_luce":
+        train = without_ties(train, a.ties, a.seed)
+        held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
     require(bool(train), f"--data {a.data}: no example is left to train on")
     require(not a.margin_coef or any(e.margin for e in train), f"--margin-coef: no row of {a.data} has a 'margin'")
     print(f"{len(train)} examples to train on, {len(held)} held out")
@@ -403,11 +419,11 @@ def main(a: Args) -> dict[str, float]:
     run.end()
 
     # ----------------------------------------------------------------------------- the reward's mean over SFT's samples
-    prompts = list({e.prompt_text: e for e in held or train}.values())[: a.eval_prompts]
     samples = held or train
-    if from_policy and prompts:
+    if from_policy and a.eval_prompts:
+        distinct = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as it takes
         policy = models.load_model(a.model, a.device, a.trust_remote_code)
-        samples = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
+        samples = answer(policy, tokenizer, [*itertools.islice(distinct, a.eval_prompts)], a.max_new_tokens, a.seed)
         del policy
     scores = torch.cat(score(samples)).double()
     model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std(correction=0).item()
@@ -423,6 +439,7 @@ def main(a: Args) -> dict[str, float]:
         rows.append(["Spearman correlation with gold, on samples", f"{results['gold_spearman']:.3f}"])
         by_gold = (gold.tolist(), scores.tolist())
     results |= {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
+    results = {name: value for name, value in results.items() if math.isfinite(value)}  # JSON has no NaN
     rows.append(["deviation of the reward, on samples", f"{model.config.reward_std:.2f}"])
     print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples", ""], rows))
 

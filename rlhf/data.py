@@ -509,7 +509,9 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
             raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) on: rank the responses")
         draft.ranks = [int(rank) for rank in draft.ranks]
         draft.ended = _each(row, "ended", lambda x: isinstance(x, bool), "true or false")
-        draft.rewards = _each(row, "rewards", lambda x: isinstance(x, int | float), "numbers")
+        number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)  # noqa: E731
+        found = _each(row, "rewards", number, "finite numbers")
+        draft.rewards = found and [float(x) for x in found]
         draft.noise = _scalar(row, "noise", 0.0, 1e30)
         names = [f"responses[{i}]" for i in range(len(values))]
     elif pair:
@@ -541,9 +543,12 @@ def _draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Dra
         for value, name in zip(values, names, strict=True):
             messages = [*prompt, _answer(value, name, draft.ended is not None)]
             draft.responses.append([(_turn(tokenizer, messages, draft.prompt), True)])
-        if draft.ended and tokenizer.eos_token:
-            unended = [[(text.removesuffix(tokenizer.eos_token), True)] for [(text, _)] in draft.responses]
-            draft.responses = [x if e else y for e, x, y in zip(draft.ended, draft.responses, unended, strict=True)]
+        for i, ended in enumerate(draft.ended or ()):
+            if not ended:  # then nothing of the template's end of a turn belongs to it
+                [(text, _)], content = draft.responses[i], _answer(values[i], names[i], True)["content"].strip()
+                if content not in text:
+                    raise BadInput(f"the chat template rewrites field {names[i]!r}: give the row as strings")
+                draft.responses[i] = [(text[: text.rfind(content) + len(content)], True)]
     if "ranks" in form and len(set(draft.ranks)) == 1:
         raise _Drop("ties throughout")
     return draft
@@ -722,6 +727,18 @@ def _measure(examples: list[Example], report: Report, tokenizer) -> None:
 # ------------------------------------------------------------------------------- splitting, pairing, showing
 
 
+def group_of(example: Example, column: str | None = None) -> str:
+    """What must not straddle a split: the prompt's text, or the value of a column of the row."""
+    if column is None:
+        return example.prompt_text or example.response_texts[0]
+    value = example.row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None:
+        raise BadInput(f"{example.where}: field {column!r} is missing: name another column to split by")
+    return str(value)
+
+
 def held_out(
     examples: Sequence[Example], fraction: float, column: str | None = None
 ) -> tuple[list[Example], list[Example]]:
@@ -732,14 +749,7 @@ def held_out(
     """
     parts: tuple[list[Example], list[Example]] = [], []
     for example in examples:
-        text = example.prompt_text or example.response_texts[0]
-        if column:
-            value = example.row
-            for name in column.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            if value is None:
-                raise BadInput(f"{example.where}: field {column!r} is missing: name another column to split by")
-            text = str(value)
+        text = group_of(example, column)
         share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         parts[share < fraction].append(example)
     return parts
@@ -795,7 +805,8 @@ def prompt_of(row: dict) -> str | list[Message]:
         return _common(row)[0]
     if row.get("prompt") is None:
         return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-    answers = [row.get("chosen"), row.get("rejected"), row.get("completion"), *(row.get("responses") or ())]
+    several = row["responses"] if isinstance(row.get("responses"), list) else []
+    answers = [row.get("chosen"), row.get("rejected"), row.get("completion"), *several]
     if isinstance(row["prompt"], str) and any(isinstance(answer, list) for answer in answers):
         return [{"role": "user", "content": row["prompt"]}]
     return row["prompt"]
@@ -803,7 +814,8 @@ def prompt_of(row: dict) -> str | list[Message]:
 
 def texts_of(row: dict) -> list[str]:
     """The responses of a preference or ranking row as texts, without the marks of a chat template."""
-    found = _common(row)[1] if implicit(row) else row.get("responses") or [row["chosen"], row["rejected"]]
+    ranked = row.get("responses") is not None and row.get("ranks") is not None
+    found = row["responses"] if ranked else _common(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
     return [x if isinstance(x, str) else x[-1]["content"] for x in found]
 
 

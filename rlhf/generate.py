@@ -37,6 +37,7 @@ def generate(
     """
     use_layout(model, "padded")
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
+    pad = min(pad, model.get_input_embeddings().num_embeddings - 1)  # it is masked: any id that the model has will do
     config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, do_sample=temperature > 0, top_k=0
     )

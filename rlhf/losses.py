@@ -438,6 +438,7 @@ def best_of_k(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float
     Ziegler et al. 2019, Eq. 1, arXiv 1909.08593. ranks as in `reward_ranking`; the order below the best is not used.
     Sees differences of rewards only. Range (0, inf); log k where all are equal; gradient to rewards.
     """
-    best = (ranks == ranks.masked_fill(ranks == 0, ranks.shape[1] + 1).amin(1, keepdim=True)).to(rewards.dtype)
+    first = ranks.masked_fill(ranks == 0, torch.iinfo(ranks.dtype).max).amin(1, keepdim=True)
+    best = (ranks == first).to(rewards.dtype)
     everyone = torch.where(ranks > 0, rewards, -math.inf).logsumexp(1)
     return everyone - (best * rewards).sum(1) / best.sum(1)

@@ -43,6 +43,10 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
 
     BadInput, in one line, where there is no such model or it is not a causal language model.
     """
+    require(
+        not is_reward_model(name, trust_remote_code, flag),
+        f"{flag} {name}: a reward model, where a causal language model is wanted",
+    )
     with _one_line(name, flag):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -65,9 +69,12 @@ def load_reward_model(name: str, device: str, trust_remote_code: bool = False, f
         f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
     )
     with _one_line(name, flag, "reward model"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+    missing = ", ".join(sorted(found["missing_keys"]))
+    require(not missing, f"{flag} {name}: no reward model: its weights lack {missing}")
+    require(model.config.pad_token_id is not None, f"{flag} {name}: no reward model: its config has no pad id")
     require(
         model.config.num_labels == 1 and isinstance(getattr(model, "score", None), torch.nn.Linear),
         f"{flag} {name}: no reward model: it has {model.config.num_labels} labels, or a head that is no linear score",

@@ -39,9 +39,12 @@ def load_reward(
     where one cannot be scored, or where a function of the user's raises, or does not give one finite number for each.
     """
     if source == "gold":
-        return lambda prompts, responses, rows: [
-            reviews.gold_reward(f"{prompt} {response}") for prompt, response in zip(prompts, responses, strict=True)
-        ]
+
+        def gold(prompts, responses, rows) -> list[float]:
+            require(all(isinstance(x, str) for x in prompts), f"{flag} gold: is of texts, and a prompt is messages")
+            return [reviews.gold_reward(f"{x} {y}") for x, y in zip(prompts, responses, strict=True)]
+
+        return gold
     if not os.path.isdir(os.path.expanduser(source)) and source.count(":") == 1 and "/" not in source:
         return checked(load_function(source, flag), f"{flag} {source}")
 
@@ -51,18 +54,34 @@ def load_reward(
 
     def reward(prompts, responses, rows) -> list[float]:
         found = []
+        for prompt, response, row in zip(prompts, responses, rows, strict=True):
+            empty = row.get("ended") is False and not tokenizer(response, add_special_tokens=False)["input_ids"]
+            require(not empty, f"{flag} {source}: a response without a token has no reward ({place(prompt, response)})")
+        if not responses:
+            return []
         for prompt, sequences in itertools.groupby(zip(prompts, responses, rows, strict=True), key=lambda x: x[0]):
             _, answers, sources = zip(*sequences, strict=True)
-            ended = [source.get("ended", True) for source in sources]
+            ended = [source.get("ended") is not False for source in sources]
             found.append({"prompt": prompt, "responses": [*answers], "ended": ended})
         places = [(f"response {i}", row) for i, row in enumerate(found, 1)]
-        examples, report = build(places, tokenizer, "responses", max_prompt_length, max_length)
-        require(len(examples) == len(found), f"{flag} {source}: responses without a token cannot be scored ({report})")
+        examples, _ = build(places, tokenizer, "responses", max_prompt_length, max_length)
         layout = models.choose_layout(model, examples, pad, torch.float32)
         scores = models.score(model, examples, layout, pad, micro_batch_tokens, torch.float32)
-        return torch.cat(scores).tolist()
+        values = torch.cat(scores).tolist()
+        for prompt, response, value in zip(prompts, responses, values, strict=True):
+            require(math.isfinite(value), f"{flag} {source}: gave {value} ({place(prompt, response)})")
+        return values
 
     return reward
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def place(prompt: str | list[Message], response: str | tuple[str, str]) -> str:
+    """A sequence (for a judge, two responses) as messages name it."""
+    return f"prompt {str(prompt)[-80:]!r}, response {str(response)[:80]!r}"
 
 
 def load_function(name: str, flag: str) -> Callable:
@@ -73,16 +92,13 @@ def load_function(name: str, flag: str) -> Callable:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's code, which may raise anything
-        raise BadInput(f"{flag} {name}: cannot be imported ({type(error).__name__}: {error})") from error
+        raise BadInput(f"{flag} {name}: cannot be imported ({one_line(error)})") from error
     require(callable(found), f"{flag} {name}: is not a function")
     return found
 
 
 def checked(function: Reward, name: str) -> Reward:
     """The function with its results checked, and its errors as one line that names prompt and response."""
-
-    def place(prompt, response) -> str:
-        return f"prompt {str(prompt)[-80:]!r}, response {response[:80]!r}"
 
     def reward(prompts, responses, rows) -> list[float]:
         sequences = list(zip(prompts, responses, rows, strict=True))
@@ -96,7 +112,7 @@ def checked(function: Reward, name: str) -> Reward:
                 except Exception:
                     where = place(prompt, response)
                     break
-            raise BadInput(f"{name}: raised {type(error).__name__}: {error} ({where})") from error
+            raise BadInput(f"{name}: raised {one_line(error)} ({where})") from error
         require(
             len(values) == len(sequences),
             f"{name}: gave {len(values)} numbers for {len(sequences)} responses, from "

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -287,10 +288,19 @@ def curves(out: Path, panels: dict[str, list[str]]) -> None:
     page.savefig(out / "curves.png", dpi=120)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (normal: 1.96 standard errors)."""
-    mean = statistics.fmean(values)
-    return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+def mean_interval(values: Sequence[float], groups: Sequence | None = None) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval: 1.96 standard errors; infinite for fewer than two groups.
+
+    Values of one group (by default each is its own), say those of one prompt, may depend on each other:
+    se^2 = G / (G - 1) * sum over the G groups of (sum of the group's (value - mean))^2 / n^2.
+    """
+    mean, off = statistics.fmean(values), defaultdict(float)
+    for value, group in zip(values, range(len(values)) if groups is None else groups, strict=True):
+        off[group] += value - mean
+    if len(off) < 2:
+        return mean, math.inf
+    spread = math.sqrt(sum(x * x for x in off.values()) * len(off) / (len(off) - 1))
+    return mean, 1.96 * spread / len(values)
 
 
 def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
@@ -338,8 +348,10 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % percentile interval of `statistic` over `draws` resamplings, with replacement, of `items` (Efron 1979).
 
-    Draws whose statistic is NaN are left out; (nan, nan) where none is left.
+    Draws whose statistic is NaN are left out; (nan, nan) where none is left, or where there are fewer than two items.
     """
+    if len(items) < 2:
+        return math.nan, math.nan
     rng = random.Random(seed)
     found = sorted(x for _ in range(draws) if not math.isnan(x := statistic(rng.choices(items, k=len(items)))))
     if not found:

@@ -313,7 +313,7 @@ def test_mean_over_prompts_by_hand(monkeypatch):
     assert found["value"] == 2.75
     assert found["se"] == pytest.approx(math.sqrt(3 / 2 * (2.5**2 + 0.25**2 + 2.25**2)) / 4)
     assert found["low"] == 1.5 and found["high"] == 5  # all three draws the first prompt, or the last: 1 in 27 each
-    assert evaluate.mean([4.0, 6.0], [[0, 1]]) == {"value": 5.0, "se": None, "low": 5.0, "high": 5.0}
+    assert evaluate.mean([4.0, 6.0], [[0, 1]]) == {"value": 5.0, "se": None, "low": None, "high": None}
 
 
 def sigmoid(x: float) -> float:
@@ -371,7 +371,7 @@ def test_length_controlled_win_rate_where_length_says_nothing_or_all():
     prompts = [[0], [1], [2], [3]]
     undefined = {"value": None, "low": None, "high": None}
     assert evaluate.at_equal_length([1, 0, 1, 1], [2, 2, 2, 2], prompts) == undefined
-    wins, differences = [1, 1, 1, 0] * 50, [3, -3] * 50 + [-3, 3] * 50
+    wins, differences = [1.0, 1.0, 1.0, 0.0] * 50, [3, -3] * 50 + [-3, 3] * 50
     found = evaluate.at_equal_length(wins, differences, [[i] for i in range(200)])
     plain = evaluate.mean(wins, [[i] for i in range(200)])
     assert found == pytest.approx({name: plain[name] for name in found}, abs=0.02)

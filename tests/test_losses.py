@@ -245,6 +245,8 @@ def test_best_of_k():
     assert losses.best_of_k(RAGGED, RANKS)[1].item() == pytest.approx(by_hand, abs=1e-14)
     tied = losses.best_of_k(f64(1, 2, 3)[None], torch.tensor([[1, 1, 2]])).item()
     assert tied == pytest.approx(log(exp(1) + exp(2) + exp(3)) - 1.5, abs=1e-14)
+    few = losses.best_of_k(f64(2, 1, 0)[None], torch.tensor([[10, 20, 0]])).item()  # two of a longer ranking
+    assert few == pytest.approx(sigmoid_loss(1), abs=1e-14)
     equal = torch.zeros(1, 9, dtype=torch.float64)
     assert losses.best_of_k(equal, best_first(equal)).item() == pytest.approx(log(9), abs=1e-14)
 
