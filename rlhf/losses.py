@@ -31,7 +31,7 @@ _WEIGHT = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
 _VALID = {
     "beta": (lambda x: 0 < x < math.inf, "above 0 and finite"),
     "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
-    "clip": (lambda x: x is None or 0 < x < math.inf, "above 0 and finite, or None"),
+    **dict.fromkeys(("clip", "clip_range"), (lambda x: x is None or 0 < x < math.inf, "above 0 and finite, or None")),
     "tau": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "delta": (math.isfinite, "finite"),
     **dict.fromkeys(("alpha", "lam", "nll_coef", "gamma_beta_ratio", "centring"), _WEIGHT),
@@ -442,3 +442,62 @@ def best_of_k(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float
     best = (ranks == first).to(rewards.dtype)
     everyone = torch.where(ranks > 0, rewards, -math.inf).logsumexp(1)
     return everyone - (best * rewards).sum(1) / best.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- PPO
+#
+# Of each token that an earlier policy pi_old sampled; the script divides by the count of the whole optimizer step.
+# ratio = pi / pi_old = exp(logps - old_logps).
+
+
+def _ratio(logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """exp(x), x = logps - old_logps; above MAX_EXPONENT its tangent there, which is finite and keeps a slope."""
+    x = logps - old_logps.detach()
+    return x.clamp(max=MAX_EXPONENT).exp() * (1 + F.relu(x - MAX_EXPONENT))
+
+
+def ppo_clip(
+    logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"], advantages: Float[Tensor, " n"], clip_range: float
+) -> Float[Tensor, " n"]:
+    """The clipped surrogate: max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range)), A = advantages.
+
+    Schulman et al. 2017, Eq. 7, arXiv 1707.06347, with clip_range 0.2. Gradient to logps: -A ratio, and exactly 0 where
+    `clipped`; at ratio = 1 it is the policy gradient. A ratio above exp(MAX_EXPONENT) goes on as a straight line, so
+    that both are finite for log-ratios up to 1e4. Range (-inf, inf); -A at ratio = 1.
+    """
+    _check(clip_range=clip_range)
+    A, ratio = advantages.detach(), _ratio(logps, old_logps)
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def clipped(
+    logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"], advantages: Float[Tensor, " n"], clip_range: float
+) -> Bool[Tensor, " n"]:
+    """Where `ppo_clip` is clipped: ratio > 1 + clip_range with A > 0, or ratio < 1 - clip_range with A < 0.
+
+    There the token has moved as far as its advantage asked for, and has no gradient; `clipfrac` is the mean.
+    """
+    _check(clip_range=clip_range)
+    ratio = _ratio(logps.detach(), old_logps)
+    return (advantages > 0) & (ratio > 1 + clip_range) | (advantages < 0) & (ratio < 1 - clip_range)
+
+
+def value_loss(
+    values: Float[Tensor, " n"],
+    old_values: Float[Tensor, " n"],
+    returns: Float[Tensor, " n"],
+    clip_range: float | None = None,
+) -> Float[Tensor, " n"]:
+    """The critic's loss: max((V - G)^2, (clip(V, V_old - clip_range, V_old + clip_range) - G)^2) / 2, G = returns.
+
+    Ziegler et al. 2019 in their code, arXiv 1909.08593, with clip_range 0.2 in units of reward; None is no clipping.
+    Gradient to values: V - G, and exactly 0 where V is more than clip_range from V_old and nearer to G than its clip.
+    Range [0, inf).
+    """
+    _check(clip_range=clip_range)
+    returns, old_values = returns.detach(), old_values.detach()
+    error = (values - returns).square()
+    if clip_range is not None:
+        near = values.clamp(old_values - clip_range, old_values + clip_range)
+        error = torch.maximum(error, (near - returns).square())
+    return error / 2
