@@ -1,6 +1,6 @@
 """All of RLHF without RL, on the embedded task, in one go: each phase is one call of a script's main.
 
-    python pipeline.py              about 5 minutes on 2 cores
+    python pipeline.py              about 4 minutes on 2 cores
     python pipeline.py --smoke      20 seconds: the same steps on next to nothing, to see that they run
 
     1   train_sft    a small language model learns to write film reviews

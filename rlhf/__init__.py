@@ -3,6 +3,7 @@
     logprobs.py   per-token log-probabilities from hidden states: the only place where logits and targets meet
     tree.py       a prompt with its k responses as one packed row, and the attention over it
     losses.py     one pure function per loss
+    advantages.py from scores and log-probs to what each token gets: KL, GAE, group baselines
     data.py       rows -> token ids
     models.py     loading, scoring, saving
     generate.py   batched sampling
