@@ -181,6 +181,13 @@ def read(a: Args, source: str, tokenizer) -> list[Example]:
     return examples
 
 
+def make(device: str) -> None:
+    """Train the embedded task's reward model for a script that needs it, or finish it where it was stopped."""
+    print(f"{Args.out} is missing: making the reward model of the embedded task first\n")
+    main(Args(device=device, resume=(Path(Args.out) / "args.json").exists()))
+    print()
+
+
 # ------------------------------------------------------------------------------------- how far the model can be trusted
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import torch
 import transformers
+from jaxtyping import Float
+from torch import Tensor
 
 from rlhf import reviews
 from rlhf.data import Example
@@ -63,6 +65,29 @@ def generate(
     finally:
         model.generation_config = own_config
     return responses
+
+
+@torch.no_grad()
+def cached_logps(
+    model, prompts: Sequence[list[int]], responses: Sequence[list[int]], temperature: float, pad: int
+) -> list[Float[Tensor, " n"]]:
+    """Log-probs (nats) of given response tokens, one by one with the key-value cache and left padding: as they were
+    computed while `generate` sampled them. To compare with what scores them."""
+    use_layout(model, "padded")
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
+    for t in range(max(map(len, responses))):
+        out = model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        ids = torch.tensor([[r[t] if t < len(r) else pad] for r in responses], device=device)
+        found.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])
+        cache, positions = out.past_key_values, positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    rows = torch.stack(found, 1)
+    return [row[: len(r)] for row, r in zip(rows, responses, strict=True)]
 
 
 def answer(

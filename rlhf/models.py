@@ -208,6 +208,27 @@ def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Te
     return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
+def values(critic, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+    """A critic's estimate, before each response token, of the rewards to come: w . h - reward_mean, with h the hidden
+    state that predicts the token. Float32; gradient flows to w and to the model."""
+    before = states(critic, batch, batch.sources, dtype).to(critic.score.weight.dtype)
+    return critic.score(before)[:, 0] - getattr(critic.config, "reward_mean", 0.0)
+
+
+@torch.no_grad()
+def per_token(
+    measure: Callable[[Batch], Tensor], examples: Sequence[Example], layout: str, pad: int, budget: int, device: str
+) -> Float[Tensor, " n *more"]:
+    """What `measure` says of each response token, without gradient: all examples' tokens laid end to end, in order."""
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    for group in micro_batches(examples, budget, layout):
+        part = [examples[i] for i in group]
+        numbers = measure(collate(part, layout, pad, device))
+        for i, own in zip(group, numbers.split([sum(map(len, e.responses)) for e in part]), strict=True):
+            found[i] = own
+    return torch.cat(found)
+
+
 @torch.no_grad()
 def score(
     model, examples: Sequence[Example], layout: str, pad: int, budget: int, dtype: torch.dtype, what: str = ""
@@ -335,9 +356,7 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
 
 def _at_tokens(model, batch: Batch, dtype: torch.dtype) -> Float[Tensor, " n"]:
     """The number of each response token that the layouts must agree on."""
-    if hasattr(model, "score"):
-        return model.score(states(model, batch, batch.sources, dtype).to(model.score.weight.dtype))[:, 0]
-    return response_logps(model, batch, dtype)[0]
+    return values(model, batch, dtype) if hasattr(model, "score") else response_logps(model, batch, dtype)[0]
 
 
 def _check_logps(model, example: Example, ours: Float[Tensor, " n"], pad: int, dtype: torch.dtype) -> None:

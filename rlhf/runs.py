@@ -311,6 +311,7 @@ def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
 
 FACTS = {  # what is found out about sampled answers (rlhf/generate.py), as the tables name it
     "gold": "gold reward",
+    "score": "score of the reward model",
     "grammatical": "grammatical share",
     "kl": "KL to the reference, nats an answer",
     "length": "length, tokens",
