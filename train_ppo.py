@@ -14,6 +14,7 @@ critic and GAE, or by comparing the k answers); then a few epochs of clipped pol
 2017, Eq. 7, arXiv 1707.06347). In order: data, models, the loop, before and after.
 """
 
+import json
 import math
 import random
 import time
@@ -33,7 +34,7 @@ from rlhf.data import Example, build, held_out, prompt_of, read_rows, show
 from rlhf.generate import answer, cached_logps, end_ids, facts, generate
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.rewards import load_reward
-from rlhf.runs import Run, before_and_after, check, cli, table
+from rlhf.runs import Run, before_and_after, check, cli, figure, table
 from rlhf.tree import Batch, collate, micro_batches
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -287,6 +288,7 @@ def main(a: Args) -> dict[str, float]:
     if to_make:
         train_sft.make(a.device)
     if a.reward == train_rm.Args.out and not train_sft.is_made(a.reward):
+        require(embedded, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
         train_rm.make(a.device)
     policy = models.load_model(a.model, a.device, a.trust_remote_code)
     reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code, "--ref").requires_grad_(False)
@@ -490,7 +492,7 @@ def main(a: Args) -> dict[str, float]:
     models.save(policy, tokenizer, run.out)
     run.finish(results, PANELS)
     print(
-        f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
+        f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
     )
     print(f"Next: python evaluate.py --models {a.model} {run.out}")
     return results
@@ -584,6 +586,20 @@ def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, pad: int) 
     if step == 0 and not a.ref:
         kl = (rollout.logps - rollout.ref_logps).abs().max().item()
         require(kl < 1e-5 * SLACK, f"step 1: the policy is {kl:.3g} nats from the reference that it starts from")
+
+
+def draw(out: Path) -> None:
+    """reward_kl.png: the score of each rollout, and the gold reward where it is known, against its KL."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    page = figure.Figure(figsize=(6.4, 4), layout="constrained")
+    axes = page.add_subplot(xlabel="KL to the reference, nats an answer", ylabel="mean over a rollout's answers")
+    for name, label in (("objective/scores", "score of the reward (proxy)"), ("objective/gold", "gold reward")):
+        points = [(row["objective/kl"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", linestyle="", label=label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    page.savefig(out / "reward_kl.png", dpi=120)
 
 
 if __name__ == "__main__":
