@@ -1,7 +1,8 @@
-"""Every test runs with the shapes and types in the signatures of `rlhf` checked, and with no model hub."""
+"""Every test runs with the shapes and types in the signatures of `rlhf` checked, on one thread, with no model hub."""
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
