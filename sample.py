@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import train_sft
 from rlhf import BadInput, models, require, reviews
-from rlhf.data import Example, build, prompt_of, read_rows, show
+from rlhf.data import Example, build, longest, prompt_of, read_rows, show
 from rlhf.generate import end_ids, generate
 from rlhf.runs import check, cli, environment, interval, mean_interval, table
 
@@ -145,13 +145,6 @@ def write(path: Path, rows: Sequence[dict], mode: str) -> None:
         os.replace(target, path)
 
 
-def longest(a: Args, prompts: Sequence[Example]) -> list[Example]:
-    """The shortest and the longest prompt with made-up responses of full length: what the layout is checked on."""
-    ends = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
-    filler = [(e.prompt * a.max_new_tokens)[: a.max_new_tokens] for e in ends]
-    return [replace(e, responses=[ids, ids[::-1] + ids[:1]], ranks=[1, 1]) for e, ids in zip(ends, filler, strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -178,7 +171,7 @@ def main(a: Args) -> dict[str, float]:
     if a.ref:
         scorers["ref_logps"] = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
     model, pad, dtype = scorers["logps"], models.pad_id(tokenizer), torch.float32
-    ends, probes = end_ids(model, tokenizer), longest(a, prompts)
+    ends, probes = end_ids(model, tokenizer), longest(prompts, a.max_new_tokens)
     layouts = {name: models.choose_layout(scorer, probes, pad, dtype, a.layout) for name, scorer in scorers.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

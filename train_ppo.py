@@ -30,7 +30,7 @@ from torch import Tensor
 import train_rm
 import train_sft
 from rlhf import BadInput, advantages, losses, models, require, reviews
-from rlhf.data import Example, build, held_out, prompt_of, read_rows, show
+from rlhf.data import Example, build, held_out, longest, prompt_of, read_rows, show
 from rlhf.generate import answer, cached_logps, end_ids, facts, generate
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.rewards import load_reward
@@ -188,6 +188,8 @@ def check_flags(a: Args) -> None:
         require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be above 0, not {value}")
     for name in ("gamma", "lam"):
         require(0 <= getattr(a, name) <= 1, f"--{name} must be in [0, 1], not {getattr(a, name)}")
+    usable = math.isfinite(a.missing_eos_value) and (a.missing_eos != "subtract" or a.missing_eos_value >= 0)
+    require(usable, f"--missing-eos-value {a.missing_eos_value}: must be finite, and to be subtracted at least 0")
     require(0 < a.kl_horizon <= 1, f"--kl-horizon must be in (0, 1], not {a.kl_horizon}")
     require(a.epochs_per_rollout >= 1, "--epochs-per-rollout must be at least 1")
     require(1 <= a.minibatches <= a.batch_size, f"--minibatches must be in [1, --batch-size {a.batch_size}]")
@@ -313,19 +315,18 @@ def main(a: Args) -> dict[str, float]:
             if a.value_init == "zero":
                 torch.nn.init.zeros_(critic.score.weight)
     pad, dtype, ends = models.pad_id(tokenizer), models.DTYPES[a.dtype], end_ids(policy, tokenizer)
-    probes = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
-    filler = [(e.prompt * a.max_new_tokens)[: a.max_new_tokens] for e in probes]
-    probes = [replace(e, responses=[x, x[::-1] + x[:1]], ranks=[1, 1]) for e, x in zip(probes, filler, strict=True)]
-    layout = a.layout
-    for model in (policy, reference, critic, reward if own_reward else None):
-        if model is not None and layout != "padded":
-            layout = models.choose_layout(model, probes, pad, dtype, layout)
+    own = [(policy, pad), (reference, pad)]  # what scores token ids, and the id that pads them
+    own += [(model, model.config.pad_token_id) for model in (critic, reward if own_reward else None) if model]
+    probes = longest(prompts, a.max_new_tokens, {filler for _, filler in own})
+    layouts = {models.choose_layout(model, probes, filler, dtype, a.layout) for model, filler in own}
+    layout = "tree" if layouts == {"tree"} else "padded"
     print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
 
     def score(examples: Sequence[Example]) -> Tensor:
         """Rewards of all responses, [b]."""
         if own_reward:
-            found = models.score(reward, examples, layout, pad, a.micro_batch_tokens, dtype)
+            own_pad = reward.config.pad_token_id
+            found = models.score(reward, examples, layout, own_pad, a.micro_batch_tokens, dtype)
             return torch.cat(found).float().to(a.device)
         asked = [
             (prompt_of(e.row), text, e.row | {"ended": r[-1] in ends})
@@ -470,7 +471,7 @@ def main(a: Args) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, critic_optimizer, weights
     start = models.load_model(a.model, a.device, a.trust_remote_code)
-    asked = list({e.prompt_text: e for e in held or prompts}.values())[: a.eval_prompts]
+    asked = (held or prompts)[: a.eval_prompts]
     answers = {
         side: answer(model, tokenizer, asked, a.max_new_tokens, a.seed)
         for side, model in {"before": start, "after": policy}.items()
@@ -479,8 +480,8 @@ def main(a: Args) -> dict[str, float]:
     for side, model in {"before": start, "after": policy}.items():
         both = [models.score(m, answers[side], layout, pad, a.micro_batch_tokens, dtype) for m in (model, reference)]
         found[side]["kl"] = [(x - y).item() for x, y in zip(*both, strict=True)]
-        found[side]["score"] = score(answers[side]).tolist()
-    rows, results = before_and_after(found)
+        found[side]["score"] = score(answers[side]).tolist() if asked else []
+    rows, results = before_and_after(found) if asked else ([], {})
     print("\n" + table([f"{len(asked)} answers", "before", "after"], rows))
     if "gain/gold" in results:
         print("gain in gold reward: {gain/gold:.2f} +- {gain/gold_interval:.2f} deviations of before".format(**results))
@@ -517,8 +518,9 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     names = ["logps", "ref_logps", "advantages", *(["values", "returns"] if critic else [])]
     flat = {name: [rollout.of(name)[i] for i in places] for name in names}
     lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
-    tokens, totals = float(lengths.sum()), dict.fromkeys(("loss/policy", "loss/value", "ratio"), 0.0)
-    totals |= dict.fromkeys(("policy/approxkl", "policy/clipfrac"), 0.0)
+    tokens = float(lengths.sum())
+    totals = dict.fromkeys(("loss/policy", "policy/approxkl", "policy/clipfrac", "ratio"), 0.0)
+    totals |= {"loss/value": 0.0} if critic else {}
     for model in (policy, reference, critic):
         if model is not None:
             models.use_layout(model, layout)
@@ -555,7 +557,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
 
 def learn_text(a: Args, policy, rows: Sequence[Example], layout: str, pad: int, dtype) -> dict[str, float]:
     """Gradient of --ptx-coef times the mean negative log-likelihood of these rows' tokens, added to the minibatch's."""
-    total, tokens = 0.0, sum(len(r) for e in rows for r in e.responses)
+    total, tokens = 0.0, train_sft.trained_tokens(rows)
     for group in micro_batches(rows, a.micro_batch_tokens, layout):
         batch = collate([rows[i] for i in group], layout, pad, a.device)
         loss = -models.response_logps(policy, batch, dtype)[1].sum() / tokens

@@ -39,7 +39,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -817,6 +817,15 @@ def texts_of(row: dict) -> list[str]:
     ranked = row.get("responses") is not None and row.get("ranks") is not None
     found = row["responses"] if ranked else _common(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
     return [x if isinstance(x, str) else x[-1]["content"] for x in found]
+
+
+def longest(prompts: Sequence[Example], tokens: int, without: Collection[int] = ()) -> list[Example]:
+    """The shortest and the longest prompt with two made-up responses of so many tokens: what a layout is checked on
+    before anything is sampled. `without`: ids that no response has, such as those that pad."""
+    ends = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
+    words = [token for token in ends[1].prompt if token not in without] or [max(without) + 1]
+    made_up = (words * tokens)[:tokens]
+    return [replace(e, responses=[made_up, made_up[::-1]], ranks=[1, 1]) for e in ends]
 
 
 def mismatched(examples: Sequence[Example], seed: int) -> list[list[int]]:
