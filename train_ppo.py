@@ -186,6 +186,7 @@ def check_flags(a: Args) -> None:
     for name in ("kl_target", "kl_stop", "clip_range", "value_clip", "adam_eps", "critic_lr"):
         value = getattr(a, name)
         require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be above 0, not {value}")
+    require(a.kl_coef > 0 or not a.kl_target, "--kl-target: a --kl-coef of 0 stays 0, so start with another")
     for name in ("gamma", "lam"):
         require(0 <= getattr(a, name) <= 1, f"--{name} must be in [0, 1], not {getattr(a, name)}")
     usable = math.isfinite(a.missing_eos_value) and (a.missing_eos != "subtract" or a.missing_eos_value >= 0)
@@ -294,9 +295,10 @@ def main(a: Args) -> dict[str, float]:
         train_rm.make(a.device)
     policy = models.load_model(a.model, a.device, a.trust_remote_code)
     reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code, "--ref").requires_grad_(False)
-    own_reward = Path(a.reward).is_dir() and (
-        models.load_tokenizer(a.reward, a.trust_remote_code, "--reward").get_vocab() == tokenizer.get_vocab()
-    )
+    own_reward = Path(a.reward).is_dir()
+    if own_reward:
+        other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
+        own_reward = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
     lengths = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
     if own_reward:  # then it scores the very ids that were sampled
         reward = models.load_reward_model(a.reward, a.device, a.trust_remote_code).requires_grad_(False)
@@ -491,6 +493,7 @@ def main(a: Args) -> dict[str, float]:
         print(f"\nprompt  {sampled['prompt'][-300:]}\nbefore  {sampled['before']}\nafter   {sampled['after']}")
     run.samples(a.max_steps, samples)
     models.save(policy, tokenizer, run.out)
+    draw(run.out)
     run.finish(results, PANELS)
     print(
         f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
