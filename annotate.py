@@ -77,7 +77,8 @@ class Args:
     """print what there is to judge and what is judged, and serve nothing"""
 
     by: str | None = None
-    """label without people: gold (the embedded task's reward), a reward model's run directory or module:function"""
+    """label without people: gold (the embedded task's reward), a reward model's run directory, or
+    module:function(prompts, responses, rows) -> floats"""
     noise: float | None = None
     """--by: temperature of the labels, in units of the reward, >= 0: P(i is best) = softmax(rewards / noise)_i, and so
     on for the rest (Plackett-Luce; Bradley-Terry for two); 0: by reward alone, and equal rewards tie; default 0 (gold:
@@ -626,6 +627,7 @@ def open_journal(out: Path) -> FileIO:
 def main(a: Args) -> dict:
     """Serves the page, labels by a reward or reports; returns what there is then (docs/metrics.md)."""
     out = Path(a.out)
+    require(out.suffix == ".jsonl", f"--out {out}: must end in .jsonl, as what trains on it wants")
     require(a.overlap >= 1, f"--overlap must be at least 1, not {a.overlap}")
     require(0 <= a.overlap_share <= 1, f"--overlap-share must be in [0, 1], not {a.overlap_share}")
     require(0 <= a.port < 2**16, f"--port must be in [0, 65535], not {a.port}")

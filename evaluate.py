@@ -94,7 +94,8 @@ class Args:
     """run directory; one that is in use is never overwritten"""
 
     reward: str | None = None
-    """gold (embedded task), a reward model's directory, or module:function; default none (embedded: gold)"""
+    """gold (embedded task), a reward model's directory, or module:function(prompts, responses, rows) -> floats; default
+    none (a model of the embedded task: gold)"""
     judge: str | None = None
     """module:function, called as judge(prompts, first, second, rows): for each prompt the probability, in [0, 1], that
     the first response is the better one; it is asked in both orders"""
@@ -306,6 +307,9 @@ def main(a: Args) -> dict:
         name: reviews.tokenizer() if name in to_make else models.load_tokenizer(name, a.trust_remote_code, flag[name])
         for name in names
     }
+    for name in set(names) - set(to_make):
+        reward_model = models.is_reward_model(name, a.trust_remote_code, "--models")
+        require(not reward_model, f"--models {name}: a reward model, where a causal language model is wanted")
     tokenizer = tokenizers[a.ref]
     for name, other in tokenizers.items():
         same = other.get_vocab() == tokenizer.get_vocab()

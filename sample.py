@@ -158,6 +158,7 @@ def main(a: Args) -> dict[str, float]:
     check(a)
     if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
         raise BadInput(f"--ref {a.ref}: its tokenizer is not the one of --model {a.model}")
+    require(a.out.endswith(".jsonl"), f"--out {a.out}: must end in .jsonl, as what reads it wants")
     prompts = read(a, tokenizer)
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
@@ -237,7 +238,7 @@ def main(a: Args) -> dict[str, float]:
     for row in rows[:3]:
         print(f"\nprompt  {str(row['prompt'])[-300:]}")
         print("\n".join(f"     {i}  {text}" for i, text in enumerate(row["responses"], 1)))
-    print(f"\nThe samples are in {out}.\nNext: python annotate.py {out} --out preferences.jsonl")
+    print(f"\nThe samples are in {out}.\nNext: python annotate.py {out}")
     return {name: mean_interval(values)[0] for name, (_, values) in facts.items()}
 
 

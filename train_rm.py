@@ -223,7 +223,7 @@ def calibration(margins: Tensor, right: Tensor, weights: Tensor, bins: int = 10)
 def true_margins(examples: Sequence[Example], gold: bool) -> tuple[str, list[float | None]]:
     """What it is, and by how much each pair's first response is better: in gold reward, by the annotator's word, or in
     places of the ranking."""
-    kinds: list[tuple[str, list[float | None]]] = [("gold reward", []), ("annotated margin", []), ("places", [])]
+    kinds: list[tuple[str, list[float | None]]] = [("gold reward", []), ("annotated difference", []), ("places", [])]
     for e in examples:
         for i, j in ((i, j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b):
             scores = [reviews.gold_reward(f"{e.prompt_text} {e.response_texts[n]}") for n in (i, j)] if gold else [0, 0]
@@ -280,7 +280,8 @@ def trust(a: Args, held: Sequence[Example], rewards: Sequence[Tensor], embedded:
             results[f"accuracy/margin_{low:.3g}_{high:.3g}"] = bars[-1][2]
             rows.append([f"  where {unit} differs by {low:.3g} to {high:.3g}", interval(tuple(bars[-1][2:4]), 3)])
     rows.append(["calibration error (ECE)", f"{error:.3f}"])
-    rows.append(["correlation of reward with length", f"{results['length_correlation']:+.2f}"])
+    if math.isfinite(results["length_correlation"]):
+        rows.append(["correlation of reward with length", f"{results['length_correlation']:+.2f}"])
     return rows, results, (curve, unit, bars, (lengths.tolist(), flat.tolist()))
 
 

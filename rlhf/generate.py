@@ -8,9 +8,9 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf import reviews
+from rlhf import require, reviews
 from rlhf.data import Example
-from rlhf.models import pad_id, use_layout
+from rlhf.models import pad_id, positions, use_layout
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -35,7 +35,7 @@ def generate(
     y_i ~ softmax(logits / temperature), and greedy at temperature 0. The model's own generation settings (top-k, top-p,
     repetition penalty, ...) are left out, so that log-probs scored later are those of the sampling distribution. The
     same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
-    similar length share a batch.
+    similar length share a batch. Where the model has learnt a number of positions, answers are cut at the last one.
     """
     use_layout(model, "padded")
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
@@ -57,6 +57,9 @@ def generate(
                 padding = [width - len(prompts[i]) for i in group]
                 ids = [[pad] * n + prompts[i] for n, i in zip(padding, group, strict=True)]
                 mask = [[0] * n + [1] * (width - n) for n in padding]
+                if limit := positions(model):
+                    require(width < limit, f"a prompt has {width} tokens, and the model {limit} positions")
+                    config.max_new_tokens = min(max_new_tokens, limit - width)
                 ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
                 out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
                 for i, tokens in zip(group, out.tolist(), strict=True):

@@ -155,6 +155,13 @@ def pad_id(tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
+def positions(model) -> int | None:
+    """How many positions the model has learnt, one by one, so that it cannot go beyond; None where it computes them."""
+    learnt = ("wpe", "embed_positions", "position_embeddings")
+    names = [name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    return model.config.max_position_embeddings if any(name in learnt for name in names) else None
+
+
 def output_head(model) -> Head:
     """The output layer as the kernel wants it; the config names its scale and soft-cap as its family does."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
@@ -320,6 +327,12 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
     longest = max(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)))
     largest = max(examples, key=tokens)
     rows = [min(examples, key=tokens), longest, *([largest] if largest is not longest else [])]
+    most, limit = len(longest.prompt) + max(map(len, longest.responses)), positions(model)
+    require(
+        limit is None or most <= limit,
+        f"{model.config.model_type}: the model has {limit} positions, a prompt with its response {most} tokens: "
+        "lower --max-prompt-length, and --max-length or --max-new-tokens",
+    )
     use_layout(model, "padded")
     plain = torch.cat([_at_tokens(model, collate([e], "padded", pad, device), dtype) for e in rows])
     tolerance = 1e-4

@@ -52,6 +52,8 @@ def cli(main: Callable, args_class: type) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
+    for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
+        bar.close()
     print(f"error: {error}", file=sys.stderr)
     return code
 
@@ -174,9 +176,11 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bar.close()
             rows = ", ".join(e.where for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
+            whole = [*self.out.glob("checkpoint/step-*/state.pt")]
+            kept = f"the last checkpoint, in {whole[0].parent}, is good" if whole else "there is no checkpoint yet"
             raise FloatingPointError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); the last checkpoint in "
-                f"{self.out / 'checkpoint'} is good: --resume goes on from it"
+                f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); {kept}, but --resume "
+                "would come to the same step: try a lower --lr in another --out"
             )
 
     def samples(self, step: int, rows: Sequence[dict]) -> None:

@@ -693,13 +693,13 @@ def test_accuracy_by_the_size_of_the_margin_by_hand():
     signs = [1, -1, 1, 1, -1, -1, 1, 1]
     rewards = [torch.tensor([s * 1.0, 0.0]) for s in signs]
     rows, results, (_, unit, bars, _) = train_rm.trust(train_rm.Args(), examples, rewards, embedded=False)
-    assert unit == "annotated margin"
+    assert unit == "annotated difference"
     assert [b[:2] for b in bars] == [[1.0, 2.75], [2.75, 4.5], [4.5, 6.25], [6.25, 8.0]]
     assert [b[2] for b in bars] == pytest.approx([0.5, 0.9, 0.1, 0.9])
     assert [b[4] for b in bars] == pytest.approx([0.9] * 4)
     found = [value for name, value in results.items() if name.startswith("accuracy/margin")]
     assert found == pytest.approx([0.5, 0.9, 0.1, 0.9])
-    assert any("annotated margin differs by 1" in name and "to 2.75" in name for name, _ in rows)
+    assert any("annotated difference differs by 1" in name and "to 2.75" in name for name, _ in rows)
 
 
 def test_small_margins_keep_their_buckets_apart():
@@ -717,7 +717,7 @@ def test_true_margins():
     assert train_rm.true_margins([e], True) == ("gold reward", pytest.approx([5 / 1.474, 1 / 1.474, 4 / 1.474]))
     assert train_rm.true_margins([e], False) == ("places", [2.0, 1.0, 1.0])
     seen = dataclasses.replace(e, rewards=[0.5, -1.0, 0.75], noise=0.1)
-    assert train_rm.true_margins([seen], False) == ("annotated margin", [1.5, 0.25, 1.75])
+    assert train_rm.true_margins([seen], False) == ("annotated difference", [1.5, 0.25, 1.75])
     assert train_rm.true_margins([seen, e], False)[0] == "places"  # one of them does not say
     assert train_rm.true_margins([ranked([1, 2])], False) == ("", [])
 

@@ -340,6 +340,22 @@ def test_ties(world, go, tmp_path):
     assert run.evals[0]["eval/loss"] == pytest.approx(math.log(6) + 0.4 * math.log(2), abs=1e-5)
 
 
+def test_answers_end_at_the_last_position_that_a_model_has_learnt(go, world, tmp_path):
+    """GPT-2 with 16 positions: rows that are longer are refused before training, longer answers are cut after it."""
+    tokenizer = reviews.tokenizer()
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    models.save(transformers.GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
+    flags = {"model": str(tmp_path / "gpt2"), "max_steps": 1, "eval_prompts": 3}
+    with pytest.raises(BadInput, match="the model has 16 positions, a prompt with its response"):
+        go(**flags)
+    run = go(**flags, max_prompt_length=6, max_length=12)
+    assert run.results["after/length"] <= 14
+    prompts = [[1, 5, 6], [1, *range(5, 15)]]
+    answers = generate(load(tmp_path / "gpt2"), tokenizer, prompts, 40, batch_size=1)
+    assert len(answers[0]) <= 13 and len(answers[1]) <= 5
+
+
 # ------------------------------------------------------------------------------------------- gradients and counting
 
 
