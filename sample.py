@@ -192,8 +192,8 @@ def main(a: Args) -> dict[str, float]:
             batch = left[start : start + a.batch_size]
             content = json.dumps([a.seed, [e.prompt for e in batch]]).encode()
             seed = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-            repeated = [e.prompt for e in batch for _ in range(a.k)]
-            ids = generate(model, tokenizer, repeated, a.max_new_tokens, a.temperature, seed, len(repeated))
+            asked, size = [e.prompt for e in batch], len(batch) * a.k
+            ids = generate(model, tokenizer, asked, a.max_new_tokens, a.temperature, seed, size, a.k)
             own = [ids[i * a.k : (i + 1) * a.k] for i in range(len(batch))]
             sampled = [replace(e, responses=found, ranks=[1] * a.k) for e, found in zip(batch, own, strict=True)]
             scores = {

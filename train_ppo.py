@@ -48,7 +48,7 @@ COUNTS = {  # what a minibatch's sum over tokens is divided by; "responses": eac
     "drgrpo": "constant",
 }
 REVIEWS = 24_000  # prompts of the embedded task
-ROUNDING = 1e-4  # nats: how far the same log-prob may be from itself between two groupings of the rows
+ROUNDING = 1e-5  # of a log-prob (of 1 nat at least): how far it may be from itself in another grouping of the rows
 DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "batch_size": 64, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "batch_size": 64, "max_steps": 60, "eval_prompts": 512},
@@ -342,8 +342,7 @@ def main(a: Args) -> dict[str, float]:
 
     def sample(examples: Sequence[Example], k: int, temperature: float, seed: int) -> list[Example]:
         """k answers to each prompt."""
-        asked = [e.prompt for e in examples for _ in range(k)]
-        ids = generate(policy, tokenizer, asked, a.max_new_tokens, temperature, seed)
+        ids = generate(policy, tokenizer, [e.prompt for e in examples], a.max_new_tokens, temperature, seed, k=k)
         texts = [tokenizer.decode(x, skip_special_tokens=True) for x in ids]
         places = [slice(i * k, (i + 1) * k) for i in range(len(examples))]
         return [
@@ -442,6 +441,9 @@ def main(a: Args) -> dict[str, float]:
             "grad_norm": sum(norms) / len(norms),
             "lr": a.lr * rate,
         }
+        if a.k > 1:
+            grouped = rearrange(scores, "(p k) -> p k", k=a.k)
+            metrics["frac_reward_zero_std"] = (grouped.std(1) < 1e-4).float().mean().item()
         if critic:
             metrics["val/explained_variance"] = advantages.explained_variance(values, returns).item()
         if embedded:
@@ -545,7 +547,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
         (loss * weights).sum().backward()
         totals["loss/policy"] += (loss.detach() * weights).sum().item()
         moved = (logps - old["logps"]).detach()
-        totals["ratio"] = max(totals["ratio"], moved.abs().max().item())
+        totals["ratio"] = max(totals["ratio"], apart(moved, old["logps"]))
         totals["policy/approxkl"] += advantages.kl_estimate(moved, "k2").sum().item() / tokens
         clipped = losses.clipped(logps, old["logps"], old["advantages"], a.clip_range)
         totals["policy/clipfrac"] += clipped.float().sum().item() / tokens
@@ -571,9 +573,9 @@ def learn_text(a: Args, policy, rows: Sequence[Example], layout: str, pad: int, 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, pad: int) -> None:
     """Before a rollout's first update the policy is the one that sampled: scorer, sampler and loss agree on log-probs.
 
-    `ratio` is the largest |log ratio| of the first minibatch. Two answers are compared with the sampler's own cached,
-    left-padded computation. What would break this: log-probs at another temperature, dropout, attention that leaks, a
-    wrong shift, generation settings that warp the distribution.
+    `ratio` is how far `apart` scorer and update are in the first minibatch. Two answers are compared with the sampler's
+    own cached, left-padded computation. What would break this: log-probs at another temperature, dropout, attention
+    that leaks, a wrong shift, generation settings that warp the distribution.
     """
     e, logps = rollout.examples[0], rollout.of("logps")[0]
     two = e.responses[:2]
@@ -588,8 +590,13 @@ def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, pad: int) 
     require(ratio < ROUNDING, f"{problem} scorer and update differ by {ratio:.3g} nats: the scores disagree")
     require(gap < 1e-3, f"{problem} sampler and scorer differ by {gap:.3g} nats: the scores disagree")
     if step == 0 and not a.ref:
-        kl = (rollout.logps - rollout.ref_logps).abs().max().item()
+        kl = apart(rollout.logps - rollout.ref_logps, rollout.logps)
         require(kl < ROUNDING, f"step 1: the policy is {kl:.3g} nats from the reference that it starts from")
+
+
+def apart(differences: Tensor, logps: Tensor) -> float:
+    """The largest of differences between log-probs, in nats, or as a share of a log-prob that is larger than 1 nat."""
+    return (differences.abs() / logps.abs().clamp(min=1)).max().item()
 
 
 def draw(out: Path) -> None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 import transformers
-from jaxtyping import Float
+from einops import repeat
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf import require, reviews
@@ -29,13 +30,16 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
+    k: int = 1,
 ) -> list[list[int]]:
-    """One response (token ids, with its EOS where it was reached) for each prompt (token ids), in order.
+    """k responses (token ids, with the EOS where it was reached) to each prompt (token ids), prompt after prompt.
 
     y_i ~ softmax(logits / temperature), and greedy at temperature 0. The model's own generation settings (top-k, top-p,
     repetition penalty, ...) are left out, so that log-probs scored later are those of the sampling distribution. The
     same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
-    similar length share a batch. Where the model has learnt a number of positions, answers are cut at the last one.
+    similar length share a batch, of `batch_size` sequences, which ends with its longest. A prompt is encoded once, and
+    its k responses start from copies of its cache. Where the model has learnt a number of positions, responses are cut
+    at the last one.
     """
     use_layout(model, "padded")
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
@@ -46,13 +50,14 @@ def generate(
     if temperature > 0:
         config.temperature = temperature
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[int]] = [[] for _ in prompts]
+    responses: list[list[list[int]]] = [[] for _ in prompts]
+    at_once = max(batch_size // k, 1)
     own_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                group = order[start : start + batch_size]
+            for start in range(0, len(order), at_once):
+                group = order[start : start + at_once]
                 width = max(len(prompts[i]) for i in group)
                 padding = [width - len(prompts[i]) for i in group]
                 ids = [[pad] * n + prompts[i] for n, i in zip(padding, group, strict=True)]
@@ -61,13 +66,28 @@ def generate(
                     require(width < limit, f"a prompt has {width} tokens, and the model {limit} positions")
                     config.max_new_tokens = min(max_new_tokens, limit - width)
                 ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
-                out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
-                for i, tokens in zip(group, out.tolist(), strict=True):
-                    stop = next((j + 1 for j, token in enumerate(tokens) if token in ends), len(tokens))
-                    responses[i] = tokens[:stop]
+                cache = repeated_cache(model, ids[:, :-1], mask[:, :-1], k) if k > 1 and width > 1 else None
+                ids, mask = (repeat(x, "p t -> (p k) t", k=k) for x in (ids, mask))
+                out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+                sampled = out[:, width:].tolist()
+                for place, i in enumerate(group):
+                    for tokens in sampled[place * k : (place + 1) * k]:
+                        stop = next((j + 1 for j, token in enumerate(tokens) if token in ends), len(tokens))
+                        responses[i].append(tokens[:stop])
     finally:
         model.generation_config = own_config
-    return responses
+    return [response for own in responses for response in own]
+
+
+def repeated_cache(model, ids: Int[Tensor, "p t"], mask: Int[Tensor, "p t"], k: int):
+    """The key-value cache of these left-padded tokens, k times each; None where a layer's cannot be repeated (that of
+    linear attention). `generate` goes on from it with the tokens that follow."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        return None
+    cache.batch_repeat_interleave(k)
+    return cache
 
 
 @torch.no_grad()

@@ -315,7 +315,7 @@ def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
 
 FACTS = {  # what is found out about sampled answers (rlhf/generate.py), as the tables name it
     "gold": "gold reward",
-    "score": "score of the reward model",
+    "score": "score of the reward",
     "grammatical": "grammatical share",
     "kl": "KL to the reference, nats an answer",
     "length": "length, tokens",

@@ -403,6 +403,9 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
         "kl_coef": a.kl_coef,
         "lr": a.lr,
     }
+    if a.k > 1:
+        grouped = of.scores.view(-1, a.k).tolist()
+        want["frac_reward_zero_std"] = sum(max(x) - min(x) < 1e-3 for x in grouped) / len(grouped)
     if critics:
         unexplained, all_of_it = (x[rows.mask].var(correction=0) for x in (of.returns - of.values, of.returns))
         want["val/explained_variance"] = (1 - unexplained / all_of_it).item()
@@ -510,7 +513,7 @@ def test_each_epoch_sees_every_prompt_once_in_an_order_of_its_own(go, monkeypatc
     """12 prompts, 4 a rollout: three rollouts an epoch. Another seed: another order, and other answers. No two rollouts
     sample with one seed."""
     seeds = []
-    monkeypatch.setattr(train_ppo, "generate", lambda *args: seeds.append(args[5]) or generate(*args))
+    monkeypatch.setattr(train_ppo, "generate", lambda *args, **kw: seeds.append(args[5]) or generate(*args, **kw))
     first, other = (go(**CHEAP | {"max_steps": 6, "seed": seed, "max_new_tokens": 2}) for seed in (0, 1))
     seen = [[e.prompt_text for e in rollout.examples] for rollout in first.rollouts]
     epochs = [sum(seen[:3], []), sum(seen[3:], [])]

@@ -124,8 +124,9 @@ def ids(monkeypatch):
 
     def spy(model, tokenizer, prompts, *args, generate=sample.generate):
         responses = generate(model, tokenizer, prompts, *args)
-        for prompt, response in zip(prompts, responses, strict=True):
-            found.setdefault(tuple(prompt), []).append(response)
+        k = len(responses) // len(prompts)
+        for i, prompt in enumerate(prompts):
+            found.setdefault(tuple(prompt), []).extend(responses[i * k : (i + 1) * k])
         return responses
 
     monkeypatch.setattr(sample, "generate", spy)

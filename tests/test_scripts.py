@@ -22,7 +22,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
-from tiny import example, random_examples, tiny
+from tiny import ARCHITECTURES, example, random_examples, tiny
 
 import train_dpo
 import train_sft
@@ -1090,6 +1090,22 @@ def test_left_padding_changes_nothing(tokenizer):
                 ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert ids[len(prompt) :] == response
     assert generate(model, tokenizer, PROMPTS, 8, temperature=0.0, batch_size=2) == together
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_is_encoded_once_for_all_its_responses(name, monkeypatch):
+    """Greedy, each of the k is the response alone; sampled with one seed, they are those of the prompt k times over.
+    The library's generate is given all but the last token of each prompt in the cache, if it can be repeated."""
+    model, given = tiny(name), []
+    own = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **kw: given.append(kw["past_key_values"]) or own(ids, **kw))
+    alone = generate(model, IDS, PROMPTS, 8, temperature=0.0)
+    assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3) == [r for r in alone for _ in range(3)]
+    assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3, batch_size=7) == [r for r in alone for _ in range(3)]
+    repeated = generate(model, IDS, [p for p in PROMPTS for _ in range(3)], 8, seed=5)
+    caches = given[1:2]
+    assert generate(model, IDS, PROMPTS, 8, seed=5, k=3) == repeated
+    assert given[0] is None and all((cache is None) == (name == "qwen3_next") for cache in caches)
 
 
 def test_seeds_decide_and_the_global_state_stays():
