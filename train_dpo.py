@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,6 +131,12 @@ class Args:
     ties: Literal["refuse", "drop", "random"] = "refuse"
     """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
 
+    lora_rank: int = 0
+    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they want a learning rate
+    about ten times as high"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone"""
+
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     warmup: float = 0.1
@@ -171,6 +178,8 @@ class Args:
     """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
     ref_cache: str = "runs/ref_cache"
     """folder of the reference's log-probs, which runs on the same data share"""
+    gradient_checkpointing: bool = False
+    """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, optimizer and log-probs are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -386,11 +395,14 @@ def main(a: Args) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
+    lora = models.add_lora(policy, a.lora_rank) if a.lora_rank else None
+    if a.gradient_checkpointing:
+        models.checkpoint_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
     first, delta, weights, final = 0, 0.0, None, {}
     if state := run.load_checkpoint():
         first, delta = state["step"], state["delta"]
-        policy.load_state_dict(state["model"])
+        policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
         del state
     run.start(first, steps)
@@ -444,7 +456,7 @@ def main(a: Args) -> dict[str, float]:
             final = evaluate(score(policy, held), delta, z0_of(held_places))
             run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
         if run.interrupted:
             run.leave(step + 1)
@@ -452,10 +464,14 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, weights
-    reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code)
+    if lora and not a.ref:
+        reference, as_reference = policy, lora.disable_adapter
+    else:
+        reference, as_reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code), nullcontext
     rows, results = [], {}
     if held:
-        start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
+        with as_reference():
+            start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
         no_kl = torch.zeros(()) if a.loss == "kto" else None
         final = final or evaluate(score(policy, held), delta, z0_of(held_places))
         metrics = {"before": evaluate(start, z0=no_kl), "after": final}
@@ -470,10 +486,13 @@ def main(a: Args) -> dict[str, float]:
 
     prompts = list({e.prompt_text: e for e in held or train}.values())
     prompts = prompts[: a.eval_prompts]
-    sides = {"before": reference, "after": policy}
-    answers = {side: answer(model, tokenizer, prompts, a.max_new_tokens, a.seed) for side, model in sides.items()}
+    after = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
+    with as_reference():
+        before = answer(reference, tokenizer, prompts, a.max_new_tokens, a.seed)
+        ref_logps = score(reference, after)
+    answers = {"before": before, "after": after}
     found = {side: facts(x, end_ids(policy, tokenizer), embedded) for side, x in answers.items()}
-    ratios = zip(score(policy, answers["after"]), score(reference, answers["after"]), strict=True)
+    ratios = zip(score(policy, after), ref_logps, strict=True)
     found["before"]["kl"], found["after"]["kl"] = [0.0] * len(prompts), [(x - y).item() for x, y in ratios]
     more_rows, more_results = before_and_after(found)
     results |= more_results
@@ -481,12 +500,14 @@ def main(a: Args) -> dict[str, float]:
     if "gain/gold" in results:
         print("gain in gold reward: {gain/gold:.2f} +- {gain/gold_interval:.2f} deviations of before".format(**results))
 
-    texts = [[e.response_texts[0] for e in answers[side]] for side in sides]
+    texts = [[e.response_texts[0] for e in x] for x in answers.values()]
     samples = [{"prompt": e.prompt_text, "before": x, "after": y} for e, x, y in zip(prompts, *texts, strict=True)]
     for sample in samples[:4]:
         print(f"\nprompt     {sample['prompt'][-300:]}\nreference  {sample['before']}\npolicy     {sample['after']}")
     run.samples(steps, samples)
-    models.save(policy, tokenizer, run.out)
+    if lora and a.lora_merge:
+        policy, lora = lora.merge_and_unload(), None
+    models.save(policy, tokenizer, run.out, lora)
     run.finish(results, PANELS)
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."

@@ -165,6 +165,8 @@ class Args:
     """log to Weights & Biases too"""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """how answers share a forward pass: tree encodes the prompt once; auto takes it where a check says it is right"""
+    gradient_checkpointing: bool = False
+    """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, optimizer and log-probs are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -351,6 +353,9 @@ def main(a: Args) -> dict[str, float]:
         ]
 
     # -------------------------------------------------------------------------------------------------------- training
+    if a.gradient_checkpointing:
+        for model in filter(None, (policy, critic)):
+            models.checkpoint_layers(model)
     adam = {"eps": a.adam_eps, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=a.critic_lr, **adam) if critic else None
@@ -573,15 +578,16 @@ def learn_text(a: Args, policy, rows: Sequence[Example], layout: str, pad: int, 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, pad: int) -> None:
     """Before a rollout's first update the policy is the one that sampled: scorer, sampler and loss agree on log-probs.
 
-    `ratio` is how far `apart` scorer and update are in the first minibatch. Two answers are compared with the sampler's
-    own cached, left-padded computation. What would break this: log-probs at another temperature, dropout, attention
-    that leaks, a wrong shift, generation settings that warp the distribution.
+    `ratio` is how far `apart` scorer and update are in the first minibatch. Two answers (after the first step their
+    beginnings) are compared with the sampler's own cached, left-padded computation. What would break this: log-probs at
+    another temperature, dropout, attention that leaks, a wrong shift, generation settings that warp the distribution.
     """
     e, logps = rollout.examples[0], rollout.of("logps")[0]
-    two = e.responses[:2]
+    two = [response[: 16 if step else None] for response in e.responses[:2]]
     sampled = torch.cat(cached_logps(policy, [e.prompt] * len(two), two, a.temperature, pad))
     models.use_layout(policy, rollout.layout)
-    gap = (sampled - logps[: len(sampled)]).abs().max().item()
+    scored = [own[: len(x)] for own, x in zip(logps.split([*map(len, e.responses)]), two, strict=False)]
+    gap = (sampled - torch.cat(scored)).abs().max().item()
     if a.dtype != "float32":
         if step == 0:
             print(f"guard: in {a.dtype} scorer and update differ by {ratio:.3g} nats, sampler and scorer by {gap:.3g}")

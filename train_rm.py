@@ -124,6 +124,8 @@ class Args:
     """log to Weights & Biases too"""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """how responses share a forward pass: tree encodes the prompt once; auto takes it where a check says it is right"""
+    gradient_checkpointing: bool = False
+    """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, optimizer and rewards are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -373,6 +375,8 @@ def main(a: Args) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
+    if a.gradient_checkpointing:
+        models.checkpoint_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)

@@ -60,6 +60,12 @@ class Args:
     out: str = "runs/sft"
     """run directory; one that is in use is never overwritten"""
 
+    lora_rank: int = 0
+    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they want a learning rate
+    about ten times as high"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone"""
+
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 2e-5 (embedded: 4e-3)"""
     warmup: float = 0.1
@@ -99,6 +105,8 @@ class Args:
     """how rows share a forward pass: tree packs them end to end; auto takes it where a check says it is right"""
     keep_softmax_mib: int = 1024
     """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
+    gradient_checkpointing: bool = False
+    """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, optimizer and log-probs are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,13 +189,16 @@ def main(a: Args) -> dict[str, float]:
         return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
 
     # -------------------------------------------------------------------------------------------------------- training
+    lora = models.add_lora(policy, a.lora_rank) if a.lora_rank else None
+    if a.gradient_checkpointing:
+        models.checkpoint_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
     if state := run.load_checkpoint():
         first = state["step"]
-        policy.load_state_dict(state["model"])
+        policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
     run.start(first, steps)
     if first == 0 and held:
@@ -227,7 +238,7 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
@@ -247,7 +258,9 @@ def main(a: Args) -> dict[str, float]:
     for e in answers[:4]:
         print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])
-    models.save(policy, tokenizer, run.out)
+    if lora and a.lora_merge:
+        policy, lora = lora.merge_and_unload(), None
+    models.save(policy, tokenizer, run.out, lora)
     run.finish(results, PANELS)
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
     print(f"Next: python train_dpo.py --model {run.out}" + ("" if a.data == "reviews" else " --data PREFERENCES"))

@@ -41,7 +41,7 @@ def generate(
     its k responses start from copies of its cache. Where the model has learnt a number of positions, responses are cut
     at the last one.
     """
-    use_layout(model, "padded")
+    use_layout(model.eval(), "padded")
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
     pad = min(pad, model.get_input_embeddings().num_embeddings - 1)  # it is masked: any id that the model has will do
     config = transformers.GenerationConfig(
@@ -96,7 +96,7 @@ def cached_logps(
 ) -> list[Float[Tensor, " n"]]:
     """Log-probs (nats) of given response tokens, one by one with the key-value cache and left padding: as they were
     computed while `generate` sampled them. To compare with what scores them."""
-    use_layout(model, "padded")
+    use_layout(model.eval(), "padded")
     device, width = next(model.parameters()).device, max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

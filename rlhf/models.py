@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf import BadInput, answer_at_once_offline, require
+from rlhf import BadInput, answer_at_once_offline, lazy_import, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
 
+peft = lazy_import("peft")
 transformers.utils.logging.disable_progress_bar()  # its bars for loading and writing files would break into ours
 SCORES_VERSION = 1  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +42,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--mo
 def load_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--model"):
     """The causal language model of a run directory, a local folder or a hub id; weights in float32, dropout off.
 
+    A folder of adapters (`add_lora`) is the model that they were trained on, with them merged into it.
     BadInput, in one line, where there is no such model or it is not a causal language model.
     """
     require(
@@ -49,15 +51,18 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     )
     with _one_line(name, flag):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            _below_adapters(name) or name, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
+        if _below_adapters(name):
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
     return without_dropout(model).to(device)
 
 
 def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
     """Whether a run directory, local folder or hub id is a sequence classifier, by its config."""
     with _one_line(name, flag):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        below = _below_adapters(name) or name
+        config = transformers.AutoConfig.from_pretrained(below, trust_remote_code=trust_remote_code)
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
 
 
@@ -119,6 +124,12 @@ def new_reward_model(policy, tokenizer):
     return without_dropout(model)
 
 
+def _below_adapters(name: str) -> str | None:
+    """The model that the adapters in a folder were trained on; None where there are none."""
+    path = Path(name).expanduser() / "adapter_config.json"
+    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+
+
 @contextmanager
 def _one_line(name: str, flag: str, what: str = "causal language model"):
     """What the library says about a model that it cannot load, as one line."""
@@ -148,6 +159,31 @@ def without_dropout(model):
             if isinstance(getattr(module, field, None), float):
                 setattr(module, field, 0.0)
     return model.eval()
+
+
+def add_lora(model, rank: int):
+    """Freezes the model and puts low-rank adapters into it, in place; returns peft's handle on them.
+
+        W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
+
+    in every linear layer but the output head, so that at first the model is what it was. Inside the handle's
+    `disable_adapter()` it is that always: the reference needs no weights of its own. Consumes the global random state.
+    """
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+def checkpoint_layers(model) -> None:
+    """From now on each layer's activations are computed a second time in the backward pass instead of being kept."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.checkpoints_layers = True
+
+
+def trained(model) -> dict[str, Tensor]:
+    """The model's state without what is frozen: all of it, or with `add_lora` the adapters."""
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: weight for name, weight in model.state_dict().items() if name not in frozen}
 
 
 def pad_id(tokenizer) -> int:
@@ -181,8 +217,13 @@ def use_layout(model, layout: str) -> None:
 
 
 def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n d"]:
-    """The last layer's hidden states at these places of the flattened (rows t), in `dtype`, that of the products."""
+    """The last layer's hidden states at these places of the flattened (rows t), in `dtype`, that of the products.
+
+    After `checkpoint_layers`, what a backward pass needs of the layers is computed again in it, not kept.
+    """
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
+    if getattr(model, "checkpoints_layers", False):
+        model.train(torch.is_grad_enabled())  # the library does it in train mode only; there is no dropout in either
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
         found = model.base_model(
@@ -420,7 +461,8 @@ def _leak(model, rows: Sequence[Example], before: Float[Tensor, " n"], pad: int,
     return moved.abs().max().item() if len(moved) else 0.0
 
 
-def save(model, tokenizer, out: Path) -> None:
-    """Weights (safetensors), config and tokenizer, as `from_pretrained` reads them."""
-    model.save_pretrained(out)
+def save(model, tokenizer, out: Path, lora=None) -> None:
+    """Weights (safetensors), config and tokenizer, as `from_pretrained` reads them; of `add_lora`'s handle the adapters
+    alone, beside which the model that they were trained on is needed."""
+    (lora or model).save_pretrained(out)
     tokenizer.save_pretrained(out)

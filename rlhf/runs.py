@@ -66,7 +66,7 @@ RANGES = {  # of the flags that mean the same in every script
     ),
     "at least 0": (
         lambda x: 0 <= x < math.inf,
-        "weight_decay eval_prompts keep_softmax_mib noise margin_coef centring",
+        "weight_decay eval_prompts keep_softmax_mib noise margin_coef centring lora_rank",
     ),
     "above 0": (lambda x: 0 < x < math.inf, "lr max_grad_norm temperature"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "warmup eval_fraction"),
@@ -79,6 +79,8 @@ def check(args: Any) -> None:
         for name in names.split():
             value = getattr(args, name, None)
             require(value is None or inside(value), f"--{name.replace('_', '-')} must be {what}, not {value}")
+    merged = getattr(args, "lora_merge", False) and not args.lora_rank
+    require(not merged, "--lora-merge: there are no adapters to merge without --lora-rank")
     longest = getattr(args, "max_length", math.inf)
     require(
         args.max_prompt_length < longest,

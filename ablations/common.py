@@ -1,0 +1,232 @@
+"""What every experiment shares: its flags, its CSV of results, runs in processes, intervals over seeds, the verdict.
+
+An experiment is a module ablations/NAME/__main__.py, whose docstring has the criterion, with
+
+    CLAIM                 one line
+    SETTINGS              {setting: flags}
+    main(a: Args)         runs what its CSV does not have yet, and ends with plot.finish
+    report(results)       -> table (markdown), verdict, effect (one line with an interval)
+    draw(results, page)   on a matplotlib figure of 6.4 x 4 inches
+"""
+
+import csv
+import importlib
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.runs import mean_interval
+
+ROOT = Path(__file__).parent
+FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
+
+
+@dataclass
+class Args:
+    quick: bool = False
+    """a smaller experiment, at most 5 minutes on 2 cores; its results stay under runs/"""
+    smoke: bool = False
+    """next to nothing, at most 20 seconds: checks that it runs and says nothing about the claim"""
+    seeds: int = 5
+    """seeds 0, 1, ... of every setting, >= 1; a quick or smoke run may take fewer"""
+    jobs: int = 2
+    """processes, one thread each, >= 1; the results do not depend on it"""
+
+
+def work(name: str, a: Args) -> Path:
+    """The experiment's folder for run directories and logs, runs/ablations/NAME/full (or quick, or smoke: emptied)."""
+    folder = Path("runs/ablations", name, "smoke" if a.smoke else "quick" if a.quick else "full")
+    if a.smoke:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def results(name: str, a: Args) -> "Results":
+    """The experiment's results: ablations/NAME/results.csv, or those of a quick or smoke run in its folder of runs/."""
+    short = a.quick or a.smoke
+    return Results(work(name, a) / "results.csv" if short else ROOT / name / "results.csv")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """Rows (setting, seed, step, metric, value, commit, hardware, date) of a CSV file; step is empty at a run's end.
+
+    `add` appends to the file at once, so that a run that was stopped goes on with what is not `done`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.values_of: dict[tuple[str, int, int | None, str], float] = {}
+        self.made: dict[str, set[str]] = {"commit": set(), "hardware": set(), "date": set()}
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is dropped
+        if whole != text:
+            self.path.write_text(whole)
+        for row in csv.DictReader(whole.splitlines()):
+            step = int(row["step"]) if row["step"] else None
+            self.values_of[row["setting"], int(row["seed"]), step, row["metric"]] = float(row["value"])
+            for name, found in self.made.items():
+                found.add(row[name])
+
+    def done(self, setting: str, seed: int) -> bool:
+        """Whether values of the end of this run are there."""
+        return any(key[:3] == (setting, seed, None) for key in self.values_of)
+
+    def add(self, setting: str, seed: int, values: Mapping[str, float], step: int | None = None) -> None:
+        """Append a value of each metric: those of steps first, since those without a step make the run done."""
+        for metric, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{setting}, seed {seed}, step {step}: {metric} is {value}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists() or not self.path.stat().st_size
+        made = {"commit": commit(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+        with open(self.path, "a", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerows([FIELDS] if new else [])
+            for metric, value in values.items():
+                at = "" if step is None else step
+                writer.writerow([setting, seed, at, metric, f"{value:.6g}", *made.values()])
+                self.values_of[setting, seed, step, metric] = float(f"{value:.6g}")
+            for name, value in made.items():
+                self.made[name].add(value)
+
+    def values(self, setting: str, metric: str, step: int | None = None) -> dict[int, float]:
+        """Seed -> value, at the end of the run or at a step."""
+        found = {key[1]: x for key, x in self.values_of.items() if key[::2] == (setting, step) and key[3] == metric}
+        return dict(sorted(found.items()))
+
+    def steps(self, setting: str) -> list[int]:
+        """The steps that have values, in order."""
+        return sorted({key[2] for key in self.values_of if key[0] == setting and key[2] is not None})
+
+    def minutes(self) -> float:
+        """What all runs took on two cores: half the sum of the metric `seconds`."""
+        return sum(x for key, x in self.values_of.items() if key[3] == "seconds") / 120
+
+
+_facts: dict[str, str] = {}
+
+
+def commit() -> str:
+    """The commit that is run, with a + where code differs from it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    if "commit" not in _facts:
+        changed = git("status", "--porcelain", "--", "*.py")
+        _facts["commit"] = (git("rev-parse", "--short=12", "HEAD") or "none") + ("+" if changed else "")
+    return _facts["commit"]
+
+
+def hardware() -> str:
+    """Cores and version, as in "2 cores of an AMD EPYC, torch 2.13.0"."""
+    if "hardware" not in _facts:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        found = re.search(r"model name\s*: (.*)", info)
+        name = found[1] if found else platform.processor() or platform.machine()
+        version = torch.__version__.split("+")[0]
+        _facts["hardware"] = f"{os.cpu_count()} cores of an {name}, torch {version}"
+    return _facts["hardware"]
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def _worker(log: str | None) -> None:
+    torch.set_num_threads(1)
+    if log:
+        file = os.open(Path(log, f"{os.getpid()}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, sys.stdout.fileno())
+        os.dup2(file, sys.stderr.fileno())
+
+
+def _timed(module: str, name: str, task: Sequence) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return getattr(importlib.import_module(module), name)(*task), time.perf_counter() - began
+
+
+def each(
+    function: Callable, tasks: Sequence[Sequence], jobs: int, log: Path | None = None
+) -> Iterator[tuple[Sequence, Any, float]]:
+    """Yields (task, function(*task), its seconds) of independent tasks as they are done, in `jobs` processes.
+
+    Each has one torch thread, so that results do not depend on `jobs`. What they print goes to files in `log`. The
+    function is one of a module's own, and must be given all that it needs. The first error stops what has not begun.
+    """
+    module = function.__module__
+    if module == "__main__":  # a new process knows it by its other name only
+        module = sys.modules["__main__"].__spec__.name
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _worker, (log and str(log),))
+    began = time.perf_counter()
+    try:
+        futures = {pool.submit(_timed, module, function.__name__, task): task for task in tasks}
+        for n, future in enumerate(as_completed(futures), 1):
+            value, seconds = future.result()
+            named = " ".join(str(x) for x in futures[future] if isinstance(x, str | int | float))
+            so_far = (time.perf_counter() - began) / 60
+            print(f"{n} of {len(tasks)} in {so_far:.1f} min: {named} ({seconds:.0f} s)", flush=True)
+            yield futures[future], value, seconds
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds, and half its 95 % interval by Student's t; infinite for fewer than two."""
+    mean, half = mean_interval(values)
+    return mean, half * student(len(values) - 1) / 1.96 if math.isfinite(half) else half
+
+
+def student(n: int) -> float:
+    """97.5 % quantile of Student's t with n degrees of freedom; from 10 by its expansion around the normal (Fisher and
+    Cornish 1960), which is right to 0.001 there."""
+    if n <= len(T):
+        return T[n - 1]
+    z = 1.959964
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / n**i for i, term in enumerate(terms, 1))
+
+
+def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
+    """Mean of mine - other over the seeds that both have, with half its 95 % interval."""
+    return t_interval([mine[seed] - other[seed] for seed in mine if seed in other])
+
+
+def show(mean_and_half: tuple[float, float], digits: int = 2) -> str:
+    """ "mean +- half", or the mean alone where one seed gives no interval."""
+    mean, half = mean_and_half
+    return f"{mean:.{digits}f}" + (f" +- {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def verdict(differences: Sequence[tuple[float, float]]) -> str:
+    """Of differences (mean, half) that the claim says are above 0: *reproduced* where every interval is above 0,
+    *contradicted* where one is below 0, else *not resolved*."""
+    if any(mean + half < 0 for mean, half in differences):
+        return "contradicted"
+    return "reproduced" if all(mean - half > 0 for mean, half in differences) else "not resolved"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

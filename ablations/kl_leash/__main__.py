@@ -1,0 +1,251 @@
+"""The KL leash: PPO against a fallible reward model, from no KL penalty to one under which nothing moves.
+
+    python -m ablations.kl_leash            --quick, --smoke, --seeds, --jobs
+
+Claim (Ouyang et al. 2022, appendix E.7, arXiv 2203.02155; Stiennon et al. 2020, figure 5, arXiv 2009.01325): a KL
+coefficient of 0 and one that is too large are both poor, and the best is in between. For each seed a reward model
+learns from a few noisy rankings of its own, and PPO is run against it at each coefficient, all else being the same.
+Gold and proxy reward are of answers to held-out prompts, in deviations of the SFT model's own answers to them.
+
+Gold reward is the sentiment alone, whatever the grammar; people judge a text as a whole. So a second measure is there,
+readable gold: that of the grammatical answers, and 0, the SFT model's mean, for all others.
+
+Criterion, written before the full run. `best` is the coefficient, neither 0 nor the largest, with the highest mean
+readable gold on validation prompts; everything else is measured on test prompts. Differences are paired by seed, with
+95 % t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
+
+    collapse      distinct-2, entropy and grammatical share: best - 0
+    outrun        proxy - gold: 0 - best
+    peak          gold, and readable gold: best - 0, and best - largest
+    no movement   a tenth of best's gain in gold over the SFT model - the gain at the largest coefficient
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+import evaluate
+import train_ppo
+import train_rm
+import train_sft
+from ablations import common, plot
+from ablations.common import markdown, paired, show, t_interval
+from rlhf import models, reviews
+from rlhf.data import held_out
+from rlhf.generate import answer, end_ids, facts
+from rlhf.logprobs import token_logps
+from rlhf.runs import cli
+
+NAME = "kl_leash"
+CLAIM = "PPO without a KL penalty collapses, with too much it does not move; gold reward peaks in between"
+COEFFICIENTS = (0.0, 0.03, 0.1, 0.3, 1.5, 30.0)
+SETTINGS = {f"{x:g}": {"kl_coef": x} for x in COEFFICIENTS}
+RANKINGS = 1000  # of each reward model: pairs with the annotators' usual noise, a tenth of them held out
+TEST, VALIDATION = 512, 256  # held-out prompts
+EVERY = 4  # rollouts that a point along the run is the mean of
+ALONG = {"gold": "objective/gold", "proxy": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
+COLUMNS = {  # of the table: digits
+    "gold": ("gold reward", 2),
+    "readable": ("readable gold", 2),
+    "proxy": ("proxy", 2),
+    "gap": ("proxy - gold", 2),
+    "kl": ("KL, nats", 2),
+    "distinct_2": ("distinct-2", 3),
+    "entropy": ("entropy, nats", 2),
+    "grammatical": ("grammatical", 2),
+    "length": ("length", 1),
+    "ended": ("ended", 2),
+}
+FULL = {"max_steps": 40, "max_new_tokens": 48}
+SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
+QUICK = FULL | {"batch_size": 32, "max_steps": 20}
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def main(a: common.Args) -> None:
+    """Runs what results.csv does not have, and writes table and figure."""
+    results, folder = common.results(NAME, a), common.work(NAME, a)
+    settings, seeds = list(SETTINGS), range(min(a.seeds, 1 if a.smoke else 2 if a.quick else a.seeds))
+    if a.quick or a.smoke:
+        settings = ["0", "0.3", "30"]
+    tasks = [(x, seed) for seed in seeds for x in ["sft", *settings] if not results.done(x, seed)]
+    if tasks:
+        prepare(folder, sorted({seed for _, seed in tasks}), a.smoke)
+    ppo = SMOKE if a.smoke else QUICK if a.quick else FULL
+    given = [(setting, seed, folder, ppo) for setting, seed in tasks]
+    for (setting, seed, *_), (end, along), seconds in common.each(run, given, a.jobs, folder):
+        for step, values in along.items():
+            results.add(setting, seed, values, step)
+        results.add(setting, seed, end | {"seconds": seconds})
+    plot.finish(NAME, a, results, report, draw)
+
+
+def prepare(folder: Path, seeds: list[int], smoke: bool) -> None:
+    """The SFT model, and for each seed its rankings and the reward model that learns from them."""
+    begun = lambda out: (out / "args.json").exists()  # noqa: E731
+    data = "reviews"
+    if smoke:
+        data = str(write(folder / "sft.jsonl", reviews.rows("sft", 60)))
+        write(folder / "prompts.jsonl", reviews.rows("prompts", 60))
+    short = {"max_steps": 2, "eval_prompts": 4, "max_new_tokens": 8} if smoke else {}
+    if not train_sft.is_made(out := folder / "sft"):
+        train_sft.main(train_sft.Args(data=data, out=str(out), resume=begun(out), device="cpu", **short))
+    for seed in seeds:
+        if not train_sft.is_made(out := folder / f"rm-{seed}"):
+            data = write(folder / f"rankings-{seed}.jsonl", reviews.rows("preference", 60 if smoke else RANKINGS, seed))
+            flags = {"batch_size": 16, "epochs": 3, "seed": seed, "resume": begun(out), "device": "cpu", **short}
+            train_rm.main(train_rm.Args(model=str(folder / "sft"), data=str(data), out=str(out), **flags))
+
+
+def write(path: Path, rows: list[tuple[str, dict]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
+    return path
+
+
+def run(setting: str, seed: int, folder: Path, ppo: dict):
+    """One run of PPO (none for "sft") -> what is measured at its end, and {rollout: values} along it."""
+    data = "reviews" if not (folder / "prompts.jsonl").exists() else str(folder / "prompts.jsonl")
+    sft, reward, out = str(folder / "sft"), str(folder / f"rm-{seed}"), folder / f"ppo-{setting}-{seed}"
+    flags = {"model": sft, "reward": reward, "data": data, "seed": seed, "eval_prompts": 0, "device": "cpu", **ppo}
+    flags |= SETTINGS.get(setting, {}) | {"out": str(out), "resume": (out / "args.json").exists()}
+    args = train_ppo.Args(**flags)
+    if setting != "sft" and not train_sft.is_made(out):
+        train_ppo.main(args)
+
+    tokenizer = models.load_tokenizer(sft)
+    prompts = {e.prompt_text: e for e in train_ppo.read(args, data, tokenizer)}
+    held = held_out([*prompts.values()], args.eval_fraction)[1][: TEST + VALIDATION]
+    before = measure(args, tokenizer, models.load_model(sft, "cpu"), held)
+    after = before if setting == "sft" else measure(args, tokenizer, models.load_model(str(out), "cpu"), held)
+    units = {n: (statistics.fmean(before[n]), statistics.stdev(before[n])) for n in ("gold", "proxy")}
+    in_units = lambda n, x: (x - units[n][0]) / units[n][1] if n in units else x  # noqa: E731
+
+    test = len(held) * TEST // (TEST + VALIDATION)
+    end = {n: in_units(n, statistics.fmean(x[:test])) for n, x in after.items() if n != "ids"}
+    end["gap"] = end["proxy"] - end["gold"]
+    readable = [in_units("gold", x) * fluent for x, fluent in zip(after["gold"], after["grammatical"], strict=True)]
+    end["readable"], end["readable_validation"] = statistics.fmean(readable[:test]), statistics.fmean(readable[test:])
+    end["distinct_2"] = evaluate.distinct(after["ids"][:test], 2)
+    end["entropy"] = sum(after["entropy"][:test]) / sum(after["length"][:test])
+    if setting == "sft":
+        return end, {}
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    parts = [rows[i : i + EVERY] for i in range(0, len(rows), EVERY)]
+    mean = lambda part, name: statistics.fmean(row[name] for row in part)  # noqa: E731
+    return end, {part[-1]["step"]: {n: in_units(n, mean(part, x)) for n, x in ALONG.items()} for part in parts}
+
+
+@torch.no_grad()
+def measure(args: train_ppo.Args, tokenizer, policy, held) -> dict[str, list]:
+    """Of one answer to each prompt: token ids, gold and proxy reward, exact KL to SFT, entropy (summed), ..."""
+    answers = answer(policy, tokenizer, held, args.max_new_tokens, args.seed)
+    pad, budget = models.pad_id(tokenizer), args.micro_batch_tokens
+    found = facts(answers, end_ids(policy, tokenizer), embedded=True) | {"ids": [e.responses[0] for e in answers]}
+    reward = models.load_reward_model(args.reward, "cpu")
+    proxy = models.score(reward, answers, "tree", reward.config.pad_token_id, budget, torch.float32)
+    found["proxy"] = torch.cat(proxy).tolist()
+    how = evaluate.Args(micro_batch_tokens=budget, device="cpu")
+    reference = models.load_model(args.model, "cpu")
+    found["kl"] = evaluate.against_reference(how, policy, reference, answers, "tree", pad)["kl"]
+
+    def entropies(batch):
+        states = models.states(policy, batch, batch.sources, torch.float32)
+        return token_logps(states, models.output_head(policy), batch.targets, entropy=True)[1]
+
+    models.use_layout(policy, "tree")
+    entropy = models.per_token(entropies, answers, "tree", pad, budget, "cpu")
+    found["entropy"] = [x.sum().item() for x in entropy.split([len(ids) for ids in found["ids"]])]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- table and figure
+
+
+def settings_of(results: common.Results) -> list[str]:
+    return [x for x in SETTINGS if results.values(x, "gold")]
+
+
+def best_of(results: common.Results) -> str:
+    """The coefficient between the ends with the highest mean readable gold on validation prompts."""
+    mean = lambda x: statistics.fmean(results.values(x, "readable_validation").values())  # noqa: E731
+    return max(settings_of(results)[1:-1], key=mean)
+
+
+def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
+    """The differences of the criterion, with half their intervals."""
+    of, best, largest = results.values, best_of(results), settings_of(results)[-1]
+    found = {}
+    for name, title in (("distinct_2", "distinct-2"), ("entropy", "entropy"), ("grammatical", "grammatical share")):
+        found[f"{title}: {best} - 0"] = paired(of(best, name), of("0", name))
+    found[f"proxy - gold: 0 - {best}"] = paired(of("0", "gap"), of(best, "gap"))
+    for name, title in (("gold", "gold reward"), ("readable", "readable gold")):
+        for other in ("0", largest):
+            found[f"{title}: {best} - {other}"] = paired(of(best, name), of(other, name))
+    gain = lambda x, seed: of(x, "gold")[seed] - of("sft", "gold")[seed]  # noqa: E731
+    left = [gain(best, seed) / 10 - gain(largest, seed) for seed in of(best, "gold")]
+    found[f"gain in gold: a tenth of that at {best} - that at {largest}"] = t_interval(left)
+    return found
+
+
+def report(results: common.Results) -> tuple[str, str, str]:
+    """Table, verdict, effect."""
+    rows = []
+    for x in ["sft", *settings_of(results)]:
+        cells = [show(t_interval([*results.values(x, n).values()]), digits) for n, (_, digits) in COLUMNS.items()]
+        rows.append(["SFT" if x == "sft" else x, *cells])
+    found = clauses(results)
+    differences = [[name, show(x, 3), common.verdict([x])] for name, x in found.items()]
+    parts = [
+        markdown(["KL coefficient", *(title for title, _ in COLUMNS.values())], rows),
+        markdown(["difference, above 0 by the claim", "mean", ""], differences),
+    ]
+    holds = sum(verdict == "reproduced" for *_, verdict in differences)
+    main_ones = [f"{name}, {value}" for name, value, _ in differences if name.endswith(" - 0") and "gold" in name]
+    effect = f"{holds} of {len(found)} differences are above 0; in deviations of SFT answers {'; '.join(main_ones)}."
+    return "\n\n".join(parts), common.verdict([*found.values()]), effect
+
+
+def draw(results: common.Results, page) -> None:
+    """Gold and proxy against KL, at the ends and along the run without a leash; what is left of the language."""
+    left, right = page.subplots(1, 2, width_ratios=[3, 2])
+    settings = settings_of(results)
+    at = lambda x, n, step=None: t_interval([*results.values(x, n, step).values()])  # noqa: E731
+    bar = lambda half: half if half < float("inf") else 0.0  # noqa: E731
+    for name, colour in (("proxy", "tab:orange"), ("gold", "tab:blue"), ("readable", "tab:green")):
+        if name in ALONG:
+            along = [[at("0", n, step)[0] for step in results.steps("0")] for n in ("kl", name)]
+            left.plot(*along, color=colour, linewidth=1, alpha=0.5)
+        points = [(at(x, "kl"), at(x, name)) for x in settings]
+        (xs, _), (ys, halves) = (zip(*axis, strict=True) for axis in zip(*points, strict=True))
+        yerr = [bar(half) for half in halves]
+        left.errorbar(
+            xs, ys, yerr, marker="o", linestyle="", capsize=2, markersize=4, color=colour, label=COLUMNS[name][0]
+        )
+    for x in settings:
+        left.annotate(x, (at(x, "kl")[0], at(x, "proxy")[0]), (5, 5), textcoords="offset points", fontsize=7)
+    left.set_xscale("symlog", linthresh=1)
+    left.set_xlim(left=-0.05)
+    left.margins(y=0.12)
+    left.set_xlabel("KL to SFT, nats an answer")
+    left.set_ylabel("reward, deviations of SFT answers")
+    left.set_title("ends (number: KL coefficient), path at 0", fontsize=9)
+    for name in ("grammatical", "distinct_2", "entropy"):
+        points = [at(x, name) for x in settings]
+        unit = at("sft", name)[0] or 1.0
+        ys, yerr = [mean / unit for mean, _ in points], [bar(half) / unit for _, half in points]
+        right.errorbar(range(len(settings)), ys, yerr, marker="o", markersize=4, capsize=2, label=COLUMNS[name][0])
+    right.set_xticks(range(len(settings)), settings)
+    right.set_xlabel("KL coefficient")
+    right.set_title("relative to SFT", fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    cli(main, common.Args)

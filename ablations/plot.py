@@ -1,0 +1,85 @@
+"""Every figure and every README's table again, from the CSVs alone: python -m ablations.plot"""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from ablations import common
+from rlhf import lazy_import
+
+figure = lazy_import("matplotlib.figure")
+START, END = "<!-- table -->\n", "<!-- end -->"
+
+
+def experiments() -> dict[str, ModuleType]:
+    """Name -> module of every folder that has one."""
+    names = sorted(path.parent.name for path in common.ROOT.glob("*/__main__.py"))
+    return {name: importlib.import_module(f"ablations.{name}.__main__") for name in names}
+
+
+def with_table(text: str, table: str) -> str:
+    """A README's text with this between its two marks."""
+    before, after = text.split(START)
+    return f"{before}{START}{table}\n{END}{after.split(END)[1]}"
+
+
+def section(results: common.Results, report: Callable) -> str:
+    """What stands in an experiment's README: table, verdict, where the numbers are from."""
+    if not results.values_of:
+        return "Not run yet."
+    table, verdict, effect = report(results)
+    seeds = len({key[1] for key in results.values_of})
+    hardware, date, commit = (" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
+    made = (
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {results.minutes():.1f} minutes in two processes, {hardware}, {date}"
+    )
+    return f"{table}\n\nVerdict: *{verdict}*. {effect}\n\n{made}, commit {commit}."
+
+
+def overview(modules: dict[str, ModuleType]) -> str:
+    """The table over all experiments."""
+    rows = []
+    for name, module in modules.items():
+        results = common.Results(common.ROOT / name / "results.csv")
+        _, verdict, effect = module.report(results) if results.values_of else ("", "not run yet", "")
+        minutes = f"{results.minutes():.1f}" if results.values_of else ""
+        rows.append([f"[{name}]({name}/README.md)", module.CLAIM, verdict, effect, minutes])
+    return common.markdown(["`python -m ablations.`", "claim", "verdict", "effect", "minutes on 2 cores"], rows)
+
+
+def picture(results: common.Results, draw: Callable, path) -> None:
+    page = figure.Figure(figsize=(6.4, 4), layout="constrained")
+    draw(results, page)
+    page.savefig(path, dpi=120)
+
+
+def finish(name: str, a: common.Args, results: common.Results, report: Callable, draw: Callable) -> None:
+    """The end of an experiment: prints table and verdict, draws the figure beside the CSV, and after a full run
+    writes the READMEs."""
+    print("\n" + section(results, report))
+    if a.quick or a.smoke:
+        picture(results, draw, results.path.with_name("figure.png"))
+        print(f"\nresults.csv and figure.png are in {results.path.parent}")
+    else:
+        main()
+    if a.smoke:
+        columns, *rows = [line.split(",") for line in results.path.read_text().splitlines()]
+        assert columns == [*common.FIELDS] and rows, f"{results.path} has not the columns, or no rows"
+        assert results.path.with_name("figure.png").stat().st_size > 0
+
+
+def main() -> None:
+    modules = experiments()
+    for name, module in modules.items():
+        folder = common.ROOT / name
+        results = common.Results(folder / "results.csv")
+        if results.values_of:
+            picture(results, module.draw, folder / "figure.png")
+        readme = folder / "README.md"
+        readme.write_text(with_table(readme.read_text(), section(results, module.report)))
+    readme = common.ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), overview(modules)))
+
+
+if __name__ == "__main__":
+    main()

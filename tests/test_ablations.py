@@ -1,0 +1,201 @@
+"""The ablations: their READMEs say what their CSVs say, every --smoke runs, and what they share is right."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablations import common, plot
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.parent.name for path in (ROOT / "ablations").glob("*/__main__.py"))
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return plot.experiments()
+
+
+# ------------------------------------------------------------------------------------------------- every experiment
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_readme_and_figure_are_what_plot_makes_of_the_csv(name, modules, tmp_path):
+    module, folder = modules[name], ROOT / "ablations" / name
+    results = common.Results(folder / "results.csv")
+    text = (folder / "README.md").read_text()
+    assert plot.with_table(text, plot.section(results, module.report)) == text
+    if not results.values_of:
+        pytest.skip(f"ablations/{name} has not been run yet")
+    plot.picture(results, module.draw, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert (folder / "figure.png").exists() and "figure.png" in text
+
+
+def test_the_table_of_all_is_what_plot_writes(modules):
+    text = (ROOT / "ablations/README.md").read_text()
+    assert plot.with_table(text, plot.overview(modules)) == text
+    assert all(f"[{name}]({name}/README.md)" in text for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_criterion_and_results(name, modules):
+    module, path = modules[name], ROOT / "ablations" / name / "results.csv"
+    assert "riterion" in module.__doc__ and module.CLAIM and module.SETTINGS
+    if not path.exists():
+        pytest.skip(f"ablations/{name} has not been run yet")
+    rows = [*csv.reader(path.read_text().splitlines())]
+    assert rows[0] == [*common.FIELDS]
+    assert all(len(row) == len(common.FIELDS) and row[5] and row[6] and row[7] for row in rows[1:])
+    keys = [tuple(row[:4]) for row in rows[1:]]
+    assert len(set(keys)) == len(keys), "a value stands there twice"
+    assert module.report(common.Results(path))[1] in ("reproduced", "not resolved", "contradicted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke(name, tmp_path):
+    committed = ROOT / "ablations" / name / "results.csv"
+    before = committed.read_bytes() if committed.exists() else None
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"ablations.{name}", "--smoke"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/ablations" / name / "smoke"
+    rows = [*csv.DictReader(open(folder / "results.csv"))]
+    assert tuple(rows[0]) == common.FIELDS and all(math.isfinite(float(row["value"])) for row in rows)
+    assert (folder / "figure.png").exists()
+    assert (committed.read_bytes() if committed.exists() else None) == before, "a smoke run wrote results.csv"
+
+
+# ------------------------------------------------------------------------------------------------------ what they share
+
+
+def test_results_come_back_and_a_run_that_is_there_is_skipped(tmp_path):
+    path = tmp_path / "results.csv"
+    results = common.Results(path)
+    results.add("a, b", 1, {"gold": 0.25}, step=4)
+    assert not results.done("a, b", 1), "values along a run do not make it done"
+    results.add("a, b", 1, {"gold": 1 / 3, "seconds": 60})
+    results.add("a, b", 0, {"gold": -2, "seconds": 180})
+    again = common.Results(path)
+    assert again.done("a, b", 1) and again.done("a, b", 0)
+    assert not again.done("a, b", 2) and not again.done("a", 1)
+    assert again.values("a, b", "gold") == {0: -2.0, 1: 0.333333} == results.values("a, b", "gold")
+    assert list(again.values("a, b", "gold")) == [0, 1]
+    assert again.values("a, b", "gold", step=4) == {1: 0.25} and again.steps("a, b") == [4]
+    assert again.minutes() == 2.0
+    rows = [*csv.DictReader(open(path))]
+    assert tuple(rows[0]) == common.FIELDS and rows[0]["step"] == "4" and rows[1]["step"] == ""
+    assert rows[0]["hardware"].endswith(f"torch {common.torch.__version__.split('+')[0]}")
+
+
+def test_results_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "results.csv"
+    common.Results(path).add("a", 0, {"x": 1.0, "y": 2.0})
+    whole = path.read_text()
+    path.write_text(whole + "a,1,,x,3.")
+    results = common.Results(path)
+    assert not results.done("a", 1) and path.read_text() == whole
+    results.add("a", 1, {"x": 4.0})
+    assert common.Results(path).values("a", "x") == {0: 1.0, 1: 4.0}
+
+
+def test_results_refuse_what_is_not_a_number(tmp_path):
+    results = common.Results(tmp_path / "results.csv")
+    with pytest.raises(ValueError, match="a, seed 3, step None: gold is nan"):
+        results.add("a", 3, {"kl": 1.0, "gold": math.nan})
+    assert not results.done("a", 3) and not results.path.exists()
+
+
+def test_t_interval_by_hand():
+    # 1, 2, 3, 6, 8: mean 4, squares of the differences 9 + 4 + 1 + 4 + 16 = 34, variance 34 / 4, t(4) = 2.776
+    mean, half = common.t_interval([1.0, 2.0, 3.0, 6.0, 8.0])
+    assert mean == 4
+    assert half == pytest.approx(2.776 * math.sqrt(34 / 4 / 5), rel=1e-9)
+    assert common.t_interval([7.0]) == (7.0, math.inf)
+    assert common.t_interval([2.0, 2.0, 2.0]) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "n, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (14, 2.145), (29, 2.045), (120, 1.980)]
+)
+def test_student_against_printed_tables(n, quantile):
+    assert common.student(n) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_paired_takes_the_seeds_that_both_have():
+    mean, half = common.paired({0: 3.0, 1: 5.0, 2: 9.0}, {2: 8.0, 0: 1.0, 3: 100.0})
+    assert mean == 1.5  # of 2 and 1
+    assert half == pytest.approx(12.706 * 0.5, rel=1e-9)  # deviation sqrt(1/2), over sqrt(2)
+
+
+def test_verdict():
+    above, around, below = (1.0, 0.5), (1.0, 1.5), (-1.0, 0.5)
+    assert common.verdict([above, above]) == "reproduced"
+    assert common.verdict([above, around]) == "not resolved"
+    assert common.verdict([above, (0.0, 0.0)]) == "not resolved"
+    assert common.verdict([above, around, below]) == "contradicted"
+    assert common.verdict([(1.0, math.inf), (-1.0, math.inf)]) == "not resolved"
+
+
+def test_each_runs_tasks_in_a_process_and_stops_at_an_error():
+    found = common.each(divmod, [(7, 2), (1, 0)], 1)
+    task, value, seconds = next(found)
+    assert task == (7, 2) and value == (3, 1) and 0 <= seconds < 1
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_table_goes_between_its_marks():
+    text = "a\n<!-- table -->\nold\n<!-- end -->\nb\n"
+    assert plot.with_table(text, "new") == "a\n<!-- table -->\nnew\n<!-- end -->\nb\n"
+    assert plot.with_table(plot.with_table(text, "new"), "old") == text
+
+
+# ------------------------------------------------------------------------------------------------------------- kl_leash
+
+
+@pytest.fixture
+def leash(tmp_path, modules):
+    """Results of two seeds in which a coefficient of 0.1 is best, and one of 0 collapsed."""
+    results = common.Results(tmp_path / "results.csv")
+    #                    gold readable proxy gap  kl  distinct entropy grammatical
+    rows = {
+        "sft": (0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 1.6, 0.95),
+        "0": (0.9, 0.0, 3.0, 2.1, 80.0, 0.02, 0.5, 0.0),
+        "0.1": (1.3, 1.2, 1.8, 0.5, 4.0, 0.12, 1.3, 0.9),
+        "0.3": (1.0, 0.9, 1.3, 0.3, 2.0, 0.15, 1.5, 0.9),
+        "30": (0.01, 0.01, 0.01, 0.0, 0.0, 0.2, 1.6, 0.95),
+    }
+    names = ("gold", "readable", "proxy", "gap", "kl", "distinct_2", "entropy", "grammatical")
+    for setting, values in rows.items():
+        for seed in (0, 1):
+            end = dict(zip(names, values, strict=True)) | {"length": 12.0, "ended": 1.0, "seconds": 60.0}
+            end["gold"] += 0.01 * seed * (setting == "0.1")
+            results.add(setting, seed, end | {"readable_validation": values[1]})
+    return results
+
+
+def test_leash_clauses_by_hand(leash, modules):
+    module = modules["kl_leash"]
+    assert module.best_of(leash) == "0.1"
+    found = module.clauses(leash)
+    assert found["grammatical share: 0.1 - 0"] == pytest.approx((0.9, 0), abs=1e-9)
+    assert found["proxy - gold: 0 - 0.1"] == pytest.approx((1.6, 0), abs=1e-9)
+    # 0.4 and 0.41: mean 0.405, half 12.706 * 0.005
+    assert found["gold reward: 0.1 - 0"] == pytest.approx((0.405, 12.706 * 0.005), abs=1e-9)
+    assert found["gain in gold: a tenth of that at 0.1 - that at 30"][0] == pytest.approx(0.1305 - 0.01, abs=1e-9)
+    table, verdict, effect = module.report(leash)
+    assert verdict == "reproduced" and "9 of 9" in effect
+    assert "| 0.1 | 1.31 +- 0.06 | 1.20 +- 0.00 |" in table
+
+
+def test_leash_is_contradicted_where_gold_is_highest_without_it(leash, modules):
+    for seed in (0, 1):
+        leash.add("0", seed, {"gold": 2.0})
+    assert modules["kl_leash"].report(leash)[1] == "contradicted"
