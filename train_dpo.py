@@ -398,7 +398,7 @@ def main(a: Args) -> dict[str, float]:
     lora = models.add_lora(policy, a.lora_rank) if a.lora_rank else None
     if a.gradient_checkpointing:
         models.checkpoint_layers(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     first, delta, weights, final = 0, 0.0, None, {}
     if state := run.load_checkpoint():
         first, delta = state["step"], state["delta"]

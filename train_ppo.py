@@ -356,7 +356,7 @@ def main(a: Args) -> dict[str, float]:
     if a.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             models.checkpoint_layers(model)
-    adam = {"eps": a.adam_eps, "weight_decay": 0.0}
+    adam = {"eps": a.adam_eps, "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=a.critic_lr, **adam) if critic else None
     first, kl_coef, weights = 0, a.kl_coef, None

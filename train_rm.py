@@ -377,7 +377,7 @@ def main(a: Args) -> dict[str, float]:
     # -------------------------------------------------------------------------------------------------------- training
     if a.gradient_checkpointing:
         models.checkpoint_layers(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0

@@ -192,7 +192,7 @@ def main(a: Args) -> dict[str, float]:
     lora = models.add_lora(policy, a.lora_rank) if a.lora_rank else None
     if a.gradient_checkpointing:
         models.checkpoint_layers(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0

@@ -898,7 +898,9 @@ def test_bad_input_from_a_shell(world, tmp_path):
 @pytest.mark.parametrize("script", ["dpo", "sft"])
 def test_what_a_run_leaves(script, world, go, whole, monkeypatch):
     kept = []
-    monkeypatch.setattr(models, "save", lambda m, t, out, save=models.save: (kept.append(m), save(m, t, out)))
+    monkeypatch.setattr(
+        models, "save", lambda m, t, out, *lora, save=models.save: (kept.append(m), save(m, t, out, *lora))
+    )
     run = go(script, eval_prompts=4, max_new_tokens=6, max_steps=2)
     names = {path.name for path in run.out.iterdir()}
     own = {"args.json", "environment.json", f"train_{script}.py", "metrics.jsonl", "samples.jsonl", "curves.png"}
