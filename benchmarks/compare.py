@@ -1,0 +1,143 @@
+"""What the benchmarks share: a process for each side, in turn; checks of parity; the small model; tables and CSV."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+from rlhf.runs import table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cli(main: Callable, args_class: type, workers: dict[str, Callable[[dict], dict]]) -> None:
+    """`main` with its flags; or, in a process that `in_turn` started, the worker of that name on that job."""
+    if sys.argv[1:2] == ["--worker"]:
+        name, job, found = sys.argv[2:]
+        result = workers[name](json.loads(Path(job).read_text()))
+        Path(found).write_text(json.dumps(result))
+    else:
+        main(tyro.cli(args_class, description=sys.modules["__main__"].__doc__))
+
+
+def in_turn(script: str, names: Sequence[str], job: dict, rounds: int) -> dict[str, list[dict]]:
+    """What each worker of benchmarks/SCRIPT.py says of the job, in processes of their own: A B A B, `rounds` times."""
+    found: dict[str, list[dict]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result = Path(folder, "job.json"), Path(folder, "result.json")
+        job_file.write_text(json.dumps(job))
+        for _ in range(rounds):
+            for name in names:
+                worker = [sys.executable, "-m", f"benchmarks.{script}", "--worker", name, str(job_file), str(result)]
+                began = time.perf_counter()
+                ran = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, check=False)
+                if ran.returncode:
+                    sys.exit(f"benchmarks.{script}: {name} failed\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
+                found[name].append(json.loads(result.read_text()))
+                print(f"  {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- parity
+
+
+def largest_gap(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Largest difference of two sides' numbers of the same sequences."""
+    if ours.keys() != theirs.keys():
+        sys.exit(f"parity: {len(ours)} and {len(theirs)} sequences, of which {len(ours.keys() & theirs.keys())} agree")
+    return max(abs(ours[name] - theirs[name]) for name in ours)
+
+
+def require_parity(what: str, gap: float, limit: float) -> None:
+    """Stops unless both sides compute the same: else their times could not be compared."""
+    print(f"parity: {what} differ by {gap:.2g} (at most {limit:g})", file=sys.stderr)
+    if not gap <= limit:
+        sys.exit(f"parity: {what} differ by {gap:.3g}, more than {limit:g}: not the same work")
+
+
+def key(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+# --------------------------------------------------------------------------------------------------- model and results
+
+
+def small_model(folder: str, layers: int = 6, width: int = 256, vocabulary: int = 16384) -> str:
+    """Saves a random Llama (about 9 M parameters, tied) and a tokenizer of as many words; returns the folder."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=688, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, vocabulary))]
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<pad>"}
+    file = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    Path(folder, "tokenizer.json").write_text(json.dumps(file))
+    special = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(Path(folder, "tokenizer.json")), **special)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_ids(model: str, rng: random.Random, count: int) -> list[int]:
+    """Tokens of the model's vocabulary, from where no special ones are."""
+    size = transformers.AutoConfig.from_pretrained(model).vocab_size
+    return [rng.randrange(size // 10, size * 9 // 10) for _ in range(count)]
+
+
+def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> None:
+    """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/NAME.csv and
+    benchmarks/README.md, or of a short run to runs/benchmarks/NAME.csv alone."""
+    shown = [
+        [x if isinstance(x, str) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in r.values()] for r in rows
+    ]
+    lines = table([*rows[0]], shown)
+    print(f"\n{lines}\n")
+    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
+    packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    facts = {
+        "hardware": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor or platform.machine()}",
+        "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    path = ROOT / ("runs/benchmarks" if quick else "benchmarks/results") / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*rows[0], *facts])
+        for row in rows:
+            writer.writerow([*(x if isinstance(x, str) else f"{x:.6g}" for x in row.values()), *facts.values()])
+    print(f"written to {path.relative_to(ROOT)}")
+    if not quick:
+        readme = ROOT / "benchmarks/README.md"
+        before, after = readme.read_text().split(f"<!-- {name} -->\n")
+        made = f"`{' '.join(['python -m', f'benchmarks.{name}', *sys.argv[1:]])}`: {', '.join(facts.values())}"
+        after = after.partition("<!-- end -->")[2]
+        readme.write_text(f"{before}<!-- {name} -->\n```\n{lines}\n```\n\n{made}\n<!-- end -->{after}")
+
+
+def with_ratio(rows: Sequence[dict]) -> list[dict]:
+    """The rows of two sides, and one with the first's numbers over the second's."""
+    ratio = {x: v / rows[1][x] if isinstance(v, float) else v for x, v in rows[0].items()}
+    return [*rows, ratio | {"side": "ratio"}]
+
+
+def median(results: Sequence[dict], *names: str) -> float:
+    """Median over runs of the sum of these fields."""
+    return statistics.median(sum(result[name] for name in names) for result in results)

@@ -1,0 +1,88 @@
+"""Sampling: `rlhf.generate.generate` against the library's own `model.generate`, same prompts, k samples of each.
+
+    python -m benchmarks.rollout [--model DIR] [--quick]
+
+Both sample from softmax(logits), in float32, 128 tokens (or to the last EOS of the batch). The library's side is one
+call on all p * k rows, padded to the left. The processes take turns, A B A B. Before that greedy answers must agree.
+"""
+
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import compare
+from rlhf import models
+from rlhf.generate import generate
+
+CASES = [(16, 1, 64), (8, 4, 64), (8, 4, 256), (4, 8, 512), (32, 4, 128)]  # prompts, samples of each, longest prompt
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """a local model; default: a random Llama of 9 M parameters"""
+    tokens: int = 128
+    """new tokens at most"""
+    rounds: int = 3
+    """processes of each side"""
+    quick: bool = False
+    """one small case, one round"""
+
+
+def library(model, tokenizer, prompts: list[list[int]], tokens: int, temperature: float, k: int) -> list[list[int]]:
+    """The library's `generate` on every prompt k times."""
+    width, pad = max(map(len, prompts)), models.pad_id(tokenizer)
+    rows = [prompt for prompt in prompts for _ in range(k)]
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    sampling = sampling or {"do_sample": False}
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    return out[:, width:].tolist()
+
+
+def worker(side: str, job: dict) -> dict:
+    model, tokenizer = models.load_model(job["model"], "cpu"), models.load_tokenizer(job["model"])
+    prompts, k, tokens = job["prompts"], job["k"], job["tokens"]
+
+    def sample(temperature: float, tokens: int) -> list[list[int]]:
+        if side == "library":
+            return library(model, tokenizer, prompts, tokens, temperature, k)
+        return generate(model, tokenizer, prompts, tokens, temperature, k=k)
+
+    greedy = sample(0.0, 16)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = sample(1.0, tokens)
+        times.append(time.perf_counter() - began)
+    return {"greedy": [row[:16] for row in greedy], "seconds": min(times), "steps": max(map(len, found))}
+
+
+def main(a: Args) -> None:
+    rng, rows = random.Random(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        model = a.model or compare.small_model(folder)
+        for p, k, longest in CASES[1:2] if a.quick else CASES:
+            lengths = [rng.randint(longest // 4, longest) for _ in range(p)]
+            prompts = [compare.random_ids(model, rng, n) for n in lengths]
+            job = {"model": model, "prompts": prompts, "k": k, "tokens": 16 if a.quick else a.tokens}
+            found = compare.in_turn("rollout", ["ours", "library"], job, 1 if a.quick else a.rounds)
+            pairs = zip(found["ours"][0]["greedy"], found["library"][0]["greedy"], strict=True)
+            different = sum(x != y[: len(x)] for x, y in pairs)
+            compare.require_parity("greedy answers", different, 0)
+            ours, theirs = (compare.median(found[side], "seconds") for side in ("ours", "library"))
+            steps = [found[side][-1]["steps"] for side in ("ours", "library")]
+            rows.append({
+                "prompts": f"{p} x {k}", "longest prompt": longest, "steps": "/".join(map(str, steps)),
+                "ours tokens/s": p * k * steps[0] / ours, "library tokens/s": p * k * steps[1] / theirs,
+                "time ratio": (ours / steps[0]) / (theirs / steps[1]),
+            })  # fmt: skip
+    compare.report("rollout", rows, a.quick)
+
+
+if __name__ == "__main__":
+    compare.cli(main, Args, {side: lambda job, side=side: worker(side, job) for side in ("ours", "library")})

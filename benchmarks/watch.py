@@ -1,0 +1,139 @@
+"""Watching a training loop from outside, ours or TRL's: time and memory of its steps, log-probs, gradient norms."""
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+
+from benchmarks.compare import key
+from rlhf.runs import Run
+
+
+class Done(Exception):
+    """What is measured is over, and the rest of a script need not run."""
+
+
+def _status(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+
+def forget_peak() -> float:
+    """Begin a new peak of resident memory, and give freed memory back; MiB that are resident now."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> float:
+    """Largest resident memory since `forget_peak`, MiB."""
+    return _status("VmHWM")
+
+
+def read_weights(*models) -> None:
+    """Weights are read from their file when first used: use them."""
+    for model in models:
+        sum(float(x.detach().sum()) for x in model.parameters())
+
+
+def matrix_rate(model, rows: int = 2048, seconds: float = 4.0) -> float:
+    """Floating-point operations a second of the model's own matrix products (each weight's three: output, gradient of
+    the input, gradient of the weight) on `rows` tokens, float32, timed alone: what a step cannot exceed."""
+    shapes = {tuple(x.shape) for x in model.parameters() if x.ndim == 2}
+    work = spent = 0.0
+    for out_size, in_size in shapes:
+        x, w, y = torch.randn(rows, in_size), torch.randn(out_size, in_size), torch.randn(rows, out_size)
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+        times, began = [], time.perf_counter()
+        while not times or time.perf_counter() - began < seconds / len(shapes):
+            start = time.perf_counter()
+            torch.mm(x, w.T, out=y)
+            torch.mm(y, w, out=dx)
+            torch.mm(y.T, x, out=dw)
+            times.append(time.perf_counter() - start)
+        count = sum(tuple(p.shape) == (out_size, in_size) for p in model.parameters())
+        work, spent = work + count * 6 * rows * out_size * in_size, spent + count * min(times)
+    return work / spent
+
+
+class Steps:
+    """Of each optimizer step (of PPO: rollout) the seconds of the clock and of the processor, and the gradient norm
+    before clipping; log-probs of the first one's sequences, by their tokens; peak memory over the loaded weights, MiB.
+    """
+
+    def __init__(self):
+        self.found = {"seconds": [], "cpu": [], "norms": [], "logps": {}, "peak": 0.0}
+        self.resident = forget_peak()
+
+    def begin(self) -> None:
+        self.began, self.cpu = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        self.found["seconds"].append(time.perf_counter() - self.began)
+        self.found["cpu"].append(time.process_time() - self.cpu)
+        self.found["peak"] = peak() - self.resident
+        self.begin()
+
+    def first(self) -> bool:
+        return not self.found["seconds"]
+
+
+@contextlib.contextmanager
+def script() -> Iterator[dict]:
+    """A script's `main` under watch: its Run saves and logs nothing, and after the last step nothing more is done."""
+    watched: dict = {}
+
+    def start(run, *_):
+        watched["steps"] = Steps()
+        watched["steps"].begin()
+
+    def log(run, step, metrics):
+        if step:
+            watched["steps"].end()
+            watched["steps"].found["norms"].append(metrics["grad_norm"])
+
+    def end(run):
+        raise Done
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    hooks = {"start": start, "log": log, "end": end, "progress": nothing, "save_checkpoint": nothing}
+    with mock.patch.multiple(Run, **hooks), contextlib.suppress(Done):
+        yield watched
+
+
+def trainer(own) -> dict:
+    """What happens while this trainer of transformers trains, as `Steps` has it."""
+    watched: dict = {}
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            read_weights(*filter(None, (own.model, getattr(own, "ref_model", None))))
+            watched["steps"] = Steps()
+
+        def on_step_begin(self, *_, **__):
+            watched["steps"].begin()
+
+        def on_step_end(self, *_, **__):
+            watched["steps"].end()
+
+    def keep_logps(model, args, kwargs, out):
+        if torch.is_grad_enabled() and watched["steps"].first():
+            for ids, mask, logps in zip(kwargs["input_ids"], kwargs["attention_mask"], out.log_probs, strict=True):
+                watched["steps"].found["logps"][key(ids[mask.bool()].tolist())] = logps.detach().double().sum().item()
+
+    def clip(*args, _clip=own.accelerator.clip_grad_norm_, **kwargs):
+        norm = _clip(*args, **kwargs)
+        watched["steps"].found["norms"].append(float(norm))
+        return norm
+
+    own.add_callback(Watch())
+    own.model.register_forward_hook(keep_logps, with_kwargs=True)
+    own.accelerator.clip_grad_norm_ = clip
+    own.train()
+    return watched["steps"].found
