@@ -107,9 +107,9 @@ def test_report_writes_rows_with_hardware_and_a_ratio(tmp_path, monkeypatch, cap
         read = list(csv.DictReader(file))
     assert [row["s"] for row in read] == ["1", "4", "0.25"] and f"torch {torch.__version__}" in read[0]["versions"]
     printed = capsys.readouterr().out
-    assert "ratio  0.25" in printed
+    assert "ratio   0.25" in printed
     top, _, rest = readme.read_text().partition("<!-- end -->")
-    assert top.startswith("a\n<!-- name -->\n```\nside") and "ratio  0.25" in top and "old" not in top
+    assert top.startswith("a\n<!-- name -->\n```\nside") and "ratio   0.25" in top and "old" not in top
     assert rest == "\n<!-- other -->\nkept\n<!-- end -->\n"
 
 
