@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare, dpo_step, logprobs, rl_step, rollout
+from benchmarks import compare, dpo_step, logprobs, rl_step, rollout, scaling
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,12 @@ def test_report_writes_rows_with_hardware_and_a_ratio(tmp_path, monkeypatch, cap
     top, _, rest = readme.read_text().partition("<!-- end -->")
     assert top.startswith("a\n<!-- name -->\n```\nside") and "ratio   0.25" in top and "old" not in top
     assert rest == "\n<!-- other -->\nkept\n<!-- end -->\n"
+
+
+def test_slopes_are_the_exponents_of_growth():
+    assert scaling.slope([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1, abs=1e-6)
+    assert scaling.slope([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2, abs=1e-6)
+    assert scaling.slope([1, 2, 4], [2.0, 2.0, 2.0]) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.slow
