@@ -395,7 +395,7 @@ def main(a: Args) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
-    lora = models.add_lora(policy, a.lora_rank) if a.lora_rank else None
+    lora = models.add_lora(policy, a.lora_rank, a.seed) if a.lora_rank else None
     if a.gradient_checkpointing:
         models.checkpoint_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)

@@ -117,8 +117,8 @@ class Results:
         return sorted({key[2] for key in self.values_of if key[0] == setting and key[2] is not None})
 
     def minutes(self) -> float:
-        """What all runs took on two cores: half the sum of the metric `seconds`."""
-        return sum(x for key, x in self.values_of.items() if key[3] == "seconds") / 120
+        """What all runs took together, one thread each: the sum of the metric `seconds`."""
+        return sum(x for key, x in self.values_of.items() if key[3] == "seconds") / 60
 
 
 _facts: dict[str, str] = {}

@@ -19,20 +19,21 @@ def experiments() -> dict[str, ModuleType]:
 
 def with_table(text: str, table: str) -> str:
     """A README's text with this between its two marks."""
-    before, after = text.split(START)
-    return f"{before}{START}{table}\n{END}{after.split(END)[1]}"
+    before, after = text.split(START, 1)
+    return f"{before}{START}{table}\n{END}{after.split(END, 1)[1]}"
+
+
+def whole(results: common.Results, module: ModuleType) -> bool:
+    """Whether every setting has values."""
+    return all(any(key[0] == x and key[2] is None for key in results.values_of) for x in module.SETTINGS)
 
 
 def section(results: common.Results, report: Callable) -> str:
     """What stands in an experiment's README: table, verdict, where the numbers are from."""
-    if not results.values_of:
-        return "Not run yet."
     table, verdict, effect = report(results)
     seeds = len({key[1] for key in results.values_of})
     hardware, date, commit = (" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
-    made = (
-        f"{seeds} seed{'s' if seeds > 1 else ''}, {results.minutes():.1f} minutes in two processes, {hardware}, {date}"
-    )
+    made = f"{seeds} seed{'s' if seeds > 1 else ''}, {results.minutes():.1f} minutes of one thread, {hardware}, {date}"
     return f"{table}\n\nVerdict: *{verdict}*. {effect}\n\n{made}, commit {commit}."
 
 
@@ -41,10 +42,11 @@ def overview(modules: dict[str, ModuleType]) -> str:
     rows = []
     for name, module in modules.items():
         results = common.Results(common.ROOT / name / "results.csv")
-        _, verdict, effect = module.report(results) if results.values_of else ("", "not run yet", "")
-        minutes = f"{results.minutes():.1f}" if results.values_of else ""
+        known = whole(results, module)
+        _, verdict, effect = module.report(results) if known else ("", "not run yet", "")
+        minutes = f"{results.minutes():.1f}" if known else ""
         rows.append([f"[{name}]({name}/README.md)", module.CLAIM, verdict, effect, minutes])
-    return common.markdown(["`python -m ablations.`", "claim", "verdict", "effect", "minutes on 2 cores"], rows)
+    return common.markdown(["`python -m ablations.`", "claim", "verdict", "effect", "minutes"], rows)
 
 
 def picture(results: common.Results, draw: Callable, path) -> None:
@@ -73,10 +75,12 @@ def main() -> None:
     for name, module in modules.items():
         folder = common.ROOT / name
         results = common.Results(folder / "results.csv")
-        if results.values_of:
+        table = "Not run yet."
+        if whole(results, module):
             picture(results, module.draw, folder / "figure.png")
+            table = section(results, module.report)
         readme = folder / "README.md"
-        readme.write_text(with_table(readme.read_text(), section(results, module.report)))
+        readme.write_text(with_table(readme.read_text(), table))
     readme = common.ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), overview(modules)))
 

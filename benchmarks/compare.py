@@ -127,7 +127,8 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
     if not quick:
         readme = ROOT / "benchmarks/README.md"
         before, after = readme.read_text().split(f"<!-- {name} -->\n")
-        made = f"`{' '.join(['python -m', f'benchmarks.{name}', *sys.argv[1:]])}`: {', '.join(facts.values())}"
+        flags = "".join(f" {os.path.basename(x)}" for x in sys.argv[1:])
+        made = f"`python -m benchmarks.{name}{flags}`: {', '.join(facts.values())}"
         after = after.partition("<!-- end -->")[2]
         readme.write_text(f"{before}<!-- {name} -->\n```\n{lines}\n```\n\n{made}\n<!-- end -->{after}")
 

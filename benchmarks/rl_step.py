@@ -2,10 +2,11 @@
 
     python -m benchmarks.rl_step [--model DIR] [--quick]
 
-Same model, prompts, k, lengths, optimizer, micro-batch tokens and number of optimizer steps a rollout, float32, nothing
-saved or logged. Both sides run their own loop whole: `train_ppo.main`, and the trainer's `train`. Both really sample;
-then the sampled answers are replaced by given ones, the same for both, with lengths of which one is the longest. So
-scores and updates are on the very same tokens, and the log-probs and the first gradient must agree before any timing.
+Same model, prompts, k, lengths, optimizer, optimizer steps a rollout, float32, nothing saved or logged; our
+micro-batches are the script's default, TRL's have `--rows` sequences, a run for each number. Both sides run their own
+loop whole: `train_ppo.main`, and the trainer's `train`. Both really sample; then the sampled answers are replaced by
+given ones, the same for both, with lengths of which one is the longest. So scores and updates are on the very same
+tokens, and the log-probs and the first gradient must agree before any timing.
 Phases: rollout (sampling), scoring (log-probs of policy and reference, rewards, advantages), update (all the rest).
 """
 
@@ -43,9 +44,9 @@ class Args:
     """tokens; prompts have a quarter of it or more"""
     longest_answer: int = 128
     """tokens; answers have an eighth of it or more"""
-    rows: int = 8
-    """sequences of TRL's micro-batches; ours have as many tokens as these with padding"""
-    rounds: int = 3
+    rows: tuple[int, ...] = (4, 16)
+    """sequences of TRL's micro-batches"""
+    rounds: int = 2
     """processes of each side"""
     quick: bool = False
     """a short run"""
@@ -85,7 +86,7 @@ def ours(job: dict) -> dict:
         "advantage": job["method"], "model": job["model"], "reward": "benchmarks.rl_step:reward", "k": job["k"],
         "batch_size": len(examples), "max_new_tokens": job["tokens"], "kl_coef": KL_COEF, "lr": LR,
         "adam_eps": EPSILON, "epochs_per_rollout": job["epochs"], "minibatches": job["minibatches"],
-        "max_steps": job["rollouts"], "eval_fraction": 0.0, "eval_prompts": 0, "micro_batch_tokens": job["budget"],
+        "max_steps": job["rollouts"], "eval_fraction": 0.0, "eval_prompts": 0,
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -106,8 +107,8 @@ def with_phases(found: dict, phases: list[dict[str, float]]) -> dict:
     return {"rollouts": phases, "logps": found["logps"], "norm": found["norms"][0], "peak": found["peak"]}
 
 
-def trl(job: dict) -> dict:
-    """TRL's trainer on the job, watched from outside."""
+def trl(job: dict, rows: int = 4) -> dict:
+    """TRL's trainer on the job with `rows` sequences a micro-batch, watched from outside."""
     import datasets
     import trl
 
@@ -132,8 +133,7 @@ def trl(job: dict) -> dict:
             phases[-1]["scoring"] = time.perf_counter() - began - phases[-1]["rollout"]
             return out
 
-    rows, minibatches = job["rows"], job["minibatches"]
-    b = len(job["prompts"]) * job["k"]
+    b, minibatches = len(job["prompts"]) * job["k"], job["minibatches"]
     with tempfile.TemporaryDirectory() as folder:
         settings = config(
             output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=b // minibatches // rows,
@@ -158,10 +158,9 @@ def make_job(a: Args, model: str, method: str) -> dict:
     prompts = [ids(rng.randint(a.longest_prompt // 4, a.longest_prompt)) for _ in range(a.prompts)]
     answers = [[ids(rng.randint(a.longest_answer // 8, a.longest_answer)) for _ in range(a.k)] for _ in prompts]
     answers[0][0] = ids(a.longest_answer)
-    width = max(map(len, prompts)) + a.longest_answer
     return {
         "model": model, "method": method, "prompts": prompts, "answers": answers, "k": a.k, "tokens": a.longest_answer,
-        "rows": a.rows, "budget": a.rows * width, "rollouts": 2, "epochs": 1, "minibatches": 1,
+        "rollouts": 2, "epochs": 1, "minibatches": 1,
     }  # fmt: skip
 
 
@@ -176,23 +175,25 @@ def summary(runs: list[dict]) -> dict[str, float]:
 
 def main(a: Args) -> None:
     if a.quick:
-        a.prompts, a.k, a.longest_prompt, a.longest_answer, a.rounds = 4, 4, 64, 32, 1
+        a.prompts, a.k, a.longest_prompt, a.longest_answer, a.rounds, a.rows = 4, 4, 64, 32, 1, (4,)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = a.model or compare.small_model(folder)
         for method in METHODS:
             job = make_job(a, model, method)
-            first = compare.in_turn("rl_step", ["ours", "trl"], job | {"rollouts": 1}, 1)
-            mine, theirs = first["ours"][0], first["trl"][0]
+            sides = ["ours", *(f"trl {n}" for n in a.rows)]
+            first = compare.in_turn("rl_step", sides[:2], job | {"rollouts": 1}, 1)
+            mine, theirs = first["ours"][0], first[sides[1]][0]
             compare.require_parity("summed log-probs", compare.largest_gap(mine["logps"], theirs["logps"]), 1e-3)
             compare.require_parity("gradient norms", abs(mine["norm"] / theirs["norm"] - 1), 1e-4)
             for epochs, minibatches in ((1, 1), (2, 2)):
                 updates = {"epochs": epochs, "minibatches": minibatches}
-                runs = compare.in_turn("rl_step", ["ours", "trl"], job | updates, a.rounds)
-                facts = {"method": method, "updates": str(epochs * minibatches)}
-                rows += compare.with_ratio([facts | {"side": side} | summary(runs[side]) for side in ("ours", "trl")])
+                found = {x: summary(y) for x, y in compare.in_turn("rl_step", sides, job | updates, a.rounds).items()}
+                for side, own in found.items():
+                    over = {f"ours: {x}": found["ours"][x] / own[x] for x in ("scoring + update", "step", "peak MiB")}
+                    rows.append({"method": method, "updates": str(epochs * minibatches), "side": side, **own, **over})
     compare.report("rl_step", rows, a.quick)
 
 
 if __name__ == "__main__":
-    compare.cli(main, Args, {"ours": ours, "trl": trl})
+    compare.cli(main, Args, {"ours": ours, **{f"trl {n}": lambda job, n=n: trl(job, n) for n in (2, 4, 8, 16, 32)}})

@@ -3,10 +3,12 @@
     python -m benchmarks.rollout [--model DIR] [--quick]
 
 Both sample from softmax(logits), in float32, 128 tokens (or to the last EOS of the batch). The library's side is one
-call on all p * k rows, padded to the left. The processes take turns, A B A B. Before that greedy answers must agree.
+call on all p * k rows, padded to the left. A pass's time, prompts included, is divided by the tokens of its longest
+answer. The processes take turns, A B A B. Greedy answers must agree.
 """
 
 import random
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -54,12 +56,12 @@ def worker(side: str, job: dict) -> dict:
         return generate(model, tokenizer, prompts, tokens, temperature, k=k)
 
     greedy = sample(0.0, 16)
-    times = []
+    passes = []
     for _ in range(3):
         began = time.perf_counter()
         found = sample(1.0, tokens)
-        times.append(time.perf_counter() - began)
-    return {"greedy": [row[:16] for row in greedy], "seconds": min(times), "steps": max(map(len, found))}
+        passes.append((time.perf_counter() - began) / max(map(len, found)))
+    return {"greedy": [row[:16] for row in greedy], "seconds a token": statistics.median(passes)}
 
 
 def main(a: Args) -> None:
@@ -74,12 +76,10 @@ def main(a: Args) -> None:
             pairs = zip(found["ours"][0]["greedy"], found["library"][0]["greedy"], strict=True)
             different = sum(x != y[: len(x)] for x, y in pairs)
             compare.require_parity("greedy answers", different, 0)
-            ours, theirs = (compare.median(found[side], "seconds") for side in ("ours", "library"))
-            steps = [found[side][-1]["steps"] for side in ("ours", "library")]
+            ours, theirs = (compare.median(found[side], "seconds a token") for side in ("ours", "library"))
             rows.append({
-                "prompts": f"{p} x {k}", "longest prompt": longest, "steps": "/".join(map(str, steps)),
-                "ours tokens/s": p * k * steps[0] / ours, "library tokens/s": p * k * steps[1] / theirs,
-                "time ratio": (ours / steps[0]) / (theirs / steps[1]),
+                "prompts": f"{p} x {k}", "longest prompt": longest, "ours, ms a token": 1000 * ours,
+                "library, ms a token": 1000 * theirs, "time ratio": ours / theirs,
             })  # fmt: skip
     compare.report("rollout", rows, a.quick)
 

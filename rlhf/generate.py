@@ -80,11 +80,13 @@ def generate(
 
 
 def repeated_cache(model, ids: Int[Tensor, "p t"], mask: Int[Tensor, "p t"], k: int):
-    """The key-value cache of these left-padded tokens, k times each; None where a layer's cannot be repeated (that of
-    linear attention). `generate` goes on from it with the tokens that follow."""
+    """The key-value cache of these left-padded tokens, k times each; None where the model has none, or one that cannot
+    be repeated (linear attention). `generate` goes on from it with the tokens that follow."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
-    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+    out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
         return None
     cache.batch_repeat_interleave(k)
     return cache

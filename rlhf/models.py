@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import BadInput, answer_at_once_offline, lazy_import, require
 from rlhf.data import Example
@@ -49,20 +50,25 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
         not is_reward_model(name, trust_remote_code, flag),
         f"{flag} {name}: a reward model, where a causal language model is wanted",
     )
-    with _one_line(name, flag):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            _below_adapters(name) or name, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-        if _below_adapters(name):
+    if below := _below_adapters(name):
+        model = load_model(below, "cpu", trust_remote_code, flag)
+        with _one_line(name, flag):
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+        model.name_or_path = name  # what further adapters are trained on
+    else:
+        with _one_line(name, flag):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
     return without_dropout(model).to(device)
 
 
 def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
     """Whether a run directory, local folder or hub id is a sequence classifier, by its config."""
+    while below := _below_adapters(name):
+        name = below
     with _one_line(name, flag):
-        below = _below_adapters(name) or name
-        config = transformers.AutoConfig.from_pretrained(below, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
 
 
@@ -155,29 +161,35 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for field in ("dropout", "attention_dropout", "attn_dropout"):  # those that attention reads as plain numbers
-            if isinstance(getattr(module, field, None), float):
+        for field, value in [*vars(module).items()]:  # those that are read as plain numbers, and routers' noise
+            if isinstance(value, float) and ("drop" in field or "jitter" in field):
                 setattr(module, field, 0.0)
     return model.eval()
 
 
-def add_lora(model, rank: int):
+def add_lora(model, rank: int, seed: int = 0):
     """Freezes the model and puts low-rank adapters into it, in place; returns peft's handle on them.
 
         W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
 
-    in every linear layer but the output head, so that at first the model is what it was. Inside the handle's
-    `disable_adapter()` it is that always: the reference needs no weights of its own. Consumes the global random state.
+    in every linear layer but the output head (of a mixture's experts in those that are such layers), so that at first
+    the model is what it was. Inside the handle's `disable_adapter()` it is that always: the reference needs no weights
+    of its own. Seeds the global random state.
     """
+    torch.manual_seed(seed)
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
 
 
 def checkpoint_layers(model) -> None:
-    """From now on each layer's activations are computed a second time in the backward pass instead of being kept."""
+    """From now on each layer's activations are computed a second time in the backward pass instead of being kept.
+
+    BadInput where the library's model has no layers that can do that.
+    """
+    model.checkpointed = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    require(bool(model.checkpointed), f"--gradient-checkpointing: not possible with {model.config.model_type} models")
     new_name = getattr(model, "activation_checkpointing_enable", None)
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.checkpoints_layers = True
 
 
 def trained(model) -> dict[str, Tensor]:
@@ -222,8 +234,8 @@ def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = 
     After `checkpoint_layers`, what a backward pass needs of the layers is computed again in it, not kept.
     """
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
-    if getattr(model, "checkpoints_layers", False):
-        model.train(torch.is_grad_enabled())  # the library does it in train mode only; there is no dropout in either
+    for layer in getattr(model, "checkpointed", ()):
+        layer.training = torch.is_grad_enabled()  # a layer does it in train mode only; what is in it stays in eval mode
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
         found = model.base_model(

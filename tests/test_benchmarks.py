@@ -29,7 +29,7 @@ def sums_of_logits(model: str, sequences: list[tuple[list[int], list[int]]]) -> 
 
 
 def rl_job(model: str, method: str) -> dict:
-    a = rl_step.Args(prompts=2, k=4, longest_prompt=16, longest_answer=8, rows=4)
+    a = rl_step.Args(prompts=2, k=4, longest_prompt=16, longest_answer=8)
     return rl_step.make_job(a, model, method)
 
 

@@ -9,9 +9,11 @@ import transformers
 from safetensors.torch import load_file
 from test_resume import pairs, write_model, write_rows
 from test_scripts import IDS
-from tiny import ARCHITECTURES, random_examples, tiny
+from tiny import ARCHITECTURES, GQA, random_examples, tiny
 
 import train_dpo
+import train_ppo
+import train_rm
 import train_sft
 from rlhf import BadInput, models
 from rlhf.generate import generate
@@ -145,6 +147,26 @@ def test_adapters_resume_bit_for_bit(world, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_adapters_on_adapters_are_kept(world, tmp_path):
+    """SFT with adapters, then DPO with more on top: what is saved is the policy that was trained, with both in it."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs(16)])
+    common = {"data": str(rows), "max_steps": 3, "batch_size": 4, "lr": 3e-2, "eval_fraction": 0.0, "eval_prompts": 0}
+    sft = train_sft.Args(model=str(world / "model"), lora_rank=2, out=str(tmp_path / "sft"), device="cpu", **common)
+    train_sft.main(sft)
+    dpo = arguments(world, tmp_path / "dpo", model=str(tmp_path / "sft"))
+    with pytest.MonkeyPatch.context() as patch:
+        kept = []
+        patch.setattr(models, "save", lambda m, *rest, save=models.save: (kept.append(m), save(m, *rest)))
+        train_dpo.main(dpo)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    start, first, both = (models.load_model(str(x), "cpu") for x in (world / "model", sft.out, dpo.out))
+    models.use_layout(kept[0], "padded")
+    a, b, c, trained = (model(ids).logits for model in (start, first, both, kept[0]))
+    assert torch.allclose(c, trained, atol=1e-4)
+    assert (b - a).abs().max() > 1e-2 and (c - b).abs().max() > 1e-2
+    assert not models.is_reward_model(dpo.out)
+
+
 def test_sft_takes_adapters_and_checkpointing(world, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs(16)])
     common = {"model": str(world / "model"), "data": str(rows), "max_steps": 3, "batch_size": 4, "lr": 3e-3}
@@ -166,6 +188,48 @@ def test_merging_nothing_is_refused(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("script", [train_dpo, train_rm, train_ppo], ids=lambda x: x.__name__)
+def test_every_script_checkpoints_to_the_same_numbers(script, world, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(models, "checkpoint_layers", lambda m, own=models.checkpoint_layers: (used.append(m), own(m)))
+    given = {"model": str(world / "model"), "data": str(world / "pairs.jsonl"), "max_steps": 2, "batch_size": 4}
+    given |= {"eval_fraction": 0.0, "eval_prompts": 0, "device": "cpu", "lr": 1e-3}
+    given |= {"reward": "gold", "value_init": "policy", "max_new_tokens": 6, "k": 2} if script is train_ppo else {}
+    given |= {"ref_cache": str(tmp_path / "cache")} if script is train_dpo else {}
+    rows = []
+    for checkpointing in (False, True):
+        out = tmp_path / str(checkpointing)
+        script.main(script.Args(**given, out=str(out), gradient_checkpointing=checkpointing))
+        rows.append([json.loads(line) for line in open(out / "metrics.jsonl")])
+    plain, checkpointed = ([{n: x for n, x in r.items() if "perf" not in n} for r in part] for part in rows)
+    assert [*map(sorted, plain)] == [*map(sorted, checkpointed)]
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert len(used) == (2 if script is train_ppo else 1)  # policy and critic
+
+
+def starcoder2():
+    """Its layers drop out by a number of their own, and not by a module."""
+    config = transformers.Starcoder2Config(**GQA, residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3)
+    torch.manual_seed(0)
+    return models.without_dropout(transformers.Starcoder2ForCausalLM(config))
+
+
+@pytest.mark.parametrize("make", [starcoder2, lambda: models.without_dropout(tiny("mixtral"))])
+def test_checkpointing_brings_no_dropout_back(make):
+    model = make()
+    before = logps_of(model).detach()
+    models.checkpoint_layers(model)
+    assert torch.equal(logps_of(model).detach(), before)
+
+
+def test_a_model_that_cannot_checkpoint_is_refused():
+    model = torch.nn.Linear(2, 2)
+    model.config = transformers.LlamaConfig()
+    with pytest.raises(BadInput, match="--gradient-checkpointing: not possible with llama models"):
+        models.checkpoint_layers(model)
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])

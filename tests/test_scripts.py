@@ -1110,6 +1110,18 @@ def test_a_prompt_is_encoded_once_for_all_its_responses(name, monkeypatch):
     assert given[0] is None and all((cache is None) == (name == "qwen3_next") for cache in caches)
 
 
+@pytest.mark.parametrize("kind", ["Mamba", "OpenAIGPT"])
+def test_a_model_without_a_cache_that_can_be_repeated(kind):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2} if kind == "Mamba" else None
+    sizes = sizes or {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompts = [[5, 9, 7, 8], [6, 11, 12, 30]]  # of one length: these families know no left padding
+    alone = generate(model, IDS, prompts, 6, temperature=0.0)
+    assert generate(model, IDS, prompts, 6, temperature=0.0, k=2) == [r for r in alone for _ in range(2)]
+
+
 def test_seeds_decide_and_the_global_state_stays():
     model = tiny("llama")
     torch.manual_seed(5)

@@ -86,6 +86,7 @@ def main(a: common.Args) -> None:
 
 def prepare(folder: Path, seeds: list[int], smoke: bool) -> None:
     """The SFT model, and for each seed its rankings and the reward model that learns from them."""
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     begun = lambda out: (out / "args.json").exists()  # noqa: E731
     data = "reviews"
     if smoke:
