@@ -347,12 +347,13 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     except OSError as error:
         raise BadInput(f"--ref-cache {folder}: cannot write there: {error.strerror}") from None
     path = folder / (hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16] + ".safetensors")
+    is_there = all(parallel.gather([path.exists()]))  # for all processes, which read it or compute together
     nearest: list[str] | None = None
     for other in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(other, "pt") as f:
                 asked = json.loads(f.metadata()["question"])
-                if other == path and asked == question:
+                if is_there and other == path and asked == question:
                     print(f"reference log-probs: from {path}")
                     return [*f.get_tensor("logps").split(f.get_tensor("sizes").tolist())]
         except (SafetensorError, KeyError, ValueError, TypeError):
@@ -363,6 +364,8 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     if nearest:
         print(f"reference log-probs: no cached ones fit (the nearest were made with other {', '.join(nearest)})")
     found = compute()
+    if not parallel.first():
+        return found
     partial = path.with_suffix(f".{os.getpid()}.partial")
     tensors = {"logps": torch.cat(found), "sizes": torch.tensor([len(x) for x in found])}
     save_file(tensors, partial, metadata={"question": json.dumps(question)})

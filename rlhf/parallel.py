@@ -37,9 +37,7 @@ def start(a: Any, script: str, refused: Sequence[str] = ()) -> runs.Run:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return runs.Run(a, script)
     for name in refused:
-        require(
-            not getattr(a, name), f"--{name.replace('_', '-')} does not go with several processes (docs/scaling.md)"
-        )
+        require(not getattr(a, name), f"--{name.replace('_', '-')} does not work with several processes yet")
     on_gpu = torch.device(a.device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -47,6 +45,11 @@ def start(a: Any, script: str, refused: Sequence[str] = ()) -> runs.Run:
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return Run(a, script)
+
+
+def several() -> bool:
+    """Whether several processes share the models that are loaded now."""
+    return dist.is_initialized()
 
 
 def first() -> bool:
@@ -61,7 +64,7 @@ def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
     A layer is a unit of sharding, and the rest (embeddings, last norm, head) is one. Products in bfloat16 gather layers
     in bfloat16; gradients are added up in float32.
     """
-    if not dist.is_initialized():
+    if not several():
         return make(device)
     mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for turn in range(int(os.environ["LOCAL_WORLD_SIZE"])):
@@ -69,7 +72,7 @@ def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
             model, low = make("cpu"), {}
             if dtype != torch.float32:
                 low = {"param_dtype": dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
-            for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+            for layer in layers(model):
                 fsdp.fully_shard(layer, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(**low))
             # True: outside of a forward or backward pass no weight is whole, so the optimizer sees shares only
             fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -84,13 +87,18 @@ def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
     return model
 
 
+def layers(model) -> list[torch.nn.Module]:
+    """The model's layers, as its class names them for the library."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
 def micro_batches(examples: Sequence[Example], budget: int, layout: str, model):
     """Groups of indices as rlhf/tree.py makes them; of several processes each gets those of its own share.
 
     Shares have about the same number of tokens. Gathering weights and adding up gradients takes all processes, so one
     with fewer groups than another goes through empty passes at the end, whose gradient is 0.
     """
-    if not dist.is_initialized():
+    if not several():
         return tree.micro_batches(examples, budget, layout)
     shares: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     sizes = [0] * len(shares)
@@ -115,7 +123,7 @@ def _in_step(groups: list[list[int]], passes: int, some: Sequence[Example], layo
 
 def gather(things: list) -> list:
     """The things of all processes, in the order of the processes; tensors among them on the CPU."""
-    if not dist.is_initialized():
+    if not several():
         return things
     lists: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), things))
@@ -134,7 +142,7 @@ def clip(model, limit: float) -> float:
 
 def whole(model, device: str):
     """The model as an ordinary one, in the first process; None in the others, whose work is done."""
-    if not dist.is_initialized():
+    if not several():
         return model
     models.use_layout(model, "padded")
     weights = {}
@@ -155,8 +163,8 @@ def whole(model, device: str):
 def load_checkpoint(run: runs.Run, model, optimizer) -> dict | None:
     """A run's newest checkpoint as `Run.load_checkpoint` gives it, cut for the processes there are, whichever number of
     them wrote it. What several wrote has pickled metadata: continue your own runs only."""
-    folder, several = run.newest_checkpoint(), dist.is_initialized()
-    if not folder or (folder / "state.pt").exists() and not several:
+    folder = run.newest_checkpoint()
+    if not folder or (folder / "state.pt").exists() and not several():
         return run.load_checkpoint()
     own, parameters = model.state_dict(), [*model.parameters()]
 
@@ -183,7 +191,7 @@ def load_checkpoint(run: runs.Run, model, optimizer) -> dict | None:
 
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     found = {name: place(name, what) for name, what in saved.items()}
-    dcp.load(found, checkpoint_id=folder, no_dist=not several)
+    dcp.load(found, checkpoint_id=folder, no_dist=not several())
     state = {"model": {}, "optimizer": {**optimizer.state_dict(), "state": defaultdict(dict)}}
     for name, x in found.items():
         kind, *what = name.split("/")

@@ -52,10 +52,9 @@ def cli(main: Callable, args_class: type) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    if int(
-        os.environ.get("RANK", 0)
-    ):  # of several processes the first says what all have met, before one's exit ends it
-        time.sleep(2)
+    if int(os.environ.get("RANK", 0)) and not isinstance(error, OSError):
+        time.sleep(2)  # of several processes the first says what all have met; the end of another would be its end too
+        return code
     for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
         bar.close()
     print(f"error: {error}", file=sys.stderr)
