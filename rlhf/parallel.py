@@ -77,14 +77,27 @@ def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
             # True: outside of a forward or backward pass no weight is whole, so the optimizer sees shares only
             fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=True)
         dist.barrier()
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.managed = MethodType(lambda self, function, *args, **kwargs: function(self, *args, **kwargs), model)
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.managed = MethodType(_managed, model)
     fsdp.register_fsdp_forward_method(model, "managed")
-    model.product_dtype = dtype
+    model.make, model.product_dtype = make, dtype
     return model
+
+
+def _units(model):
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _managed(model, measure: Callable, *args, **kwargs):
+    """measure(model, ...), as a method that FSDP takes for a forward pass."""
+    try:
+        return measure(model, *args, **kwargs)
+    except Exception:  # the check for a layout goes on from some
+        for unit in _units(model):
+            unit.reshard()
+        raise
 
 
 def layers(model) -> list[torch.nn.Module]:
@@ -108,17 +121,17 @@ def micro_batches(examples: Sequence[Example], budget: int, layout: str, model):
         sizes[least] += tree.tokens(examples[i], layout)
     groups = [tree.micro_batches([examples[i] for i in share], budget, layout) for share in shares]
     share, own = shares[dist.get_rank()], groups[dist.get_rank()]
-    return _in_step([[share[i] for i in g] for g in own], max(map(len, groups)), examples[:1], layout, model)
 
+    def in_step():
+        yield from ([share[i] for i in group] for group in own)
+        measure = models.rewards if hasattr(model, "score") else lambda *x: models.response_logps(*x)[1]
+        for _ in range(max(map(len, groups)) - len(own)):
+            batch = tree.collate([min(examples, key=tree.tokens)], layout, 0, next(model.parameters()).device)
+            nothing = measure(model, batch, model.product_dtype).sum() * 0
+            if torch.is_grad_enabled():
+                nothing.backward()
 
-def _in_step(groups: list[list[int]], passes: int, some: Sequence[Example], layout: str, model):
-    yield from groups
-    measure = models.rewards if hasattr(model, "score") else lambda *x: models.response_logps(*x)[1]
-    for _ in range(passes - len(groups)):
-        batch = tree.collate(some, layout, 0, next(model.parameters()).device)
-        nothing = measure(model, batch, model.product_dtype).sum() * 0
-        if torch.is_grad_enabled():
-            nothing.backward()
+    return in_step()
 
 
 def gather(things: list) -> list:
@@ -141,74 +154,79 @@ def clip(model, limit: float) -> float:
 
 
 def whole(model, device: str):
-    """The model as an ordinary one, in the first process; None in the others, whose work is done."""
+    """The model as an ordinary one, in the first process; None in the others, whose work is done.
+
+    It stays in main memory where the device cannot hold it.
+    """
     if not several():
         return model
     models.use_layout(model, "padded")
-    weights = {}
+    ordinary = model.make("cpu") if first() else None
+    weights = ordinary.state_dict() if ordinary else {}
     for name, share in model.state_dict().items():
         weight = full(share)
-        if first():
-            weights[name] = weight.cpu()
+        if ordinary:
+            weights[name].copy_(weight)
     dist.barrier()
     dist.destroy_process_group()
-    if not first():
+    if not ordinary:
         return None
-    kind = type(model).__bases__[1]  # fully_shard made (FSDPModule, kind) of it
-    ordinary = kind.from_pretrained(None, config=model.config, state_dict=weights, dtype=torch.float32)
-    ordinary.generation_config = model.generation_config
-    return models.without_dropout(ordinary).to(device)
+    vars(ordinary.config).update(vars(model.config))
+    try:
+        return ordinary.to(device)
+    except torch.cuda.OutOfMemoryError:
+        print(f"the model does not fit {device} whole: answers to --eval-prompts come from the CPU, slowly")
+        return ordinary.to("cpu")
 
 
 def load_checkpoint(run: runs.Run, model, optimizer) -> dict | None:
     """A run's newest checkpoint as `Run.load_checkpoint` gives it, cut for the processes there are, whichever number of
     them wrote it. What several wrote has pickled metadata: continue your own runs only."""
     folder = run.newest_checkpoint()
-    if not folder or (folder / "state.pt").exists() and not several():
+    by_one = folder and (folder / "state.pt").exists()
+    if not folder or by_one and not several():
         return run.load_checkpoint()
-    own, parameters = model.state_dict(), [*model.parameters()]
+    own, parameters, found = model.state_dict(), [*model.parameters()], {}
 
-    if (folder / "state.pt").exists():
-
-        def cut(x: Tensor, like: Tensor) -> Tensor:
-            if not isinstance(like, tensor.DTensor) or not x.dim():
-                return x
-            return tensor.distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-        state = run.load_checkpoint()
-        state["model"] = {name: cut(x, own[name]) for name, x in state["model"].items()}
-        for i, fields in state["optimizer"]["state"].items():
-            fields.update({name: cut(x, parameters[i]) for name, x in fields.items()})
-        return state
-
-    def place(name: str, saved) -> Tensor:
+    def place(name: str, size, dtype: torch.dtype) -> Tensor:
         kind, what = name.split("/", 1)
         if kind == "model":
             return own[what]
-        if kind == "value" or not saved.size:
-            return torch.zeros(saved.size, dtype=saved.properties.dtype)
-        return torch.zeros_like(parameters[int(what.split("/")[0])])
+        return torch.zeros_like(parameters[int(what.split("/")[0])]) if size else torch.zeros((), dtype=dtype)
 
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    found = {name: place(name, what) for name, what in saved.items()}
-    dcp.load(found, checkpoint_id=folder, no_dist=not several())
+    if by_one:
+        for name, x in _flat(run.load_checkpoint()).items():
+            like = place(name, x.shape, x.dtype)
+            if isinstance(like, tensor.DTensor):
+                x = tensor.distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            found[name] = x
+    else:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        found = {name: place(name, what.size, what.properties.dtype) for name, what in saved.items()}
+        dcp.load(found, checkpoint_id=folder, no_dist=not several())
     state = {"model": {}, "optimizer": {**optimizer.state_dict(), "state": defaultdict(dict)}}
     for name, x in found.items():
-        kind, *what = name.split("/")
-        if kind == "model":
-            state["model"][what[0]] = x
-        elif kind == "optimizer":
-            state["optimizer"]["state"][int(what[0])][what[1]] = x
-        else:
-            state[what[0]] = int(x) if what == ["step"] else x.item()
+        match name.split("/"):
+            case ["model", weight]:
+                state["model"][weight] = x
+            case ["optimizer", number, field]:
+                state["optimizer"]["state"][int(number)][field] = x
+            case ["value", what]:
+                state[what] = int(x) if what == "step" else x.item()
     return state
 
 
-class Run(runs.Run):
-    """A run of several processes: the first writes and shows, and all take part in checkpoints and in stopping.
+def _flat(state: dict) -> dict[str, Tensor]:
+    """A checkpoint's tensors as model/WEIGHT, optimizer/NUMBER/FIELD and value/NAME."""
+    flat = {f"model/{name}": x for name, x in state["model"].items()}
+    for i, fields in state["optimizer"]["state"].items():
+        flat |= {f"optimizer/{i}/{name}": x for name, x in fields.items()}
+    values = {name: state[name] for name in sorted(state.keys() - {"model", "optimizer"})}
+    return flat | {f"value/{name}": torch.tensor(x, dtype=torch.float64) for name, x in values.items()}
 
-    A checkpoint is one of torch.distributed.checkpoint, its names model/WEIGHT, optimizer/NUMBER/FIELD and value/NAME.
-    """
+
+class Run(runs.Run):
+    """A run of several processes: the first writes and shows, and all take part in checkpoints and in stopping."""
 
     signalled = 0
 
@@ -233,17 +251,12 @@ class Run(runs.Run):
 
     def save_checkpoint(self, step: int, state: dict) -> None:
         partial, whole = self.out / f"checkpoint/step-{step}.partial", self.out / f"checkpoint/step-{step}"
-        flat = {f"model/{name}": x for name, x in state["model"].items()}
-        for i, fields in state["optimizer"]["state"].items():
-            flat |= {f"optimizer/{i}/{name}": x for name, x in fields.items()}
-        for name in state.keys() - {"model", "optimizer"}:
-            flat[f"value/{name}"] = torch.tensor(state[name], dtype=torch.float64)
         if first():
             shutil.rmtree(partial, ignore_errors=True)
         if any(gather([whole.exists()])):
             return
         try:
-            dcp.save(flat, checkpoint_id=partial)
+            dcp.save(_flat(state), checkpoint_id=partial)
         except dcp.CheckpointException as error:
             reason = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
             raise OSError(

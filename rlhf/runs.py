@@ -113,6 +113,8 @@ class Run:
     """
 
     def __init__(self, args: Any, script: str):
+        fits = type(self) is not Run or int(os.environ.get("WORLD_SIZE", 1)) == 1
+        require(fits, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar, self.interrupted = args, Path(args.out), script, None, None
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         begun = (self.out / "args.json").exists()
