@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 import train_sft
-from rlhf import BadInput, losses, models, require, reviews
+from rlhf import BadInput, losses, models, parallel, require, reviews
 from rlhf.data import Example, build, ceiling, held_out, mismatched, pairs, read_rows, show, without_ties
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import Run, before_and_after, check, cli, schedule, table
-from rlhf.tree import by_prompt, collate, micro_batches
+from rlhf.parallel import micro_batches
+from rlhf.runs import before_and_after, check, cli, schedule, table
+from rlhf.tree import by_prompt, collate
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -327,7 +328,8 @@ def main(a: Args) -> dict[str, float]:
     check(a)
     check_loss(a)
     torch.manual_seed(a.seed)
-    run = Run(a, __file__)
+    run = parallel.start(a, __file__, refused=["lora_rank"])
+    require(not (to_make and parallel.several()), f"{a.model} is missing: run train_sft.py first, or name a --model")
 
     # ------------------------------------------------------------------------------------------------------------ data
     if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
@@ -353,8 +355,8 @@ def main(a: Args) -> dict[str, float]:
     # ----------------------------------------------------------------------------------------------------------- model
     if to_make:
         train_sft.make(a.device)
-    policy = models.load_model(a.model, a.device, a.trust_remote_code)
     pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
+    policy = parallel.load(lambda device: models.load_model(a.model, device, a.trust_remote_code), a.device, dtype)
     layout = models.choose_layout(policy, train + held, pad, dtype, a.layout)
     print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
 
@@ -372,7 +374,8 @@ def main(a: Args) -> dict[str, float]:
     else:
         reference, asked = policy, everything + others
         if a.ref:
-            reference = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
+            make = lambda device: models.load_model(a.ref, device, a.trust_remote_code, "--ref")  # noqa: E731
+            reference = parallel.load(make, a.device, dtype)
             layout = models.choose_layout(reference, asked, pad, dtype, a.layout if layout == "tree" else layout)
         limits = (a.max_prompt_length, a.max_length)
         settings = {"lengths": limits, "dtype": a.dtype, "layout": layout, "device": torch.device(a.device).type}
@@ -400,7 +403,7 @@ def main(a: Args) -> dict[str, float]:
         models.checkpoint_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     first, delta, weights, final = 0, 0.0, None, {}
-    if state := run.load_checkpoint():
+    if state := parallel.load_checkpoint(run, policy, optimizer):
         first, delta = state["step"], state["delta"]
         policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
@@ -422,7 +425,7 @@ def main(a: Args) -> dict[str, float]:
 
         models.use_layout(policy, layout)
         parts, gaps = [], []
-        for group in micro_batches(examples, a.micro_batch_tokens, layout):
+        for group in micro_batches(examples, a.micro_batch_tokens, layout, policy):
             part = [examples[i] for i in group]
             batch = collate(part, layout, pad, a.device)
             _, logps = models.response_logps(policy, batch, dtype, keep_bytes=a.keep_softmax_mib << 20)
@@ -431,12 +434,12 @@ def main(a: Args) -> dict[str, float]:
             (loss / count).backward()
             parts.append(totals)
             gaps.append((logps - ref_logps).detach().abs())
-        metrics = means(parts)
+        metrics = means(parallel.gather(parts))
 
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
+        norm = parallel.clip(policy, a.max_grad_norm)
         run.require_finite(step + 1, metrics["loss"], norm, examples)
         if step == 0 and a.loss not in REFERENCE_FREE:
-            guard(a, torch.cat(gaps), metrics["loss"])
+            guard(a, torch.cat(parallel.gather(gaps)), metrics["loss"])
         rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -464,16 +467,23 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, weights
+    if held:
+        final = final or evaluate(score(policy, held), delta, z0_of(held_places))
+    policy = parallel.whole(policy, a.device)
+    if not policy:  # a process whose work is done: the first writes answers and model
+        return final
     if lora and not a.ref:
         reference, as_reference = policy, lora.disable_adapter
     else:
-        reference, as_reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code), nullcontext
+        reference, as_reference = (
+            models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code),
+            nullcontext,
+        )
     rows, results = [], {}
     if held:
         with as_reference():
             start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
         no_kl = torch.zeros(()) if a.loss == "kto" else None
-        final = final or evaluate(score(policy, held), delta, z0_of(held_places))
         metrics = {"before": evaluate(start, z0=no_kl), "after": final}
         results = {f"{side}/{name}": value for side, found in metrics.items() for name, value in found.items()}
         for name in ("accuracies", "margins"):

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 import train_sft
-from rlhf import losses, models, require, reviews
+from rlhf import losses, models, parallel, require, reviews
 from rlhf.data import Example, build, ceiling, group_of, held_out, pairs, read_rows, show, without_ties
 from rlhf.generate import answer
-from rlhf.runs import Run, check, cli, figure, interval, mean_interval, schedule, table
-from rlhf.tree import by_prompt, collate, micro_batches
+from rlhf.parallel import micro_batches
+from rlhf.runs import check, cli, figure, interval, mean_interval, schedule, table
+from rlhf.tree import by_prompt, collate
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -330,7 +331,8 @@ def main(a: Args) -> dict[str, float]:
         not (a.split_by and a.eval_data), "--split-by and --eval-data exclude each other: both say what is held out"
     )
     torch.manual_seed(a.seed)
-    run = Run(a, __file__)
+    run = parallel.start(a, __file__)
+    require(not (to_make and parallel.several()), f"{a.model} is missing: run train_sft.py first, or name a --model")
 
     # ------------------------------------------------------------------------------------------------------------ data
     train, held = read(a, a.data, tokenizer), []
@@ -356,11 +358,13 @@ def main(a: Args) -> dict[str, float]:
     if to_make:
         train_sft.make(a.device)
     from_policy = not models.is_reward_model(a.model, a.trust_remote_code)
-    if from_policy:
-        policy = models.load_model(a.model, a.device, a.trust_remote_code)
-        model = models.new_reward_model(policy, tokenizer)
-    else:
-        model = models.load_reward_model(a.model, a.device, a.trust_remote_code, "--model")
+
+    def make_model(device: str):
+        if from_policy:
+            return models.new_reward_model(models.load_model(a.model, device, a.trust_remote_code), tokenizer)
+        return models.load_reward_model(a.model, device, a.trust_remote_code, "--model")
+
+    model = parallel.load(make_model, a.device, models.DTYPES[a.dtype])
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # of the new rewards, until they are known
     pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
     layout = models.choose_layout(model, train + held, pad, dtype, a.layout)
@@ -381,7 +385,7 @@ def main(a: Args) -> dict[str, float]:
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
-    if state := run.load_checkpoint():
+    if state := parallel.load_checkpoint(run, model, optimizer):
         first = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -398,15 +402,15 @@ def main(a: Args) -> dict[str, float]:
 
         models.use_layout(model, layout)
         parts = []
-        for group in micro_batches(examples, a.micro_batch_tokens, layout):
+        for group in micro_batches(examples, a.micro_batch_tokens, layout, model):
             part = [examples[i] for i in group]
             rewards = models.rewards(model, collate(part, layout, pad, a.device), dtype)
             loss, totals = objective(a, part, rewards)
             (loss / len(examples)).backward()
             parts.append(totals)
-        metrics = means(parts)
+        metrics = means(parallel.gather(parts))
 
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.max_grad_norm).item()
+        norm = parallel.clip(model, a.max_grad_norm)
         run.require_finite(step + 1, metrics["loss"], norm, examples)
         rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
@@ -429,6 +433,9 @@ def main(a: Args) -> dict[str, float]:
         if run.interrupted:
             run.leave(step + 1)
     run.end()
+    model = parallel.whole(model, a.device)
+    if not model:  # a process whose work is done: the first measures and writes
+        return {}
 
     # ----------------------------------------------------------------------------- the reward's mean over SFT's samples
     samples = held or train

@@ -22,11 +22,12 @@ from typing import Literal
 import torch
 import transformers
 
-from rlhf import losses, models, require, reviews
+from rlhf import losses, models, parallel, require, reviews
 from rlhf.data import Example, build, held_out, read_rows, show
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import FACTS, Run, check, cli, interval, mean_interval, schedule, table
-from rlhf.tree import collate, micro_batches
+from rlhf.parallel import micro_batches
+from rlhf.runs import FACTS, check, cli, interval, mean_interval, schedule, table
+from rlhf.tree import collate
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -160,7 +161,7 @@ def main(a: Args) -> dict[str, float]:
     a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
     check(a)
     torch.manual_seed(a.seed)
-    run = Run(a, __file__)
+    run = parallel.start(a, __file__, refused=["lora_rank"])
 
     # ------------------------------------------------------------------------------------------------------------ data
     train, held = read(a, a.data, tokenizer), []
@@ -175,11 +176,13 @@ def main(a: Args) -> dict[str, float]:
         return {}
 
     # ----------------------------------------------------------------------------------------------------------- model
-    if a.model == "reviews":
-        policy = transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(a.device)
-    else:
-        policy = models.load_model(a.model, a.device, a.trust_remote_code)
+    def make_policy(device: str):
+        if a.model == "reviews":
+            return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
+        return models.load_model(a.model, device, a.trust_remote_code)
+
     pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
+    policy = parallel.load(make_policy, a.device, dtype)
     layout = models.choose_layout(policy, train + held, pad, dtype, a.layout)
     print(f"{a.model}: {policy.num_parameters() / 1e6:.2f} M parameters, {layout} layout, {a.dtype} on {a.device}")
 
@@ -196,7 +199,7 @@ def main(a: Args) -> dict[str, float]:
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
-    if state := run.load_checkpoint():
+    if state := parallel.load_checkpoint(run, policy, optimizer):
         first = state["step"]
         policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
@@ -213,14 +216,15 @@ def main(a: Args) -> dict[str, float]:
 
         models.use_layout(policy, layout)
         total = 0.0
-        for group in micro_batches(examples, a.micro_batch_tokens, layout):
+        for group in micro_batches(examples, a.micro_batch_tokens, layout, policy):
             batch = collate([examples[i] for i in group], layout, pad, a.device)
             _, logps = models.response_logps(policy, batch, dtype, keep_bytes=a.keep_softmax_mib << 20)
             loss = losses.sft(logps).sum() / count
             loss.backward()
             total += loss.item()
+        total = sum(parallel.gather([total]))
 
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item()
+        norm = parallel.clip(policy, a.max_grad_norm)
         run.require_finite(step + 1, total, norm, examples)
         rate = a.lr * schedule(step, steps, a.warmup)
         for group in optimizer.param_groups:
@@ -245,10 +249,13 @@ def main(a: Args) -> dict[str, float]:
     run.end()
 
     # --------------------------------------------------------------------------------------------------------- samples
+    results = evaluate() if held else {}
+    policy = parallel.whole(policy, a.device)
+    if not policy:  # a process whose work is done: the first writes answers and model
+        return results
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
     prompts = prompts[: a.eval_prompts]
     answers = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
-    results = evaluate() if held else {}
     found = facts(answers, end_ids(policy, tokenizer), embedded) if answers else {}
     intervals = {name: mean_interval(values) for name, values in found.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}

@@ -12,6 +12,7 @@
     annotate.html the page of annotate.py
     reviews.py    the embedded task: film reviews with a known gold reward
     runs.py       run directory, metrics, tables, curves, checkpoints
+    parallel.py   one model over many processes (torchrun); nothing in one process
 
 Axis letters, in signatures, einops patterns and comments:
 

@@ -5,6 +5,7 @@ states, and the kernel of rlhf/logprobs.py turns those that precede a response t
 the library's sequence classifier with one label: `rewards` is its linear head on the state at a response's last token.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf import BadInput, answer_at_once_offline, lazy_import, require
+from rlhf import BadInput, answer_at_once_offline, lazy_import, parallel, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
@@ -228,6 +229,17 @@ def use_layout(model, layout: str) -> None:
         model.set_attn_implementation(model.own_attention)
 
 
+def _managed(measure: Callable) -> Callable:
+    """measure(model, ...); of a model that is shared by several processes (rlhf/parallel.py) in what counts as its
+    forward pass, since its weights, those of the output head too, are whole only there."""
+
+    @functools.wraps(measure)
+    def call(model, *args, **kwargs):
+        return model.managed(measure, *args, **kwargs) if hasattr(model, "managed") else measure(model, *args, **kwargs)
+
+    return call
+
+
 def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n d"]:
     """The last layer's hidden states at these places of the flattened (rows t), in `dtype`, that of the products.
 
@@ -244,6 +256,7 @@ def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = 
     return rearrange(found, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
+@_managed
 def response_logps(
     model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
@@ -258,6 +271,7 @@ def response_logps(
     return logps, sums.index_add(0, batch.sequence, logps.double())
 
 
+@_managed
 def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
     """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
 
@@ -268,6 +282,7 @@ def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Te
     return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
+@_managed
 def values(critic, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
     """A critic's estimate, before each response token, of the rewards to come: w . h - reward_mean, with h the hidden
     state that predicts the token. Float32; gradient flows to w and to the model."""
@@ -300,15 +315,15 @@ def score(
     """
     use_layout(model, layout)
     device = next(model.parameters()).device
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
-    groups = micro_batches(examples, budget, layout)
-    for group in tqdm(groups, desc=what, unit="batch", disable=not what, leave=False, dynamic_ncols=True):
+    found: dict[int, Tensor] = {}
+    groups, silent = parallel.micro_batches(examples, budget, layout, model), not what or not parallel.first()
+    for group in tqdm(groups, desc=what, unit="batch", disable=silent, leave=False, dynamic_ncols=True):
         part = [examples[i] for i in group]
         batch = collate(part, layout, pad, device)
         values = rewards(model, batch, dtype) if hasattr(model, "score") else response_logps(model, batch, dtype)[1]
-        for i, of_prompt in zip(group, values.cpu().split([len(e.responses) for e in part]), strict=True):
-            found[i] = of_prompt
-    return found
+        found |= zip(group, values.cpu().split([len(e.responses) for e in part]), strict=True)
+    found = dict(parallel.gather([*found.items()]))
+    return [found[i] for i in range(len(examples))]
 
 
 def question(model, tokenizer, examples: Sequence[Example], **settings) -> dict[str, str]:
@@ -320,6 +335,7 @@ def question(model, tokenizer, examples: Sequence[Example], **settings) -> dict[
     nowhere = {"dtype": None, "_name_or_path": None, "transformers_version": None}
     weights = hashlib.sha256(str(model.config.to_dict() | nowhere).encode())
     for name, value in sorted(model.state_dict().items()):
+        value = parallel.full(value)
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
@@ -343,12 +359,13 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     except OSError as error:
         raise BadInput(f"--ref-cache {folder}: cannot write there: {error.strerror}") from None
     path = folder / (hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16] + ".safetensors")
+    is_there = all(parallel.gather([path.exists()]))  # for all processes, which read it or compute together
     nearest: list[str] | None = None
     for other in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(other, "pt") as f:
                 asked = json.loads(f.metadata()["question"])
-                if other == path and asked == question:
+                if is_there and other == path and asked == question:
                     print(f"reference log-probs: from {path}")
                     return [*f.get_tensor("logps").split(f.get_tensor("sizes").tolist())]
         except (SafetensorError, KeyError, ValueError, TypeError):
@@ -359,6 +376,8 @@ def cached(folder: Path, question: dict[str, str], compute: Callable[[], list[Te
     if nearest:
         print(f"reference log-probs: no cached ones fit (the nearest were made with other {', '.join(nearest)})")
     found = compute()
+    if not parallel.first():
+        return found
     partial = path.with_suffix(f".{os.getpid()}.partial")
     tensors = {"logps": torch.cat(found), "sizes": torch.tensor([len(x) for x in found])}
     save_file(tensors, partial, metadata={"question": json.dumps(question)})

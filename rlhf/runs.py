@@ -52,6 +52,9 @@ def cli(main: Callable, args_class: type) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
+    if int(os.environ.get("RANK", 0)) and not isinstance(error, OSError):
+        time.sleep(2)  # of several processes the first says what all have met; the end of another would be its end too
+        return code
     for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
         bar.close()
     print(f"error: {error}", file=sys.stderr)
@@ -110,6 +113,8 @@ class Run:
     """
 
     def __init__(self, args: Any, script: str):
+        fits = type(self) is not Run or int(os.environ.get("WORLD_SIZE", 1)) == 1
+        require(fits, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar, self.interrupted = args, Path(args.out), script, None, None
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         begun = (self.out / "args.json").exists()
@@ -132,7 +137,7 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / ".write").touch()
-            (self.out / ".write").unlink()
+            (self.out / ".write").unlink(missing_ok=True)  # another process may have been faster
         except OSError as error:
             raise BadInput(f"--out {self.out}: cannot write there: {error.strerror}") from None
 
@@ -178,8 +183,8 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bar.close()
             rows = ", ".join(e.where for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
-            whole = [*self.out.glob("checkpoint/step-*/state.pt")]
-            kept = f"the last checkpoint, in {whole[0].parent}, is good" if whole else "there is no checkpoint yet"
+            whole = self.newest_checkpoint()
+            kept = f"the last checkpoint, in {whole}, is good" if whole else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); {kept}, but --resume "
                 "would come to the same step: try a lower --lr in another --out"
@@ -208,18 +213,24 @@ class Run:
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"no checkpoint of step {step} in {folder} ({error}); the one before it stays") from None
+        self.keep(partial, whole)
+
+    def keep(self, partial: Path, whole: Path) -> None:
+        """A checkpoint is written: give it its name, and drop the others."""
         os.rename(partial, whole)
-        for other in folder.iterdir():
+        for other in whole.parent.iterdir():
             if other != whole:
                 shutil.rmtree(other, ignore_errors=True)
 
+    def newest_checkpoint(self) -> Path | None:
+        """The folder of the newest whole checkpoint."""
+        whole = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
+        return max(whole, key=lambda path: int(path.name[5:]), default=None)
+
     def load_checkpoint(self) -> dict | None:
         """The newest whole checkpoint, or None. Tensors and plain values only: nothing else is ever unpickled."""
-        found = [p.parent.name[5:] for p in self.out.glob("checkpoint/step-*/state.pt")]
-        steps = [int(step) for step in found if step.isdigit()]
-        if not steps:
-            return None
-        return torch.load(self.out / f"checkpoint/step-{max(steps)}/state.pt", map_location="cpu", weights_only=True)
+        folder = self.newest_checkpoint()
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True) if folder else None
 
     def end(self) -> None:
         """After the loop, whose last checkpoint is written: close the bar, and let signals stop the program again."""

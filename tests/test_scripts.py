@@ -95,9 +95,9 @@ def steps(monkeypatch):
     """The examples of each optimizer step from here on."""
     seen = []
 
-    def spy(examples, *args):
+    def spy(examples, budget, layout, *_):
         seen.append(list(examples))
-        return micro_batches(examples, *args)
+        return micro_batches(examples, budget, layout)
 
     for script in SCRIPTS.values():
         monkeypatch.setattr(script, "micro_batches", spy)

@@ -1,0 +1,319 @@
+"""Two or three gloo processes on a CPU give what one gives: losses, gradient norms, evaluations, weights, answers."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_resume import LOADED_LATE, flags_of, pairs, wait_for, write_model, write_rows
+from tiny import ARCHITECTURES, tiny
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from rlhf import BadInput, models, parallel, reviews, runs
+
+HERE = Path(__file__).parent
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm}
+SAVED_AT, DIES_AT = 5, 7
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Processes that begin with everything imported; on one thread, as torchrun starts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            [__name__, *LOADED_LATE, "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.figure"]
+        )
+        yield context
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a small model, 22 pairs to train on and 5 held out."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    write_rows(folder / "train.jsonl", pairs(22))
+    write_rows(folder / "held.jsonl", pairs(5, seed=1))
+    return folder
+
+
+def arguments(world: Path, out: Path, name: str, **changes):
+    """8 steps in 2 epochs of 7, 7, 7 and 1 pairs: in the last, one of two processes has none. A process has up to three
+    micro-batches of a step."""
+    script, *loss = name.split()
+    flags = {"model": f"{world}/model", "data": f"{world}/train.jsonl", "eval_data": f"{world}/held.jsonl"}
+    flags |= {"out": str(out), "device": "cpu", "lr": 3e-3, "batch_size": 7, "epochs": 2, "micro_batch_tokens": 60}
+    flags |= {"eval_every": 4, "save_every": SAVED_AT, "eval_prompts": 3, "max_new_tokens": 4, "max_grad_norm": 0.5}
+    if script == "dpo":
+        flags |= {"loss": loss[0], "ref_cache": f"{out}-cache"}
+    if script == "rm":
+        flags |= {"loss": loss[0]}
+    return SCRIPTS[script].Args(**flags | changes)
+
+
+def member(environment: dict, name: str, flags: list[str], action: str, printed: Path) -> None:
+    """One process of a job: what torchrun sets, then the command."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    last = environment["RANK"] != "0"
+    progress, save = runs.Run.progress, parallel.Run.save_checkpoint
+
+    def count(self, step, state):
+        parts = [state["model"], *state["optimizer"]["state"].values()]
+        shares = {id(x.to_local().untyped_storage()): x.to_local() for part in parts for x in part.values() if x.dim()}
+        print("\nnumbers:", sum(x.numel() for x in shares.values()), file=sys.stderr)
+        save(self, step, state)
+
+    if action == "count":
+        parallel.Run.save_checkpoint = count
+
+    def act(self, step, **shown):
+        if step == DIES_AT and last and action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == DIES_AT and last and action == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(self, step, **shown)
+
+    runs.Run.progress = act
+    with open(printed, "w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        sys.argv = [name, *flags]
+        runs.cli(SCRIPTS[name].main, SCRIPTS[name].Args)
+
+
+@pytest.fixture
+def job(server, tmp_path):
+    """Runs a script in n processes, or in this one; gives the exit codes and what each process printed."""
+
+    def start(a, n: int, action: str = "") -> tuple[list[int], list[str]]:
+        [name] = [name for name, script in SCRIPTS.items() if isinstance(a, script.Args)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        processes, printed = [], [tmp_path / f"printed{rank}" for rank in range(n)]
+        for rank in range(n):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in environment.items()}
+            process = server.Process(target=member, args=(environment, name, flags_of(a), action, printed[rank]))
+            process.start()
+            processes.append(process)
+        end = time.monotonic() + 90
+        try:
+            for process in processes:
+                process.join(max(0, end - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [process.exitcode for process in processes], [path.read_text() for path in printed]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """The folder of a finished run in one process, once for each name."""
+    found = {}
+
+    def run(name: str, **changes) -> Path:
+        key = f"{name} {changes}"
+        if key not in found:
+            found[key] = tmp_path_factory.mktemp("alone") / "run"
+            with contextlib.redirect_stdout(io.StringIO()):
+                SCRIPTS[name.split()[0]].main(arguments(world, found[key], name, **changes))
+        return found[key]
+
+    return run
+
+
+def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 1e-5) -> None:
+    """Weights to a relative L2 norm, numbers to a relative error (where they are rounding around 0, absolute)."""
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, other))
+    assert mine.keys() == theirs.keys()
+    flat = [torch.cat([x[name].double().flatten() for name in sorted(x)]) for x in (mine, theirs)]
+    assert (flat[0] - flat[1]).norm() <= weights * flat[1].norm()
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (out, other)
+    ]
+    assert [[*row] for row in rows[0]] == [[*row] for row in rows[1]]
+    for mine, theirs in zip(*rows, strict=True):
+        expected = {name: value for name, value in theirs.items() if not name.startswith("perf/")}
+        assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=numbers, abs=numbers)
+    samples = [[json.loads(line) for line in open(folder / "samples.jsonl")] for folder in (out, other)]
+    for mine, theirs in zip(*samples, strict=True):
+        assert mine == {k: x if isinstance(x, str) else pytest.approx(x, numbers, numbers) for k, x in theirs.items()}
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, other)]
+    assert results[0] == pytest.approx(results[1], rel=numbers, abs=numbers)
+    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name, n, changes",
+    [
+        ("sft", 2, {}),
+        ("dpo dpo", 2, {}),
+        pytest.param("rm pairwise", 2, {}, marks=pytest.mark.slow),
+        pytest.param("dpo kto", 3, {}, marks=pytest.mark.slow),
+        pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
+        pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("dpo plackett_luce", 3, {"ref": "model"}, marks=pytest.mark.slow),
+    ],
+)
+def test_many_processes_give_what_one_gives(name, n, changes, world, alone, job, tmp_path):
+    if "ref" in changes:
+        changes = {"ref": str(write_model(world / "ref", seed=1))}
+    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n)
+    assert codes == [0] * n, printed
+    assert "Next: python" in printed[0] and not any(printed[1:])  # the first alone prints
+    assert_same(tmp_path / "run", alone(name, **changes))
+    load = models.load_reward_model if "rm" in name else models.load_model
+    model = load(str(tmp_path / "run"), "cpu")
+    assert type(model).__name__.startswith("LlamaFor") and next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_each_holds_its_share_of_weights_and_optimizer_state(world, job, tmp_path):
+    """What docs/scaling.md counts on: together three numbers a parameter, and none much more than its part of them."""
+    codes, printed = job(arguments(world, tmp_path / "run", "sft", max_steps=1, eval_prompts=0), 2, "count")
+    assert codes == [0, 0], printed
+    shares = [int(re.search(r"numbers: (\d+)", text)[1]) for text in printed]
+    numbers = sum(x.numel() for x in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert sum(shares) == 3 * numbers and max(shares) < 0.51 * 3 * numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3", "mixtral"])
+def test_other_architectures(name, world, job, tmp_path):
+    """Tied heads, learnt positions, experts; and scores with a soft-cap, which the check for a layout stumbles over."""
+    tokenizer, config = reviews.tokenizer(), ARCHITECTURES[name]()
+    config.vocab_size, config.eos_token_id, config.bos_token_id = len(tokenizer), tokenizer.eos_token_id, None
+    torch.manual_seed(0)
+    models.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
+    flags = {"model": str(tmp_path / "model"), "micro_batch_tokens": 100, "epochs": 1}
+    codes, printed = job(arguments(world, tmp_path / "two", "sft", **flags), 2)
+    assert codes == [0, 0], printed
+    assert ("padded" if name == "gemma2" else "tree") + " layout" in printed[0]
+    train_sft.main(arguments(world, tmp_path / "one", "sft", **flags))
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_bfloat16_products_differ_by_its_rounding(world, alone, job, tmp_path):
+    codes, printed = job(arguments(world, tmp_path / "run", "sft", dtype="bfloat16"), 2)
+    assert codes == [0, 0], printed
+    assert_same(tmp_path / "run", alone("sft", dtype="bfloat16"), weights=1e-2, numbers=3e-2)
+
+
+@pytest.mark.parametrize(
+    "name, before, after",
+    [("dpo bco", 2, 1), *(pytest.param("dpo bco", *n, marks=pytest.mark.slow) for n in ((2, 2), (2, 3), (3, 2)))],
+)
+def test_a_process_that_dies_ends_the_job_and_the_rest_goes_on_in_any_number(
+    name, before, after, world, alone, job, tmp_path
+):
+    a = arguments(world, tmp_path / "run", name)
+    codes, _ = job(a, before, "die")
+    assert codes[1] == -signal.SIGKILL and all(codes)
+    [checkpoint] = [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()]
+    assert checkpoint == f"step-{SAVED_AT}" and not (tmp_path / "run" / "results.json").exists()
+    a.resume = True
+    if after == 1:
+        train_dpo.main(a)
+    else:
+        codes, printed = job(a, after)
+        assert codes == [0] * after, printed
+    assert_same(tmp_path / "run", alone(name))
+
+
+def test_what_one_process_began_two_finish(world, alone, job, tmp_path, monkeypatch):
+    a = arguments(world, tmp_path / "run", "sft")
+
+    def log(self, step, metrics, log=runs.Run.log):
+        if step == DIES_AT:
+            raise KeyboardInterrupt
+        log(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "log", log)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft.main(a)
+    assert (tmp_path / "run" / "checkpoint" / f"step-{SAVED_AT}" / "state.pt").exists()
+    a.resume = True
+    codes, printed = job(a, 2)
+    assert codes == [0, 0], printed
+    assert_same(tmp_path / "run", alone("sft"))
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_path):
+    a = arguments(world, tmp_path / "run", "sft")
+    codes, printed = job(a, 2, "stop")
+    assert codes == [143, 143], printed
+    assert f"stopped after step {DIES_AT}; the same command with --resume" in printed[0] and not printed[1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [f"step-{DIES_AT}"]
+    a.resume = True
+    codes, printed = job(a, 2)
+    assert codes == [0, 0], printed
+    assert_same(tmp_path / "run", alone("sft"))
+
+
+def test_a_flag_that_they_do_not_support_is_refused_in_one_line_by_one(world, job, tmp_path):
+    codes, printed = job(arguments(world, tmp_path / "run", "sft", lora_rank=2), 2)
+    assert codes == [2, 2]
+    assert printed == ["error: --lora-rank does not work with several processes yet\n", ""]
+
+
+def test_a_script_for_one_process_refuses_to_be_one_of_many(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="train_ppo.py works in one process only: run it without torchrun"):
+        train_ppo.main(train_ppo.Args(model=str(write_model(tmp_path / "model")), device="cpu", reward="gold"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_are_found(name):
+    """Without them a model would be one unit, whole in every process for as long as it computes."""
+    with torch.device("meta"):
+        model = tiny(name)
+    assert len(parallel.layers(model)) == model.config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_torchrun(world, alone, tmp_path):
+    """The command of docs/scaling.md; one whose second process is killed ends with an error, and can be continued."""
+
+    def torchrun(a, kill=False):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train_sft.py", *flags_of(a)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with open(tmp_path / "printed", "w") as f:
+            process = subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=f, stderr=subprocess.STDOUT)
+        if kill:
+            wait_for(lambda: list(Path(a.out).glob("checkpoint/step-[0-9]")), 90)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[1]), signal.SIGKILL)
+        code = process.wait(90)
+        return code, (tmp_path / "printed").read_text()
+
+    a = arguments(world, tmp_path / "run", "sft", epochs=15, save_every=2, max_steps=40)
+    code, printed = torchrun(a, kill=True)
+    assert code == 1 and "Signal 9 (SIGKILL)" in printed, printed
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir() if "." not in path.name]
+    assert not (tmp_path / "run" / "results.json").exists()
+    a.resume = True
+    code, printed = torchrun(a)
+    assert code == 0 and printed.count("The model is in") == 1, printed
+    assert_same(tmp_path / "run", alone("sft", epochs=15, save_every=2, max_steps=40))
