@@ -15,7 +15,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import BadInput, models
+from rlhf import BadInput, models, runs
 from rlhf.generate import generate
 from rlhf.tree import collate
 
@@ -129,7 +129,7 @@ def test_dpo_trains_adapters_alone(world, tmp_path):
 def test_adapters_resume_bit_for_bit(world, tmp_path):
     train_dpo.main(arguments(world, tmp_path / "straight"))
     stopped = arguments(world, tmp_path / "stopped", save_every=2)
-    save = train_dpo.Run.save_checkpoint
+    save = runs.Run.save_checkpoint
 
     def interrupt(run, step, state):
         save(run, step, state)
@@ -138,7 +138,7 @@ def test_adapters_resume_bit_for_bit(world, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo.Run, "save_checkpoint", interrupt)
+        patch.setattr(runs.Run, "save_checkpoint", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_dpo.main(stopped)
     stopped.resume = True
