@@ -40,9 +40,9 @@ class Args:
     """prompts of a rollout"""
     k: int = 4
     """answers to each"""
-    longest_prompt: int = 256
+    longest_prompt: int = 192
     """tokens; prompts have a quarter of it or more"""
-    longest_answer: int = 128
+    longest_answer: int = 96
     """tokens; answers have an eighth of it or more"""
     rows: tuple[int, ...] = (4, 16)
     """sequences of TRL's micro-batches"""

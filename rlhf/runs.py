@@ -224,7 +224,8 @@ class Run:
 
     def newest_checkpoint(self) -> Path | None:
         """The folder of the newest whole checkpoint."""
-        whole = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
+        found = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
+        whole = [path for path in found if any((path / name).exists() for name in ("state.pt", ".metadata"))]
         return max(whole, key=lambda path: int(path.name[5:]), default=None)
 
     def load_checkpoint(self) -> dict | None:

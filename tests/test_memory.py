@@ -190,6 +190,7 @@ def test_merging_nothing_is_refused(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------- checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_dpo, train_rm, train_ppo], ids=lambda x: x.__name__)
 def test_every_script_checkpoints_to_the_same_numbers(script, world, tmp_path, monkeypatch):
     used = []

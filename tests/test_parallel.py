@@ -260,6 +260,7 @@ def test_what_one_process_began_two_finish(world, alone, job, tmp_path, monkeypa
     assert_same(tmp_path / "run", alone("sft"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_path):
     a = arguments(world, tmp_path / "run", "sft")
     codes, printed = job(a, 2, "stop")

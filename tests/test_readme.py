@@ -74,6 +74,7 @@ def test_a_new_data_set(clone):
     assert "examples   2 of 2 rows" in run(clone, f"{command} --eval-prompts 1 --max-new-tokens 4")
 
 
+@pytest.mark.slow
 def test_a_new_reward(clone):
     diff, command = fork("A new reward")
     patch(clone, diff)
