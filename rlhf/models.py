@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import BadInput, answer_at_once_offline, lazy_import, parallel, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
 from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
 
+modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
 transformers.utils.logging.disable_progress_bar()  # its bars for loading and writing files would break into ours
 SCORES_VERSION = 1  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
@@ -187,7 +187,7 @@ def checkpoint_layers(model) -> None:
 
     BadInput where the library's model has no layers that can do that.
     """
-    model.checkpointed = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    model.checkpointed = [x for x in model.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
     require(bool(model.checkpointed), f"--gradient-checkpointing: not possible with {model.config.model_type} models")
     new_name = getattr(model, "activation_checkpointing_enable", None)
     (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})

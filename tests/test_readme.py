@@ -58,6 +58,7 @@ def patch(where: Path, diff: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_new_loss(clone):
     diff, command = fork("A new loss")
     patch(clone, diff)
