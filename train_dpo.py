@@ -475,10 +475,8 @@ def main(a: Args) -> dict[str, float]:
     if lora and not a.ref:
         reference, as_reference = policy, lora.disable_adapter
     else:
-        reference, as_reference = (
-            models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code),
-            nullcontext,
-        )
+        reference = models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code)
+        as_reference = nullcontext
     rows, results = [], {}
     if held:
         with as_reference():

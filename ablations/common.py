@@ -13,8 +13,6 @@ import csv
 import importlib
 import math
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 
-from rlhf.runs import mean_interval
+from rlhf.runs import mean_interval, processor
 
 ROOT = Path(__file__).parent
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
@@ -43,8 +41,6 @@ class Args:
     """next to nothing, at most 20 seconds: checks that it runs and says nothing about the claim"""
     seeds: int = 5
     """seeds 0, 1, ... of every setting, >= 1; a quick or smoke run may take fewer"""
-    jobs: int = 2
-    """processes, one thread each, >= 1; the results do not depend on it"""
 
 
 def work(name: str, a: Args) -> Path:
@@ -139,11 +135,8 @@ def commit() -> str:
 def hardware() -> str:
     """Cores and version, as in "2 cores of an AMD EPYC, torch 2.13.0"."""
     if "hardware" not in _facts:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        found = re.search(r"model name\s*: (.*)", info)
-        name = found[1] if found else platform.processor() or platform.machine()
         version = torch.__version__.split("+")[0]
-        _facts["hardware"] = f"{os.cpu_count()} cores of an {name}, torch {version}"
+        _facts["hardware"] = f"{os.cpu_count()} cores of an {processor()}, torch {version}"
     return _facts["hardware"]
 
 

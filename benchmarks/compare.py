@@ -4,7 +4,6 @@ import csv
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import torch
 import transformers
 import tyro
 
-from rlhf.runs import table
+from rlhf.runs import processor, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,11 +107,10 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
     ]
     lines = table([*rows[0]], shown)
     print(f"\n{lines}\n")
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
     installed = {x.name: x.version for x in importlib.metadata.distributions()}
     packages = [name for name in ("torch", "transformers", "trl") if name in installed]
     facts = {
-        "hardware": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor or platform.machine()}",
+        "hardware": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}",
         "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -131,12 +129,6 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
         made = f"`python -m benchmarks.{name}{flags}`: {', '.join(facts.values())}"
         after = after.partition("<!-- end -->")[2]
         readme.write_text(f"{before}<!-- {name} -->\n```\n{lines}\n```\n\n{made}\n<!-- end -->{after}")
-
-
-def with_ratio(rows: Sequence[dict]) -> list[dict]:
-    """The rows of two sides, and one with the first's numbers over the second's."""
-    ratio = {x: v / rows[1][x] if isinstance(v, float) else v for x, v in rows[0].items()}
-    return [*rows, ratio | {"side": "ratio"}]
 
 
 def median(results: Sequence[dict], *names: str) -> float:

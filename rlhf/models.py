@@ -189,8 +189,8 @@ def checkpoint_layers(model) -> None:
     """
     model.checkpointed = [x for x in model.modules() if isinstance(x, modeling_layers.GradientCheckpointingLayer)]
     require(bool(model.checkpointed), f"--gradient-checkpointing: not possible with {model.config.model_type} models")
-    new_name = getattr(model, "activation_checkpointing_enable", None)
-    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False})
 
 
 def trained(model) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def use_layout(model, layout: str) -> None:
         model.set_attn_implementation(model.own_attention)
 
 
-def _managed(measure: Callable) -> Callable:
+def _as_forward(measure: Callable) -> Callable:
     """measure(model, ...); of a model that is shared by several processes (rlhf/parallel.py) in what counts as its
     forward pass, since its weights, those of the output head too, are whole only there."""
 
@@ -256,7 +256,7 @@ def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = 
     return rearrange(found, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
-@_managed
+@_as_forward
 def response_logps(
     model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
@@ -271,7 +271,7 @@ def response_logps(
     return logps, sums.index_add(0, batch.sequence, logps.double())
 
 
-@_managed
+@_as_forward
 def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
     """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
 
@@ -282,7 +282,7 @@ def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Te
     return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
-@_managed
+@_as_forward
 def values(critic, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
     """A critic's estimate, before each response token, of the rewards to come: w . h - reward_mean, with h the hidden
     state that predicts the token. Float32; gradient flows to w and to the model."""

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -263,6 +264,13 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, "utf-8")
     os.replace(partial, path)
+
+
+def processor() -> str:
+    """The processor's name where the system says it, else its family."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", info)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:

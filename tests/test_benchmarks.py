@@ -96,12 +96,12 @@ def test_operations_count_prompts_once_and_the_head_on_responses_alone(model):
     assert dpo_step.operations(own, pairs) == 6 * (body * 17 + 32 * 256 * 7)
 
 
-def test_report_writes_rows_with_hardware_and_a_ratio(tmp_path, monkeypatch, capsys):
+def test_report_writes_rows_with_hardware(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     readme = tmp_path / "benchmarks" / "README.md"
     readme.parent.mkdir()
     readme.write_text("a\n<!-- name -->\nold\n<!-- end -->\n<!-- other -->\nkept\n<!-- end -->\n")
-    rows = compare.with_ratio([{"side": "ours", "s": 1.0}, {"side": "theirs", "s": 4.0}])
+    rows = [{"side": "ours", "s": 1.0}, {"side": "theirs", "s": 4.0}, {"side": "ratio", "s": 0.25}]
     compare.report("name", rows, quick=False)
     with open(tmp_path / "benchmarks/results/name.csv") as file:
         read = list(csv.DictReader(file))

@@ -1104,11 +1104,11 @@ def test_stopped_elsewhere(where, world, straight, tmp_path, monkeypatch):
     owner, name = places.get(where, (Run, "finish"))
     own, calls = getattr(owner, name), []
 
-    def stop(*args):
+    def stop(*args, **kwargs):
         calls.append(1)
         if where != "sample" or len(calls) == 2:
             raise Killed
-        return own(*args)
+        return own(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, stop)

@@ -22,6 +22,7 @@ readable gold on validation prompts; everything else is measured on test prompts
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,10 +64,16 @@ SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
 QUICK = FULL | {"batch_size": 32, "max_steps": 20}
 
 
+@dataclass
+class Args(common.Args):
+    jobs: int = 2
+    """processes, one thread each, >= 1; the results do not depend on it"""
+
+
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
-def main(a: common.Args) -> None:
+def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     settings, seeds = list(SETTINGS), range(min(a.seeds, 1 if a.smoke else 2 if a.quick else a.seeds))
@@ -249,4 +256,4 @@ def draw(results: common.Results, page) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, common.Args)
+    cli(main, Args)
