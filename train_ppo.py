@@ -145,8 +145,9 @@ class Args:
     """gradients with a larger norm are scaled down to it, > 0"""
     batch_size: int | None = None
     """prompts of a rollout, >= 1; default 64"""
-    micro_batch_tokens: int = 4096
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
+    micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on CUDA and, where
+    more is no faster, 1024 on a CPU"""
     max_steps: int | None = None
     """rollouts, >= 1; default 200 (embedded: 60)"""
     max_prompt_length: int = 512

@@ -77,8 +77,9 @@ class Args:
     """gradients with a larger norm are scaled down to it, > 0"""
     batch_size: int = 32
     """prompts per optimizer step, >= 1"""
-    micro_batch_tokens: int = 2048
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
+    micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on CUDA and, where
+    more is no faster, 1024 on a CPU"""
     epochs: int = 1
     """passes over the data, >= 1"""
     max_steps: int | None = None

@@ -135,10 +135,12 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if mode == "frozen" else None
 
         rows = max(1, min(n, tile_bytes // (v * precise.itemsize)))
-        tile = hidden.new_empty(rows, v, dtype=precise)
+        in_place = mode == "keep" and probs.dtype == precise
+        tile = None if in_place else hidden.new_empty(rows, v, dtype=precise)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
-            z = _logits(hidden[part], weight, bias, options, out=tile[: part.stop - part.start])
+            z = probs[part] if in_place else tile[: part.stop - part.start]
+            z = _logits(hidden[part], weight, bias, options, out=z)
             target = z.gather(1, targets[part, None])
             peak = z.amax(1, keepdim=True)
             z -= peak
@@ -150,8 +152,10 @@ class _TokenLogps(torch.autograd.Function):
                 total = z.exp_().sum(1, keepdim=True)
             lse[part] = (peak + total.log())[:, 0]
             logps[part] = target[:, 0] - lse[part]
-            if mode == "keep":
-                torch.div(z, total, out=probs[part]) if probs.dtype == precise else probs[part].copy_(z / total)
+            if in_place:
+                z /= total
+            elif mode == "keep":
+                probs[part] = z / total
             elif mode == "frozen":
                 expected = (z / total).to(weight.dtype) @ weight
                 grad_hidden[part] = (weight[targets[part]] - expected) * (scale / temperature)

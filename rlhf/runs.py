@@ -8,6 +8,8 @@ runs/NAME/
   checkpoint/step-N/                            while training: all that is needed to go on from step N
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -118,6 +120,7 @@ class Run:
         require(fits, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar, self.interrupted = args, Path(args.out), script, None, None
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
+        keep_freed_memory()
         begun = (self.out / "args.json").exists()
         if args.dry_run:
             return
@@ -257,6 +260,15 @@ class Run:
             wandb.finish()
         _write(self.out / "results.json", json.dumps(results, indent=1))
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+
+
+def keep_freed_memory() -> None:
+    """From now on the C library keeps what is freed: a step on a CPU needs the same large blocks again and again, and
+    fetching them from the system each time costs about a tenth of it. Does nothing where the library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def _write(path: Path, text: str) -> None:

@@ -65,15 +65,15 @@ class Bucket:
         self.real = (i[:, 0] < q_lengths[:, 0]).flatten().nonzero()[:, 0]  # places of the queries that are not padding
         self.causal = len(parts) == 1 and parts[0].prefix == parts[0].prefix_stop
 
-    def take(self, x: Tensor, places: Int[Tensor, "s width"]) -> Tensor:
-        """(1 h t d) -> (s h width d): the tokens at these places of the row."""
+    def take(self, x: Tensor, cut: dict[int, Tensor], places: Int[Tensor, "s width"]) -> Tensor:
+        """(1 h t d) -> (s h width d): the tokens at these places of the row, which is also `cut` into its segments by
+        their starts: the backward pass of a cut fills no row with zeros."""
         if len(self.parts) > 1:
             return rearrange(x[0][:, places], "h s width d -> s h width d")
         part = self.parts[0]
-        own = x.narrow(2, part.start, part.stop - part.start)
         if places is self.queries or self.causal:
-            return own
-        return torch.cat([x.narrow(2, part.prefix, part.prefix_stop - part.prefix), own], 2)
+            return cut[part.start]
+        return torch.cat([cut[part.prefix][:, :, : part.prefix_stop - part.prefix], cut[part.start]], 2)
 
     def mask(self, window: int | None) -> Bool[Tensor, "s 1 q k"] | None:
         """What each query sees: its prefix, and its own segment up to itself, no further back than the window."""
@@ -105,9 +105,15 @@ class Segments:
         return [Bucket(group, self.device) for group in groups.values()]
 
     @cached_property
-    def order(self) -> Int[Tensor, " t"]:
-        """Where each token of the row is among the buckets' queries laid end to end."""
+    def order(self) -> Int[Tensor, " t"] | None:
+        """Where each token of the row is among the buckets' queries laid end to end; None where that is its place."""
+        if len(self.buckets) == len(self.parts):
+            return None
         return torch.cat([b.queries.flatten()[b.real] for b in self.buckets]).argsort()
+
+    def cut(self, x: Tensor) -> dict[int, Tensor]:
+        """Start of each segment -> its tokens, (1 h t d) -> (1 h q d)."""
+        return {part.start: piece for part, piece in zip(self.parts, x.split(self.q_lengths, 2), strict=True)}
 
     @cached_property
     def offsets(self) -> tuple[Int[Tensor, " s1"], Int[Tensor, " s1"]]:
@@ -239,13 +245,16 @@ def tree_attention(
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, scaling, sliding_window, segments), None
-    out = []
+    out, rows = [], [(x, segments.cut(x)) for x in (query, key, value)]
     for bucket in segments.buckets:
-        q, k, v = bucket.take(query, bucket.queries), bucket.take(key, bucket.keys), bucket.take(value, bucket.keys)
+        places = (bucket.queries, bucket.keys, bucket.keys)
+        q, k, v = (bucket.take(*row, where) for row, where in zip(rows, places, strict=True))
         mask, grouped = bucket.mask(sliding_window), q.shape[1] != k.shape[1]
         x = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-        out.append(rearrange(x, "s h q d -> (s q) h d")[bucket.real])
-    return torch.cat(out)[segments.order][None], None
+        x = rearrange(x, "s h q d -> (s q) h d")
+        out.append(x if len(bucket.parts) == 1 else x[bucket.real])
+    found = torch.cat(out)
+    return (found if segments.order is None else found[segments.order])[None], None
 
 
 def _flash(query, key, value, scaling, sliding_window, segments):
