@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rlhf import BadInput, answer_at_once_offline, lazy_import, parallel, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
-from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
+from rlhf.tree import Batch, collate, tokens, tree_attention
 
 modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
@@ -229,7 +229,7 @@ def use_layout(model, layout: str) -> None:
         model.set_attn_implementation(model.own_attention)
 
 
-def _as_forward(measure: Callable) -> Callable:
+def as_forward(measure: Callable) -> Callable:
     """measure(model, ...); of a model that is shared by several processes (rlhf/parallel.py) in what counts as its
     forward pass, since its weights, those of the output head too, are whole only there."""
 
@@ -256,7 +256,7 @@ def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = 
     return rearrange(found, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
-@_as_forward
+@as_forward
 def response_logps(
     model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
@@ -271,7 +271,7 @@ def response_logps(
     return logps, sums.index_add(0, batch.sequence, logps.double())
 
 
-@_as_forward
+@as_forward
 def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
     """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
 
@@ -282,7 +282,7 @@ def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Te
     return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
-@_as_forward
+@as_forward
 def values(critic, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
     """A critic's estimate, before each response token, of the rewards to come: w . h - reward_mean, with h the hidden
     state that predicts the token. Float32; gradient flows to w and to the model."""
@@ -295,13 +295,14 @@ def per_token(
     measure: Callable[[Batch], Tensor], examples: Sequence[Example], layout: str, pad: int, budget: int, device: str
 ) -> Float[Tensor, " n *more"]:
     """What `measure` says of each response token, without gradient: all examples' tokens laid end to end, in order."""
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
-    for group in micro_batches(examples, budget, layout):
+    found: dict[int, Tensor] = {}
+    for group, counts in parallel.shares(examples, budget, layout):
         part = [examples[i] for i in group]
         numbers = measure(collate(part, layout, pad, device))
-        for i, own in zip(group, numbers.split([sum(map(len, e.responses)) for e in part]), strict=True):
-            found[i] = own
-    return torch.cat(found)
+        if counts:
+            found |= zip(group, numbers.split([sum(map(len, e.responses)) for e in part]), strict=True)
+    found = dict(parallel.gather([*found.items()]))
+    return torch.cat([found[i] for i in range(len(examples))]).to(device)
 
 
 @torch.no_grad()
