@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -135,6 +136,12 @@ class Args:
     """passes over the answers of a rollout, >= 1"""
     minibatches: int = 2
     """optimizer steps of each pass, >= 1"""
+
+    lora_rank: int = 0
+    """rank of low-rank adapters of the policy that are trained in place of all its weights, >= 0 (0: none); they want a
+    learning rate about ten times as high; the reference is then the policy without them; a critic is trained whole"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone"""
 
     lr: float | None = None
     """learning rate of the policy's AdamW at the start, > 0; falls linearly to 0; default 1e-6 (embedded: 3e-4)"""
@@ -311,7 +318,9 @@ def main(a: Args) -> dict[str, float]:
         return critic
 
     policy = load(models.load_model, a.model)
-    reference = load(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
+    reference = policy  # without its adapters
+    if a.ref or not a.lora_rank:
+        reference = load(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
     own_reward = Path(a.reward).is_dir()
     if own_reward:
         other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
@@ -331,7 +340,7 @@ def main(a: Args) -> dict[str, float]:
         else:
             critic = load(new_critic, a.model)
     ends = end_ids(policy, tokenizer)
-    own = [(policy, pad), (reference, pad)]  # what scores token ids, and the id that pads them
+    own = [(model, pad) for model in {policy: 0, reference: 0}]  # what scores token ids, and the id that pads them
     own += [(model, model.config.pad_token_id) for model in (critic, reward if own_reward else None) if model]
     probes = longest(prompts, a.max_new_tokens, {filler for _, filler in own})
     layouts = {models.choose_layout(model, probes, filler, dtype, a.layout) for model, filler in own}
@@ -365,6 +374,7 @@ def main(a: Args) -> dict[str, float]:
         ]
 
     # -------------------------------------------------------------------------------------------------------- training
+    lora = models.add_lora(policy, a.lora_rank, a.seed) if a.lora_rank else None
     if a.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             models.checkpoint_layers(model)
@@ -374,7 +384,7 @@ def main(a: Args) -> dict[str, float]:
     first, kl_coef, weights = 0, a.kl_coef, None
     if state := parallel.load_checkpoint(run, policy, optimizer, critic=critic, critic_optimizer=critic_optimizer):
         first, kl_coef = state["step"], state["kl_coef"]
-        policy.load_state_dict(state["model"])
+        policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
         if critic:
             critic.load_state_dict(state["critic"])
@@ -404,7 +414,8 @@ def main(a: Args) -> dict[str, float]:
         for model in filter(None, (policy, reference, critic)):
             models.use_layout(model, layout)
         logps, entropy = per_token(lambda x: log_probs(policy, a, x, dtype, entropy=True), examples).unbind(1)
-        ref_logps = per_token(lambda x: log_probs(reference, a, x, dtype), examples)
+        with models.without_lora(reference):
+            ref_logps = per_token(lambda x: log_probs(reference, a, x, dtype), examples)
         values = per_token(lambda x: models.values(critic, x, dtype), examples) if critic else None
         k1 = logps - ref_logps
         if a.kl_estimator == "exact":
@@ -481,7 +492,7 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, score=metrics["objective/scores"], kl=total_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
+            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
             if critic:
                 weights |= {"critic": critic.state_dict(), "critic_optimizer": critic_optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
@@ -491,16 +502,17 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, critic_optimizer, weights
-    start = load(models.load_model, a.model) if a.ref else reference
+    start = policy if lora else load(models.load_model, a.model) if a.ref else reference
     asked = (held or prompts)[: a.eval_prompts]
-    answers = {
-        side: answer(model, tokenizer, asked, a.max_new_tokens, a.seed)
-        for side, model in {"before": start, "after": policy}.items()
-    }
-    found = {side: facts(x, ends, embedded) for side, x in answers.items()}
-    for side, model in {"before": start, "after": policy}.items():
-        both = [models.score(m, answers[side], layout, pad, a.micro_batch_tokens, dtype) for m in (model, reference)]
-        found[side]["kl"] = [(x - y).item() for x, y in zip(*both, strict=True)]
+    answers, found = {}, {}
+    for side, model, adapted in (("before", start, models.without_lora), ("after", policy, nullcontext)):
+        with adapted(model):
+            answers[side] = answer(model, tokenizer, asked, a.max_new_tokens, a.seed)
+            logps = models.score(model, answers[side], layout, pad, a.micro_batch_tokens, dtype)
+        with models.without_lora(reference):
+            ref_logps = models.score(reference, answers[side], layout, pad, a.micro_batch_tokens, dtype)
+        found[side] = facts(answers[side], ends, embedded)
+        found[side]["kl"] = [(x - y).item() for x, y in zip(logps, ref_logps, strict=True)]
         found[side]["score"] = score(answers[side]).tolist() if asked else []
     rows, results = before_and_after(found) if asked else ([], {})
     print("\n" + table([f"{len(asked)} answers", "before", "after"], rows))
@@ -510,11 +522,13 @@ def main(a: Args) -> dict[str, float]:
     samples = [{"prompt": e.prompt_text, "before": x, "after": y} for e, x, y in zip(asked, *texts, strict=True)]
     for sampled in samples[:4]:
         print(f"\nprompt  {sampled['prompt'][-300:]}\nbefore  {sampled['before']}\nafter   {sampled['after']}")
-    policy = parallel.whole(policy, a.device)
+    policy, lora = parallel.whole(policy, a.device, lora)
     if not policy:  # a process whose work is done: the first writes answers and model
         return results
     run.samples(a.max_steps, samples)
-    models.save(policy, tokenizer, run.out)
+    if lora and a.lora_merge:
+        policy, lora = lora.merge_and_unload(), None
+    models.save(policy, tokenizer, run.out, lora)
     draw(run.out)
     run.finish(results, PANELS)
     print(
@@ -544,7 +558,8 @@ def states_and_head(model, batch: Batch, dtype):
 
 def exact_kl(a: Args, policy, reference, batch: Batch, dtype) -> Tensor:
     """KL(pi || ref) over the whole vocabulary before each response token, [n], in nats; gradient to the policy."""
-    theirs = states_and_head(reference, batch, dtype)
+    with models.without_lora(reference):
+        theirs = states_and_head(reference, batch, dtype)
 
     @models.as_forward
     def kl(policy):

@@ -174,12 +174,25 @@ def add_lora(model, rank: int, seed: int = 0):
         W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
 
     in every linear layer but the output head (of a mixture's experts in those that are such layers), so that at first
-    the model is what it was. Inside the handle's `disable_adapter()` it is that always: the reference needs no weights
-    of its own. Seeds the global random state.
+    the model is what it was. Inside `without_lora` it is that always: the reference needs no weights of its own. Of
+    several processes that share the model each has all of the adapters. Seeds the global random state.
     """
     torch.manual_seed(seed)
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+@contextmanager
+def without_lora(model):
+    """Inside, the model is what it was before `add_lora`, if that was called."""
+    adapted = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    for module in adapted:
+        module._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
 
 
 def checkpoint_layers(model) -> None:

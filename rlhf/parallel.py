@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf import BadInput, lazy_import, require, runs, tree
+from rlhf import BadInput, lazy_import, runs, tree
 from rlhf.data import Example
 
 dcp = lazy_import("torch.distributed.checkpoint")
@@ -35,13 +35,11 @@ tensor = lazy_import("torch.distributed.tensor")
 transformers = lazy_import("transformers")
 
 
-def start(a: Any, script: str, refused: Sequence[str] = ()) -> runs.Run:
+def start(a: Any, script: str) -> runs.Run:
     """The run directory of a script; where torchrun started several processes, they meet here, and the first alone
-    prints from here on. BadInput where one of the `refused` flags is set, which several processes do not support."""
+    prints from here on."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return runs.Run(a, script)
-    for name in refused:
-        require(not getattr(a, name), f"--{name.replace('_', '-')} does not work with several processes yet")
     on_gpu = torch.device(a.device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -153,7 +151,7 @@ def shares(examples: Sequence[Example], budget: int, layout: str) -> Iterator[tu
     groups = [tree.micro_batches([examples[i] for i in share], budget, layout) for share in dealt]
     own = groups[dist.get_rank()]
     yield from (([dealt[dist.get_rank()][i] for i in group], 1.0) for group in own)
-    smallest = min(range(len(examples)), key=lambda i: tree.tokens(examples[i]))
+    smallest = min(range(len(examples)), key=lambda i: tree.tokens(examples[i]), default=0)
     yield from [([smallest], 0.0)] * (max(map(len, groups)) - len(own))
 
 
@@ -246,19 +244,24 @@ def full(x: Tensor) -> Tensor:
 
 
 def clip(model, limit: float) -> float:
-    """Scales gradients with a larger norm down to it; their norm before, over all shares."""
+    """Scales gradients with a larger norm down to it; their norm before, over all shares. On the way those of adapters,
+    of which every process has all, are added up."""
+    for weight in model.parameters() if several() else ():
+        if weight.grad is not None and not isinstance(weight, tensor.DTensor):
+            dist.all_reduce(weight.grad)
     return full(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
 
 
-def whole(model, device: str):
-    """The model as an ordinary one, in the first process; None in the others, whose work is done.
-
-    It stays in main memory where the device cannot hold it.
+def whole(model, device: str, lora=None):
+    """The model as an ordinary one, and its handle of `models.add_lora`, in the first process; None in the others,
+    whose work is done. It stays in main memory where the device cannot hold it.
     """
     if not several():
-        return model
+        return model, lora
     models.use_layout(model, "padded")
     ordinary = model.make("cpu") if first() else None
+    if ordinary and lora:
+        lora = models.add_lora(ordinary, lora.peft_config["default"].r)
     weights = ordinary.state_dict() if ordinary else {}
     for name, share in model.state_dict().items():
         weight = full(share)
@@ -267,13 +270,13 @@ def whole(model, device: str):
     dist.barrier()
     dist.destroy_process_group()
     if not ordinary:
-        return None
+        return None, None
     vars(ordinary.config).update(vars(model.config))
     try:
-        return ordinary.to(device)
+        return ordinary.to(device), lora
     except torch.cuda.OutOfMemoryError:
         print(f"the model does not fit {device} whole: answers to --eval-prompts come from the CPU, slowly")
-        return ordinary.to("cpu")
+        return ordinary.to("cpu"), lora
 
 
 def load_checkpoint(run: runs.Run, model, optimizer, **more) -> dict | None:
