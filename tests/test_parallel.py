@@ -116,6 +116,8 @@ def member(environment: dict, name: str, flags: list[str], action: str, printed:
         print("\nnumbers:", sum(x.numel() for x in shares.values()), file=sys.stderr)
         save(self, step, state)
 
+    if action == "no room":  # for the whole policy while it samples
+        parallel.gathered = contextlib.nullcontext
     if action == "count":
         parallel.Run.save_checkpoint = count
 
@@ -211,7 +213,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
         pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param("dpo plackett_luce", 3, {"ref": "WORLD/other"}, marks=pytest.mark.slow),
-        ("ppo gae", 2, {}),
+        ("ppo gae", 2, SHORT),
         pytest.param(
             "ppo remax",
             3,
@@ -234,7 +236,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
     ],
 )
 def test_many_processes_give_what_one_gives(name, n, changes, world, alone, job, tmp_path):
-    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n)
+    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n, "no room" if n == 3 else "")
     assert codes == [0] * n, printed
     assert "Next: python" in printed[0] and not any(printed[1:])  # the first alone prints
     assert_same(tmp_path / "run", alone(name, **changes))
@@ -280,16 +282,16 @@ def test_bfloat16_products_differ_by_its_rounding(world, alone, job, tmp_path):
     "name, before, after",
     [
         pytest.param(name, *n, marks=pytest.mark.slow)
-        for name, pairs_of_n in {"dpo bco": ((2, 1), (2, 2), (2, 3), (3, 2)), "ppo gae": ((2, 1), (3, 2))}.items()
-        for n in pairs_of_n
+        for name, numbers in {"dpo bco": ((2, 1), (2, 2), (2, 3), (3, 2)), "ppo gae": ((3, 1),)}.items()
+        for n in numbers
     ],
 )
 def test_a_process_that_dies_ends_the_job_and_the_rest_goes_on_in_any_number(
     name, before, after, world, alone, job, tmp_path
 ):
     a = arguments(world, tmp_path / "run", name)
-    codes, _ = job(a, before, "die")
-    assert codes[1] == -signal.SIGKILL and all(codes)
+    codes, printed = job(a, before, "die")
+    assert codes[1] == -signal.SIGKILL and all(codes), printed
     [checkpoint] = [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()]
     assert checkpoint == f"step-{SAVED_AT}" and not (tmp_path / "run" / "results.json").exists()
     a.resume = True
