@@ -329,7 +329,7 @@ def main(a: Args) -> dict[str, float]:
     check(a)
     check_loss(a)
     torch.manual_seed(a.seed)
-    run = parallel.start(a, __file__, refused=["lora_rank"])
+    run = parallel.start(a, __file__)
     require(not (to_make and parallel.several()), f"{a.model} is missing: run train_sft.py first, or name a --model")
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -470,7 +470,7 @@ def main(a: Args) -> dict[str, float]:
     del optimizer, weights
     if held:
         final = final or evaluate(score(policy, held), delta, z0_of(held_places))
-    policy = parallel.whole(policy, a.device)
+    policy, lora = parallel.whole(policy, a.device, lora)
     if not policy:  # a process whose work is done: the first writes answers and model
         return final
     if lora and not a.ref:

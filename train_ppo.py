@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,13 +30,14 @@ from torch import Tensor
 
 import train_rm
 import train_sft
-from rlhf import BadInput, advantages, losses, models, require, reviews
+from rlhf import BadInput, advantages, losses, models, parallel, require, reviews
 from rlhf.data import Example, build, held_out, longest, prompt_of, read_rows, show
 from rlhf.generate import answer, cached_logps, end_ids, facts, generate
 from rlhf.logprobs import token_kl, token_logps
+from rlhf.parallel import micro_batches, shares
 from rlhf.rewards import load_reward
-from rlhf.runs import Run, before_and_after, check, cli, figure, table
-from rlhf.tree import Batch, collate, micro_batches
+from rlhf.runs import before_and_after, check, cli, figure, table
+from rlhf.tree import Batch, collate
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -134,6 +136,12 @@ class Args:
     """passes over the answers of a rollout, >= 1"""
     minibatches: int = 2
     """optimizer steps of each pass, >= 1"""
+
+    lora_rank: int = 0
+    """rank of low-rank adapters of the policy that are trained in place of all its weights, >= 0 (0: none); they want a
+    learning rate about ten times as high; the reference is then the policy without them; a critic is trained whole"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone"""
 
     lr: float | None = None
     """learning rate of the policy's AdamW at the start, > 0; falls linearly to 0; default 1e-6 (embedded: 3e-4)"""
@@ -278,7 +286,8 @@ def main(a: Args) -> dict[str, float]:
     check(a)
     check_flags(a)
     torch.manual_seed(a.seed)
-    run = Run(a, __file__)
+    run = parallel.start(a, __file__)
+    require(not (to_make and parallel.several()), f"{a.model} is missing: run train_sft.py first, or name a --model")
 
     # ------------------------------------------------------------------------------------------------------------ data
     if a.ref and models.load_tokenizer(a.ref, a.trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
@@ -295,16 +304,30 @@ def main(a: Args) -> dict[str, float]:
     if to_make:
         train_sft.make(a.device)
     if a.reward == train_rm.Args.out and not train_sft.is_made(a.reward):
-        require(embedded, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
+        possible = embedded and not parallel.several()
+        require(possible, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
         train_rm.make(a.device)
-    policy = models.load_model(a.model, a.device, a.trust_remote_code)
-    reference = models.load_model(a.ref or a.model, a.device, a.trust_remote_code, "--ref").requires_grad_(False)
+    pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
+
+    def load(loader: Callable, name: str, *flag: str):
+        return parallel.load(lambda device: loader(name, device, a.trust_remote_code, *flag), a.device, dtype)
+
+    def new_critic(name: str, device: str, trust: bool):
+        critic = models.new_reward_model(models.load_model(name, device, trust), models.load_tokenizer(name, trust))
+        if a.value_init == "zero":
+            torch.nn.init.zeros_(critic.score.weight)
+        return critic
+
+    policy = load(models.load_model, a.model)
+    reference = policy  # without its adapters
+    if a.ref or not a.lora_rank:
+        reference = load(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
     own_reward = Path(a.reward).is_dir()
     if own_reward:
         other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
         own_reward = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
     if own_reward:  # then it scores the very ids that were sampled
-        reward = models.load_reward_model(a.reward, a.device, a.trust_remote_code).requires_grad_(False)
+        reward = load(models.load_reward_model, a.reward).requires_grad_(False)
     else:
         limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
         reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits)
@@ -314,14 +337,11 @@ def main(a: Args) -> dict[str, float]:
             require(
                 own_reward, "--value-init reward: --reward is no reward model with the policy's tokenizer: use policy"
             )
-            critic = models.load_reward_model(a.reward, a.device, a.trust_remote_code)
+            critic = load(models.load_reward_model, a.reward)
         else:
-            start = models.load_model(a.model, a.device, a.trust_remote_code)
-            critic = models.new_reward_model(start, models.load_tokenizer(a.model, a.trust_remote_code))
-            if a.value_init == "zero":
-                torch.nn.init.zeros_(critic.score.weight)
-    pad, dtype, ends = models.pad_id(tokenizer), models.DTYPES[a.dtype], end_ids(policy, tokenizer)
-    own = [(policy, pad), (reference, pad)]  # what scores token ids, and the id that pads them
+            critic = load(new_critic, a.model)
+    ends = end_ids(policy, tokenizer)
+    own = [(model, pad) for model in {policy: 0, reference: 0}]  # what scores token ids, and the id that pads them
     own += [(model, model.config.pad_token_id) for model in (critic, reward if own_reward else None) if model]
     probes = longest(prompts, a.max_new_tokens, {filler for _, filler in own})
     layouts = {models.choose_layout(model, probes, filler, dtype, a.layout) for model, filler in own}
@@ -355,6 +375,7 @@ def main(a: Args) -> dict[str, float]:
         ]
 
     # -------------------------------------------------------------------------------------------------------- training
+    lora = models.add_lora(policy, a.lora_rank, a.seed) if a.lora_rank else None
     if a.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             models.checkpoint_layers(model)
@@ -362,9 +383,9 @@ def main(a: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=a.critic_lr, **adam) if critic else None
     first, kl_coef, weights = 0, a.kl_coef, None
-    if state := run.load_checkpoint():
+    if state := parallel.load_checkpoint(run, policy, optimizer, critic=critic, critic_optimizer=critic_optimizer):
         first, kl_coef = state["step"], state["kl_coef"]
-        policy.load_state_dict(state["model"])
+        policy.load_state_dict(state["model"], strict=not lora)
         optimizer.load_state_dict(state["optimizer"])
         if critic:
             critic.load_state_dict(state["critic"])
@@ -393,8 +414,9 @@ def main(a: Args) -> dict[str, float]:
             greedy = score(sample(asked, 1, 0.0, 0))
         for model in filter(None, (policy, reference, critic)):
             models.use_layout(model, layout)
-        logps, entropy = per_token(lambda x: log_probs(a, policy, x, dtype, entropy=True), examples).unbind(1)
-        ref_logps = per_token(lambda x: log_probs(a, reference, x, dtype), examples)
+        logps, entropy = per_token(lambda x: log_probs(policy, a, x, dtype, entropy=True), examples).unbind(1)
+        with models.without_lora(reference):
+            ref_logps = per_token(lambda x: log_probs(reference, a, x, dtype), examples)
         values = per_token(lambda x: models.values(critic, x, dtype), examples) if critic else None
         k1 = logps - ref_logps
         if a.kl_estimator == "exact":
@@ -422,12 +444,12 @@ def main(a: Args) -> dict[str, float]:
                     parts[-1] |= learn_text(a, policy, rows, layout, pad, dtype)
                 if not norms:
                     guard(a, policy, rollout, step, parts[0]["ratio"], pad)
-                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), a.max_grad_norm).item())
+                norms.append(parallel.clip(policy, a.max_grad_norm))
                 run.require_finite(step + 1, parts[-1]["loss/policy"], norms[-1], [examples[i] for i in places])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if critic:
-                    norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), a.max_grad_norm).item()
+                    norm = parallel.clip(critic, a.max_grad_norm)
                     run.require_finite(step + 1, parts[-1]["loss/value"], norm, [examples[i] for i in places])
                     critic_optimizer.step()
                     critic_optimizer.zero_grad(set_to_none=True)
@@ -471,7 +493,7 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, score=metrics["objective/scores"], kl=total_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
+            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
             if critic:
                 weights |= {"critic": critic.state_dict(), "critic_optimizer": critic_optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
@@ -481,16 +503,17 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, critic_optimizer, weights
-    start = models.load_model(a.model, a.device, a.trust_remote_code)
+    start = policy if lora else load(models.load_model, a.model) if a.ref else reference
     asked = (held or prompts)[: a.eval_prompts]
-    answers = {
-        side: answer(model, tokenizer, asked, a.max_new_tokens, a.seed)
-        for side, model in {"before": start, "after": policy}.items()
-    }
-    found = {side: facts(x, ends, embedded) for side, x in answers.items()}
-    for side, model in {"before": start, "after": policy}.items():
-        both = [models.score(m, answers[side], layout, pad, a.micro_batch_tokens, dtype) for m in (model, reference)]
-        found[side]["kl"] = [(x - y).item() for x, y in zip(*both, strict=True)]
+    answers, found = {}, {}
+    for side, model, adapted in (("before", start, models.without_lora), ("after", policy, nullcontext)):
+        with adapted(model):
+            answers[side] = answer(model, tokenizer, asked, a.max_new_tokens, a.seed)
+            logps = models.score(model, answers[side], layout, pad, a.micro_batch_tokens, dtype)
+        with models.without_lora(reference):
+            ref_logps = models.score(reference, answers[side], layout, pad, a.micro_batch_tokens, dtype)
+        found[side] = facts(answers[side], ends, embedded)
+        found[side]["kl"] = [(x - y).item() for x, y in zip(logps, ref_logps, strict=True)]
         found[side]["score"] = score(answers[side]).tolist() if asked else []
     rows, results = before_and_after(found) if asked else ([], {})
     print("\n" + table([f"{len(asked)} answers", "before", "after"], rows))
@@ -500,8 +523,13 @@ def main(a: Args) -> dict[str, float]:
     samples = [{"prompt": e.prompt_text, "before": x, "after": y} for e, x, y in zip(asked, *texts, strict=True)]
     for sampled in samples[:4]:
         print(f"\nprompt  {sampled['prompt'][-300:]}\nbefore  {sampled['before']}\nafter   {sampled['after']}")
+    policy, lora = parallel.whole(policy, a.device, lora)
+    if not policy:  # a process whose work is done: the first writes answers and model
+        return results
     run.samples(a.max_steps, samples)
-    models.save(policy, tokenizer, run.out)
+    if lora and a.lora_merge:
+        policy, lora = lora.merge_and_unload(), None
+    models.save(policy, tokenizer, run.out, lora)
     draw(run.out)
     run.finish(results, PANELS)
     print(
@@ -511,17 +539,35 @@ def main(a: Args) -> dict[str, float]:
     return results
 
 
-def log_probs(a: Args, model, batch: Batch, dtype, entropy: bool = False) -> Tensor:
+@models.as_forward
+def log_probs(model, a: Args, batch: Batch, dtype, entropy: bool = False) -> Tensor:
     """Log-probs of the response tokens at the sampling temperature, [n]; with the entropies of their rows, [n 2]."""
     states, head = models.states(model, batch, batch.sources, dtype), models.output_head(model)
     logps, entropies = token_logps(states, head, batch.targets, a.temperature, entropy)
     return torch.stack([logps, entropies], 1) if entropy else logps
 
 
+@torch.no_grad()
+@models.as_forward
+def states_and_head(model, batch: Batch, dtype):
+    """The hidden states that predict the response tokens, without gradient, and the output head, to be kept."""
+    head = models.output_head(model)
+    if parallel.several():  # its weight is whole in here only
+        head = head._replace(weight=head.weight.clone())
+    return models.states(model, batch, batch.sources, dtype), head
+
+
 def exact_kl(a: Args, policy, reference, batch: Batch, dtype) -> Tensor:
     """KL(pi || ref) over the whole vocabulary before each response token, [n], in nats; gradient to the policy."""
-    mine, theirs = (models.states(model, batch, batch.sources, dtype) for model in (policy, reference))
-    return token_kl(mine, models.output_head(policy), theirs, models.output_head(reference), a.temperature)
+    with models.without_lora(reference):
+        theirs = states_and_head(reference, batch, dtype)
+
+    @models.as_forward
+    def kl(policy):
+        mine = models.states(policy, batch, batch.sources, dtype)
+        return token_kl(mine, models.output_head(policy), *theirs, a.temperature)
+
+    return kl(policy)
 
 
 def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef, layout: str, pad: int, dtype):
@@ -536,11 +582,11 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     for model in (policy, reference, critic):
         if model is not None:
             models.use_layout(model, layout)
-    for group in micro_batches(examples, a.micro_batch_tokens, layout):
+    for group, counts in shares(examples, a.micro_batch_tokens, layout):  # counts: 1, or of many processes sometimes 0
         batch = collate([examples[i] for i in group], layout, pad, a.device)
         old = {name: torch.cat([x[i] for i in group]) for name, x in flat.items()}
-        weights = token_weights(a, lengths, batch.lengths)
-        found = log_probs(a, policy, batch, dtype, entropy=a.entropy_coef > 0)
+        weights = counts * token_weights(a, lengths, batch.lengths)
+        found = log_probs(policy, a, batch, dtype, entropy=a.entropy_coef > 0)
         logps, entropy = found.unbind(1) if a.entropy_coef else (found, None)
         loss = losses.ppo_clip(logps, old["logps"], old["advantages"], a.clip_range)
         if a.entropy_coef:
@@ -553,28 +599,29 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
             loss = loss + kl_coef * kl
         (loss * weights).sum().backward()
         totals["loss/policy"] += (loss.detach() * weights).sum().item()
-        moved = (logps - old["logps"]).detach()
+        moved = counts * (logps - old["logps"]).detach()
         totals["ratio"] = max(totals["ratio"], apart(moved, old["logps"]))
         totals["policy/approxkl"] += advantages.kl_estimate(moved, "k2").sum().item() / tokens
         clipped = losses.clipped(logps, old["logps"], old["advantages"], a.clip_range)
-        totals["policy/clipfrac"] += clipped.float().sum().item() / tokens
+        totals["policy/clipfrac"] += counts * clipped.float().sum().item() / tokens
         if critic:
             values = models.values(critic, batch, dtype)
-            error = losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
+            error = counts * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
             error.backward()
             totals["loss/value"] += error.item()
-    return totals
+    everywhere = parallel.gather([totals])
+    return {name: (max if name == "ratio" else sum)(own[name] for own in everywhere) for name in totals}
 
 
 def learn_text(a: Args, policy, rows: Sequence[Example], layout: str, pad: int, dtype) -> dict[str, float]:
     """Gradient of --ptx-coef times the mean negative log-likelihood of these rows' tokens, added to the minibatch's."""
     total, tokens = 0.0, train_sft.trained_tokens(rows)
-    for group in micro_batches(rows, a.micro_batch_tokens, layout):
+    for group in micro_batches(rows, a.micro_batch_tokens, layout, policy):
         batch = collate([rows[i] for i in group], layout, pad, a.device)
         loss = -models.response_logps(policy, batch, dtype)[1].sum() / tokens
         (a.ptx_coef * loss).backward()
         total += loss.item()
-    return {"loss/ptx": total}
+    return {"loss/ptx": sum(parallel.gather([total]))}
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, pad: int) -> None:

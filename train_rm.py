@@ -434,7 +434,7 @@ def main(a: Args) -> dict[str, float]:
         if run.interrupted:
             run.leave(step + 1)
     run.end()
-    model = parallel.whole(model, a.device)
+    model, _ = parallel.whole(model, a.device)
     if not model:  # a process whose work is done: the first measures and writes
         return {}
 

@@ -162,7 +162,7 @@ def main(a: Args) -> dict[str, float]:
     a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
     check(a)
     torch.manual_seed(a.seed)
-    run = parallel.start(a, __file__, refused=["lora_rank"])
+    run = parallel.start(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
     train, held = read(a, a.data, tokenizer), []
@@ -251,7 +251,7 @@ def main(a: Args) -> dict[str, float]:
 
     # --------------------------------------------------------------------------------------------------------- samples
     results = evaluate() if held else {}
-    policy = parallel.whole(policy, a.device)
+    policy, lora = parallel.whole(policy, a.device, lora)
     if not policy:  # a process whose work is done: the first writes answers and model
         return results
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())

@@ -9,9 +9,9 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf import require, reviews
+from rlhf import parallel, require, reviews
 from rlhf.data import Example
-from rlhf.models import pad_id, positions, use_layout
+from rlhf.models import as_forward, pad_id, positions, use_layout
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -39,7 +39,8 @@ def generate(
     same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
     similar length share a batch, of `batch_size` sequences, which ends with its longest. A prompt is encoded once, and
     its k responses start from copies of its cache. Where the model has learnt a number of positions, responses are cut
-    at the last one.
+    at the last one. Of several processes (rlhf/parallel.py) each samples its share of every batch, and all together
+    what one process samples, up to rounding.
     """
     use_layout(model.eval(), "padded")
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
@@ -49,18 +50,21 @@ def generate(
     )
     if temperature > 0:
         config.temperature = temperature
+    if parallel.several():
+        config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, do_sample=False)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[list[int]]] = [[] for _ in prompts]
     at_once = max(batch_size // k, 1)
     own_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        apart = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with apart, parallel.gathered(model), parallel.autocast(model):
             torch.manual_seed(seed)
             for start in range(0, len(order), at_once):
                 group = order[start : start + at_once]
-                width = max(len(prompts[i]) for i in group)
-                padding = [width - len(prompts[i]) for i in group]
-                ids = [[pad] * n + prompts[i] for n, i in zip(padding, group, strict=True)]
+                width, own = max(len(prompts[i]) for i in group), parallel.part_of(group)
+                padding = [width - len(prompts[i]) for i in own]
+                ids = [[pad] * n + prompts[i] for n, i in zip(padding, own, strict=True)]
                 mask = [[0] * n + [1] * (width - n) for n in padding]
                 if limit := positions(model):
                     require(width < limit, f"a prompt has {width} tokens, and the model {limit} positions")
@@ -68,17 +72,22 @@ def generate(
                 ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
                 cache = repeated_cache(model, ids[:, :-1], mask[:, :-1], k) if k > 1 and width > 1 else None
                 ids, mask = (repeat(x, "p t -> (p k) t", k=k) for x in (ids, mask))
-                out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+                in_step = parallel.sampling(own, group, k, width, temperature, ends)
+                out = model.generate(
+                    ids, attention_mask=mask, past_key_values=cache, generation_config=config, **in_step
+                )
                 sampled = out[:, width:].tolist()
-                for place, i in enumerate(group):
+                for place, i in enumerate(own):
                     for tokens in sampled[place * k : (place + 1) * k]:
                         stop = next((j + 1 for j, token in enumerate(tokens) if token in ends), len(tokens))
                         responses[i].append(tokens[:stop])
     finally:
         model.generation_config = own_config
+    responses = [next(filter(None, found)) for found in zip(*parallel.gather([responses]), strict=True)]
     return [response for own in responses for response in own]
 
 
+@as_forward
 def repeated_cache(model, ids: Int[Tensor, "p t"], mask: Int[Tensor, "p t"], k: int):
     """The key-value cache of these left-padded tokens, k times each; None where the model has none, or one that cannot
     be repeated (linear attention). `generate` goes on from it with the tokens that follow."""
@@ -103,10 +112,10 @@ def cached_logps(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
+    kwargs = {"use_cache": True, "logits_to_keep": 1}
     for t in range(max(map(len, responses))):
-        out = model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        with parallel.autocast(model):
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **kwargs)
         ids = torch.tensor([[r[t] if t < len(r) else pad] for r in responses], device=device)
         found.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])
         cache, positions = out.past_key_values, positions[:, -1:] + 1

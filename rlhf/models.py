@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rlhf import BadInput, answer_at_once_offline, lazy_import, parallel, require
 from rlhf.data import Example
 from rlhf.logprobs import Head, token_logps
-from rlhf.tree import Batch, collate, micro_batches, tokens, tree_attention
+from rlhf.tree import Batch, collate, tokens, tree_attention
 
 modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
@@ -174,12 +174,25 @@ def add_lora(model, rank: int, seed: int = 0):
         W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
 
     in every linear layer but the output head (of a mixture's experts in those that are such layers), so that at first
-    the model is what it was. Inside the handle's `disable_adapter()` it is that always: the reference needs no weights
-    of its own. Seeds the global random state.
+    the model is what it was. Inside `without_lora` it is that always: the reference needs no weights of its own. Of
+    several processes that share the model each has all of the adapters. Seeds the global random state.
     """
     torch.manual_seed(seed)
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+@contextmanager
+def without_lora(model):
+    """Inside, the model is what it was before `add_lora`, if that was called."""
+    adapted = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    for module in adapted:
+        module._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
 
 
 def checkpoint_layers(model) -> None:
@@ -229,7 +242,7 @@ def use_layout(model, layout: str) -> None:
         model.set_attn_implementation(model.own_attention)
 
 
-def _as_forward(measure: Callable) -> Callable:
+def as_forward(measure: Callable) -> Callable:
     """measure(model, ...); of a model that is shared by several processes (rlhf/parallel.py) in what counts as its
     forward pass, since its weights, those of the output head too, are whole only there."""
 
@@ -256,7 +269,7 @@ def states(model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = 
     return rearrange(found, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
-@_as_forward
+@as_forward
 def response_logps(
     model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
@@ -271,7 +284,7 @@ def response_logps(
     return logps, sums.index_add(0, batch.sequence, logps.double())
 
 
-@_as_forward
+@as_forward
 def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
     """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
 
@@ -282,7 +295,7 @@ def rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Te
     return model.score(last)[:, 0] - getattr(model.config, "reward_mean", 0.0)
 
 
-@_as_forward
+@as_forward
 def values(critic, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
     """A critic's estimate, before each response token, of the rewards to come: w . h - reward_mean, with h the hidden
     state that predicts the token. Float32; gradient flows to w and to the model."""
@@ -295,13 +308,14 @@ def per_token(
     measure: Callable[[Batch], Tensor], examples: Sequence[Example], layout: str, pad: int, budget: int, device: str
 ) -> Float[Tensor, " n *more"]:
     """What `measure` says of each response token, without gradient: all examples' tokens laid end to end, in order."""
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
-    for group in micro_batches(examples, budget, layout):
+    found: dict[int, Tensor] = {}
+    for group, counts in parallel.shares(examples, budget, layout):
         part = [examples[i] for i in group]
         numbers = measure(collate(part, layout, pad, device))
-        for i, own in zip(group, numbers.split([sum(map(len, e.responses)) for e in part]), strict=True):
-            found[i] = own
-    return torch.cat(found)
+        if counts:
+            found |= zip(group, numbers.split([sum(map(len, e.responses)) for e in part]), strict=True)
+    found = dict(parallel.gather([*found.items()]))
+    return torch.cat([found[i] for i in range(len(examples))]).to(device)
 
 
 @torch.no_grad()

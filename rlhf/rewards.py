@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf import BadInput, models, require, reviews
+from rlhf import BadInput, models, parallel, require, reviews
 from rlhf.data import Message, build
 
 Reward = Callable[[Sequence[str | list[Message]], Sequence[str], Sequence[dict]], list[float]]
@@ -46,11 +46,12 @@ def load_reward(
 
         return gold
     if not os.path.isdir(os.path.expanduser(source)) and source.count(":") == 1 and "/" not in source:
-        return checked(load_function(source, flag), f"{flag} {source}")
+        function = checked(load_function(source, flag), f"{flag} {source}")
+        return lambda *sequences: parallel.once(lambda: function(*sequences))
 
     tokenizer = models.load_tokenizer(source, trust_remote_code, flag)
-    model = models.load_reward_model(source, device, trust_remote_code, flag)
-    pad = models.pad_id(tokenizer)
+    make = lambda device: models.load_reward_model(source, device, trust_remote_code, flag)  # noqa: E731
+    model, pad = parallel.load(make, device, torch.float32), models.pad_id(tokenizer)
 
     def reward(prompts, responses, rows) -> list[float]:
         found = []

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_resume import LOADED_LATE, flags_of, pairs, wait_for, write_model, write_rows
 from tiny import ARCHITECTURES, tiny
 
+import evaluate
 import train_dpo
 import train_ppo
 import train_rm
@@ -27,7 +28,7 @@ import train_sft
 from rlhf import BadInput, models, parallel, reviews, runs
 
 HERE = Path(__file__).parent
-SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm}
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
 SAVED_AT, DIES_AT = 5, 7
 
 
@@ -45,18 +46,36 @@ def server():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The folder of a small model, 22 pairs to train on and 5 held out."""
-    folder = tmp_path_factory.mktemp("world")
+    """The folder of a small model, 22 pairs to train on and 5 held out; for PPO a model whose answers end now and then,
+    another one, a reward model and 17 prompts."""
+    folder, tokenizer = tmp_path_factory.mktemp("world"), reviews.tokenizer()
     write_model(folder / "model")
+    for seed, name in enumerate(("policy", "other")):
+        model = models.load_model(str(write_model(folder / name, seed)), "cpu")
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 9 - 4 * seed
+        models.save(model, tokenizer, folder / name)
+    reward = models.new_reward_model(model, tokenizer)
+    reward.config.reward_mean, reward.config.reward_std = 0.75, 1.0
+    models.save(reward, tokenizer, folder / "reward")
+    tokenizer.add_tokens("another")
+    models.save(reward, tokenizer, folder / "retold")
+    write_rows(folder / "prompts.jsonl", [{"prompt": p} for p in dict.fromkeys(reviews.prompts(20, 0))])
     write_rows(folder / "train.jsonl", pairs(22))
     write_rows(folder / "held.jsonl", pairs(5, seed=1))
     return folder
+
+
+SHORT = {"max_steps": 3, "eval_prompts": 1}  # rollouts
 
 
 def arguments(world: Path, out: Path, name: str, **changes):
     """8 steps in 2 epochs of 7, 7, 7 and 1 pairs: in the last, one of two processes has none. A process has up to three
     micro-batches of a step."""
     script, *loss = name.split()
+    changes = {flag: x.replace("WORLD", str(world)) if isinstance(x, str) else x for flag, x in changes.items()}
+    if script == "ppo":
+        return train_ppo.Args(**rollouts(world, out) | {"advantage": loss[0]} | changes)
     flags = {"model": f"{world}/model", "data": f"{world}/train.jsonl", "eval_data": f"{world}/held.jsonl"}
     flags |= {"out": str(out), "device": "cpu", "lr": 3e-3, "batch_size": 7, "epochs": 2, "micro_batch_tokens": 60}
     flags |= {"eval_every": 4, "save_every": SAVED_AT, "eval_prompts": 3, "max_new_tokens": 4, "max_grad_norm": 0.5}
@@ -65,6 +84,23 @@ def arguments(world: Path, out: Path, name: str, **changes):
     if script == "rm":
         flags |= {"loss": loss[0]}
     return SCRIPTS[script].Args(**flags | changes)
+
+
+def rollouts(world: Path, out: Path) -> dict:
+    """8 rollouts of 5 prompts with 3 answers each, in minibatches of 3 and 2 prompts: of three processes one has none
+    of the latter."""
+    flags = {"model": f"{world}/policy", "ref": f"{world}/other", "reward": f"{world}/reward", "out": str(out)}
+    flags |= {"data": f"{world}/prompts.jsonl", "eval_fraction": 0.2, "device": "cpu", "lr": 3e-3, "critic_lr": 3e-3}
+    flags |= {"batch_size": 5, "k": 3, "max_steps": 8, "epochs_per_rollout": 1, "minibatches": 2, "eval_prompts": 2}
+    flags |= {"max_new_tokens": 6, "micro_batch_tokens": 60, "kl_coef": 0.3, "kl_target": 0.5, "save_every": SAVED_AT}
+    return flags
+
+
+def costly(prompts, responses, rows):
+    """A reward that must not be asked for by more than one process: what it gives depends on the calls before."""
+    costly.calls = getattr(costly, "calls", 0) + 1
+    assert parallel.first()
+    return [costly.calls + len(y) / 10 for y in responses]
 
 
 def member(environment: dict, name: str, flags: list[str], action: str, printed: Path) -> None:
@@ -80,6 +116,8 @@ def member(environment: dict, name: str, flags: list[str], action: str, printed:
         print("\nnumbers:", sum(x.numel() for x in shares.values()), file=sys.stderr)
         save(self, step, state)
 
+    if action == "no room":  # for the whole policy while it samples
+        parallel.gathered = contextlib.nullcontext
     if action == "count":
         parallel.Run.save_checkpoint = count
 
@@ -144,7 +182,7 @@ def alone(world, tmp_path_factory):
 
 def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 1e-5) -> None:
     """Weights to a relative L2 norm, numbers to a relative error (where they are rounding around 0, absolute)."""
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, other))
+    mine, theirs = (load_file(path) for folder in (out, other) for path in folder.glob("*model.safetensors"))
     assert mine.keys() == theirs.keys()
     flat = [torch.cat([x[name].double().flatten() for name in sorted(x)]) for x in (mine, theirs)]
     assert (flat[0] - flat[1]).norm() <= weights * flat[1].norm()
@@ -169,16 +207,36 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         ("sft", 2, {}),
         ("dpo dpo", 2, {}),
         pytest.param("rm pairwise", 2, {}, marks=pytest.mark.slow),
+        pytest.param("sft", 2, {"lora_rank": 2, "lora_merge": True}, marks=pytest.mark.slow),
+        pytest.param("dpo dpo", 3, {"lora_rank": 2}, marks=pytest.mark.slow),
         pytest.param("dpo kto", 3, {}, marks=pytest.mark.slow),
         pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
         pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param("dpo plackett_luce", 3, {"ref": "model"}, marks=pytest.mark.slow),
+        pytest.param("dpo plackett_luce", 3, {"ref": "WORLD/other"}, marks=pytest.mark.slow),
+        ("ppo gae", 2, SHORT),
+        pytest.param(
+            "ppo remax",
+            3,
+            SHORT | {"reward": "test_parallel:costly", "ptx_coef": 0.1, "ptx_data": "WORLD/train.jsonl"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "ppo rloo",
+            2,
+            SHORT | {"kl_estimator": "exact", "kl_in": "loss", "entropy_coef": 0.01, "gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ppo grpo", 2, SHORT | {"ref": None, "lora_rank": 2, "kl_in": "loss"}, marks=pytest.mark.slow),
+        pytest.param(
+            "ppo gae",
+            2,
+            SHORT | {"reward": "WORLD/retold", "value_init": "policy", "kl_stop": 1e-3, "epochs_per_rollout": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_many_processes_give_what_one_gives(name, n, changes, world, alone, job, tmp_path):
-    if "ref" in changes:
-        changes = {"ref": str(write_model(world / "ref", seed=1))}
-    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n)
+    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n, "no room" if n == 3 else "")
     assert codes == [0] * n, printed
     assert "Next: python" in printed[0] and not any(printed[1:])  # the first alone prints
     assert_same(tmp_path / "run", alone(name, **changes))
@@ -222,27 +280,32 @@ def test_bfloat16_products_differ_by_its_rounding(world, alone, job, tmp_path):
 
 @pytest.mark.parametrize(
     "name, before, after",
-    [pytest.param("dpo bco", *n, marks=pytest.mark.slow) for n in ((2, 1), (2, 2), (2, 3), (3, 2))],
+    [
+        pytest.param(name, *n, marks=pytest.mark.slow)
+        for name, numbers in {"dpo bco": ((2, 1), (2, 2), (2, 3), (3, 2)), "ppo gae": ((3, 1),)}.items()
+        for n in numbers
+    ],
 )
 def test_a_process_that_dies_ends_the_job_and_the_rest_goes_on_in_any_number(
     name, before, after, world, alone, job, tmp_path
 ):
     a = arguments(world, tmp_path / "run", name)
-    codes, _ = job(a, before, "die")
-    assert codes[1] == -signal.SIGKILL and all(codes)
+    codes, printed = job(a, before, "die")
+    assert codes[1] == -signal.SIGKILL and all(codes), printed
     [checkpoint] = [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()]
     assert checkpoint == f"step-{SAVED_AT}" and not (tmp_path / "run" / "results.json").exists()
     a.resume = True
     if after == 1:
-        train_dpo.main(a)
+        SCRIPTS[name.split()[0]].main(a)
     else:
         codes, printed = job(a, after)
         assert codes == [0] * after, printed
     assert_same(tmp_path / "run", alone(name))
 
 
-def test_what_one_process_began_two_finish(world, alone, job, tmp_path, monkeypatch):
-    a = arguments(world, tmp_path / "run", "sft")
+@pytest.mark.parametrize("name", ["sft", pytest.param("ppo gae", marks=pytest.mark.slow)])
+def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, monkeypatch):
+    a = arguments(world, tmp_path / "run", name)
 
     def log(self, step, metrics, log=runs.Run.log):
         if step == DIES_AT:
@@ -252,12 +315,12 @@ def test_what_one_process_began_two_finish(world, alone, job, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "log", log)
         with pytest.raises(KeyboardInterrupt):
-            train_sft.main(a)
+            SCRIPTS[name.split()[0]].main(a)
     assert (tmp_path / "run" / "checkpoint" / f"step-{SAVED_AT}" / "state.pt").exists()
     a.resume = True
     codes, printed = job(a, 2)
     assert codes == [0, 0], printed
-    assert_same(tmp_path / "run", alone("sft"))
+    assert_same(tmp_path / "run", alone(name))
 
 
 @pytest.mark.slow
@@ -273,16 +336,16 @@ def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_pa
     assert_same(tmp_path / "run", alone("sft"))
 
 
-def test_a_flag_that_they_do_not_support_is_refused_in_one_line_by_one(world, job, tmp_path):
-    codes, printed = job(arguments(world, tmp_path / "run", "sft", lora_rank=2), 2)
+def test_what_they_cannot_load_is_refused_in_one_line_by_one(world, job, tmp_path):
+    codes, printed = job(arguments(world, tmp_path / "run", "ppo gae", reward="WORLD/other"), 2)
     assert codes == [2, 2]
-    assert printed == ["error: --lora-rank does not work with several processes yet\n", ""]
+    assert re.search(r"\nerror: --reward .*: not a reward model .*\n$", printed[0]) and not printed[1]
 
 
 def test_a_script_for_one_process_refuses_to_be_one_of_many(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="train_ppo.py works in one process only: run it without torchrun"):
-        train_ppo.main(train_ppo.Args(model=str(write_model(tmp_path / "model")), device="cpu", reward="gold"))
+    with pytest.raises(BadInput, match="evaluate.py works in one process only: run it without torchrun"):
+        evaluate.main(evaluate.Args(models=[str(write_model(tmp_path / "model"))], device="cpu", reward="gold"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

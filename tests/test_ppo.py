@@ -133,7 +133,7 @@ def go(world, tmp_path, monkeypatch):
 
         def clip(parameters, most, clip=torch.nn.utils.clip_grad_norm_):
             parameters = [*parameters]
-            seen.gradients.append(torch.cat([w.grad.flatten().clone() for w in parameters]))
+            seen.gradients.append(torch.cat([w.grad.flatten().clone() for w in parameters if w.grad is not None]))
             return clip(parameters, most)
 
         with monkeypatch.context() as patch:
@@ -989,6 +989,53 @@ def test_it_learns(advantage, go):
 
 def brevity(prompts, responses, rows):
     return [-len(y.split()) / 3 for y in responses]
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def test_the_reference_of_adapters_is_the_policy_without_them(world, go):
+    """In the first rollout both are the same to the bit; in the second the reference is still the starting model, and
+    so is what answers before. Of the policy adapters alone are trained and kept."""
+    run = go(ref=None, lora_rank=2, max_steps=2, kl_estimator="exact")
+    first, second = run.rollouts
+    assert torch.equal(first.logps, first.ref_logps) and run.metrics[0]["objective/kl"] == 0
+    rows = Rows(second.examples)
+    with torch.no_grad():
+        logits = load(world / "model")(rows.ids, attention_mask=rows.attention).logits[:, :-1]
+    start = logits.log_softmax(-1).gather(2, rows.ids[:, 1:, None])[..., 0][rows.mask[:, 1:]]
+    assert (second.ref_logps - start).abs().max() < 1e-4 < (second.ref_logps - second.logps).abs().max()
+    assert run.results["before/kl"] == 0 and run.results["after/kl"] != 0
+    for before, after in itertools.pairwise(x.policy for x in run.updates):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and all("lora_" in name for name in moved)
+    assert (run.out / "adapter_model.safetensors").exists() and not (run.out / "model.safetensors").exists()
+
+
+def test_adapters_merged_and_alone_are_one_policy(world, go):
+    alone, merged = (go(lora_rank=2, lora_merge=merge, advantage="rloo") for merge in (False, True))
+    assert alone.metrics[0] == pytest.approx(
+        merged.metrics[0] | {k: x for k, x in alone.metrics[0].items() if "perf" in k}
+    )
+    mine, theirs, start = (
+        models.load_model(str(x), "cpu").state_dict() for x in (alone.out, merged.out, world / "model")
+    )
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in theirs)
+    moved = {name for name in theirs if not torch.equal(theirs[name], start[name])}
+    assert len(moved) == 14 and all("_proj" in name for name in moved)  # 7 products in each of 2 layers
+
+
+@pytest.mark.parametrize("advantage", ["rloo", pytest.param("gae", marks=pytest.mark.slow)])
+def test_adapters_go_on_bit_for_bit(advantage, world, tmp_path):
+    a = arguments(world, tmp_path / "run", ref=None, lora_rank=2, lora_merge=True, advantage=advantage)
+    train(dataclasses.replace(a, out=str(tmp_path / "straight")))
+    with pytest.raises(Killed):
+        stopped(a, kill)
+    [checkpoint] = (tmp_path / "run" / "checkpoint").iterdir()
+    assert all("lora_" in name for name in torch.load(checkpoint / "state.pt")["model"])
+    train(dataclasses.replace(a, resume=True))
+    assert_same(tmp_path / "run", tmp_path / "straight")
+    assert equal(*(torch.load(tmp_path / x / "last.pt") for x in ("run", "straight")))
 
 
 # -------------------------------------------------------------------------------------------------- stop and go on
