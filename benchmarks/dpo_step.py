@@ -11,10 +11,9 @@ Same pairs, model and optimizer (AdamW, gradient clipping), float32. Each side g
     trl_default   reference model in every step, gradient checkpointing
     loop          one padded batch, reference model in every step, float32 logits of every position, log_softmax
 
-Before any timing ours, TRL and the loop must agree on every summed log-prob and on the norm of the first gradient.
+Before any timing all sides must agree on every summed log-prob and on the norm of the first gradient.
 """
 
-import random
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import compare, watch
-from rlhf import data, models
+from rlhf import models
 from rlhf.data import Example
 
 PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
@@ -33,7 +32,6 @@ PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
     "ultrafeedback": (150, 250),
     "helpsteer": (500, 120),
 }
-SPREAD, LONGEST = 0.6, 1024  # standard deviation of log length; tokens of a prompt with a response
 BETA, LR = 0.1, 1e-6
 SIDES = ("ours", "trl_best", "trl_best_1", "trl_default", "loop")
 
@@ -59,7 +57,7 @@ class Args:
 
 
 def sequences(job: dict) -> list[tuple[list[int], list[int], list[int]]]:
-    return [(x["prompt"], *x["responses"]) for x in job["pairs"]]
+    return [(x["prompt"], *x["responses"]) for x in job["rows"]]
 
 
 def ours(job: dict) -> dict:
@@ -166,27 +164,10 @@ def loop(job: dict) -> dict:
 
 
 def make_pairs(a: Args, profile: str, model: str) -> list[dict]:
-    count, rng = a.pairs * a.steps, random.Random(0)
+    count = a.pairs * a.steps
     if a.data:
-        rows, skipped = data.read_rows(a.data, None, False)
-        examples, _ = data.build(rows, models.load_tokenizer(model), "preference", 512, LONGEST, True, skipped)
-        return [{"prompt": e.prompt, "responses": e.responses} for e in rng.sample(examples, count)]
-    ids = lambda n: compare.random_ids(model, rng, n)  # noqa: E731
-    length = lambda mean: max(4, round(mean * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD)))  # noqa: E731
-    pairs = []
-    for _ in range(count):
-        prompt, responses = min(length(PROFILES[profile][0]), 512), [length(PROFILES[profile][1]) for _ in range(2)]
-        pairs.append({"prompt": ids(prompt), "responses": [ids(min(n, LONGEST - prompt)) for n in responses]})
-    return pairs
-
-
-def operations(model, pairs: list[dict]) -> float:
-    """Floating-point operations of the matrix products of a pass over the pairs, each prompt once, and the head on
-    responses alone: 6 for a weight and a token. Those of attention are not counted."""
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(x.numel() for x in model.base_model.layers.parameters() if x.ndim == 2)
-    responses = sum(len(r) for x in pairs for r in x["responses"])
-    return 6 * (body * (responses + sum(len(x["prompt"]) for x in pairs)) + head * responses)
+        return compare.rows_of(a.data, model, "preference", count)
+    return compare.random_rows(model, count, *PROFILES[profile], k=2)
 
 
 def main(a: Args) -> None:
@@ -198,29 +179,8 @@ def main(a: Args) -> None:
         loaded = models.load_model(model, "cpu")
         rate = watch.matrix_rate(loaded)
         for profile in [a.data] if a.data else a.profiles:
-            pairs = make_pairs(a, profile, model)
-            job = {"model": model, "pairs": pairs[: a.pairs], "batch": a.pairs, "epochs": 1}
-            first = {x: y[0] for x, y in compare.in_turn("dpo_step", ["ours", "trl_best_1", "loop"], job, 1).items()}
-            for side in ("trl_best_1", "loop"):
-                gap = compare.largest_gap(first["ours"]["logps"], first[side]["logps"])
-                compare.require_parity(f"summed log-probs of ours and {side}", gap, 1e-3)
-                ratio = first["ours"]["norms"][0] / first[side]["norms"][0]
-                compare.require_parity(f"gradient norms of ours and {side}", abs(ratio - 1), 1e-4)
-            runs = compare.in_turn("dpo_step", a.sides, job | {"pairs": pairs, "epochs": 2}, a.rounds)
-            tokens = sum(len(x["prompt"]) + len(r) for x in pairs for r in x["responses"])
-            base: tuple[float, ...] = ()  # ours, which is the first side
-            for side, found in runs.items():
-                for run in found:
-                    run["pass"], run["pass, cpu"] = sum(run["seconds"][a.steps :]), sum(run["cpu"][a.steps :])
-                seconds, peak = compare.median(found, "pass"), compare.median(found, "peak")
-                cpu, reference = compare.median(found, "pass, cpu"), compare.median(found, "reference")
-                base = base or (seconds, cpu, peak)
-                rows.append({
-                    "rows": Path(profile).name, "side": side, "s/step": seconds / a.steps,
-                    "real tokens/s": tokens / seconds, "time / ours": seconds / base[0], "cpu / ours": cpu / base[1],
-                    "peak MiB": peak, "ours / peak": base[2] / peak, "reference s": reference,
-                    "share of matrix rate": operations(loaded, pairs) / seconds / rate,
-                })  # fmt: skip
+            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs}
+            rows += compare.optimizer_steps("dpo_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
     compare.report("dpo_step", rows, a.quick)
 
 

@@ -123,9 +123,16 @@ def trainer(own) -> dict:
             watched["steps"].end()
 
     def keep_logps(model, args, kwargs, out):
-        if torch.is_grad_enabled() and watched["steps"].first():
-            for ids, mask, logps in zip(kwargs["input_ids"], kwargs["attention_mask"], out.log_probs, strict=True):
-                watched["steps"].found["logps"][key(ids[mask.bool()].tolist())] = logps.detach().double().sum().item()
+        if not (torch.is_grad_enabled() and watched["steps"].first()):
+            return
+        ids, logps = kwargs["input_ids"], out.log_probs.detach().double()
+        if "attention_mask" in kwargs:
+            rows = [row[mask.bool()] for row, mask in zip(ids, kwargs["attention_mask"], strict=True)]
+        else:  # all in one row, a sequence from one position 0 to the next
+            starts = (kwargs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
+            rows, logps = ids[0].tensor_split(starts), logps[0].tensor_split(starts)
+        for row, own in zip(rows, logps, strict=True):
+            watched["steps"].found["logps"][key(row.tolist())] = own.sum().item()
 
     def clip(*args, _clip=own.accelerator.clip_grad_norm_, **kwargs):
         norm = _clip(*args, **kwargs)
