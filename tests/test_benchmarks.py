@@ -4,12 +4,13 @@ Our sides and the plain loop run here on a tiny model; those of TRL (slow tests)
 """
 
 import csv
+import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare, dpo_step, logprobs, rl_step, rollout, scaling, sft_step
+from benchmarks import compare, dpo_step, logprobs, rl_step, rollout, scaling, sft_step, startup
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,21 @@ def test_trl_computes_the_log_probs_and_the_gradient_of_our_sft_step(model, side
     mine, theirs = sft_step.ours(job), sft_step.WORKERS[side](job)
     assert compare.largest_gap(mine["logps"], theirs["logps"]) < 1e-3
     assert mine["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_startup_times_the_first_step_and_the_next_run_of_a_sweep(model, tmp_path):
+    rows = [{"prompt": f"w{i} w30", "chosen": f"w{i + 40}", "rejected": f"w{i + 60}"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data": f"{tmp_path}/pairs.jsonl", "eval_fraction": 0.2, "eval_prompts": 0, "device": "cpu"}
+    job = {"model": model, "folder": str(tmp_path), "flags": given}
+    with pytest.raises(SystemExit, match="not in the cache"):
+        startup.next_run(job)
+    first = startup.first_step(job)
+    assert first["cpu"] > 0 and [*(tmp_path / "cache").iterdir()]
+    again = startup.next_run(job)
+    assert 0 < again["seconds"] < first["seconds"] and 0 < again["cpu"] < first["cpu"]
+    assert startup.show_help(job)["seconds"] > 0
 
 
 @pytest.mark.slow
