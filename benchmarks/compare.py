@@ -22,6 +22,7 @@ from rlhf.runs import processor, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SPREAD, LONGEST = 0.6, 1024  # standard deviation of log length; tokens of a prompt with a response
+H100 = 989e12  # operations a second of its matrix units in bfloat16, as the maker states them
 
 
 def cli(main: Callable, args_class: type, workers: dict[str, Callable[[dict], dict]]) -> None:
@@ -116,10 +117,12 @@ def optimizer_steps(
 ) -> list[dict[str, str | float]]:
     """A row of the table for each side of benchmarks/SCRIPT.py: its optimizer step, with `batch` of the job's rows.
 
-    All must agree with the first side on the first step's summed log-probs and gradient norm. Then each goes twice over
-    the rows, and the second pass is timed. `rate` is what the products of `model` reach alone.
+    All must agree with the first side on the first step's summed log-probs and gradient norm, in float32 whatever the
+    job's dtype. Then each goes twice over the rows, and the second pass is timed. `rate` is what the products of
+    `model` reach alone.
     """
-    first = in_turn(script, sides, job | {"rows": job["rows"][: job["batch"]], "epochs": 1}, 1)
+    one_step = {"rows": job["rows"][: job["batch"]], "epochs": 1, "dtype": "float32"}
+    first = in_turn(script, sides, job | one_step, 1)
     mine = first[sides[0]][0]
     for side in sides[1:]:
         theirs = first[side][0]
@@ -141,6 +144,8 @@ def optimizer_steps(
             "peak MiB": peak, "ours / peak": base[2] / peak,
             "share of matrix rate": operations(model, job["rows"]) / seconds / rate,
         })  # fmt: skip
+        if job["device"] != "cpu":
+            table[-1]["share of 989 TF/s"] = operations(model, job["rows"]) / seconds / H100
         if "reference" in found[0]:
             table[-1]["reference s"] = median(found, "reference")
     return table
@@ -174,9 +179,11 @@ def random_ids(model: str, rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(size // 10, size * 9 // 10) for _ in range(count)]
 
 
-def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> None:
-    """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/NAME.csv and
-    benchmarks/README.md, or of a short run to runs/benchmarks/NAME.csv alone."""
+def report(script: str, rows: Sequence[dict[str, str | float]], quick: bool, device: str = "cpu") -> None:
+    """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/SCRIPT.csv and
+    benchmarks/README.md, or of a short run to runs/benchmarks alone. A GPU's are in SCRIPT_cuda.csv, and a table of
+    their own."""
+    name = script if device == "cpu" else f"{script}_cuda"
     shown = [
         [x if isinstance(x, str) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in r.values()] for r in rows
     ]
@@ -184,8 +191,9 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
     print(f"\n{lines}\n")
     installed = {x.name: x.version for x in importlib.metadata.distributions()}
     packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}"
     facts = {
-        "hardware": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}",
+        "hardware": threads if device == "cpu" else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -201,7 +209,7 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
         readme = ROOT / "benchmarks/README.md"
         before, after = readme.read_text().split(f"<!-- {name} -->\n")
         flags = "".join(f" {os.path.basename(x)}" for x in sys.argv[1:])
-        made = f"`python -m benchmarks.{name}{flags}`: {', '.join(facts.values())}"
+        made = f"`python -m benchmarks.{script}{flags}`: {', '.join(facts.values())}"
         after = after.partition("<!-- end -->")[2]
         readme.write_text(f"{before}<!-- {name} -->\n```\n{lines}\n```\n\n{made}\n<!-- end -->{after}")
 

@@ -2,22 +2,26 @@
 
     python -m benchmarks.dpo_step [--model DIR] [--data FILE] [--profiles hh ultrafeedback helpsteer] [--quick]
 
-Same pairs, model and optimizer (AdamW, gradient clipping), float32. Each side goes twice over the pairs in steps of
-`--pairs`; the second pass is timed. The sides:
+    python -m benchmarks.dpo_step --device cuda --dtype bfloat16 --micro-batch-tokens 16384 --model DIR
+
+Same pairs, model and optimizer (AdamW, gradient clipping). Each side goes twice over the pairs in steps of `--pairs`;
+the second pass is timed. The sides:
 
     ours          train_dpo.main with its defaults; reference log-probs before training
     trl_best      reference log-probs before training, no gradient checkpointing, batches of like lengths
     trl_best_1    the same in micro-batches of one pair: least padding
     trl_default   reference model in every step, gradient checkpointing
     loop          one padded batch, reference model in every step, float32 logits of every position, log_softmax
+    trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
-Before any timing all sides must agree on every summed log-prob and on the norm of the first gradient.
+Before any timing all sides must agree, in float32, on every summed log-prob and on the norm of the first gradient.
 """
 
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -51,7 +55,13 @@ class Args:
     rounds: int = 2
     """processes of each side"""
     sides: tuple[str, ...] = SIDES
-    """ours, trl_best, trl_best_1, trl_default, loop"""
+    """ours, trl_best, trl_best_1, trl_default, loop, trl_bf16"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """of both sides"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products of both sides; weights are float32"""
+    micro_batch_tokens: int = 2048
+    """tokens of one forward pass of ours"""
     quick: bool = False
     """a short run"""
 
@@ -89,12 +99,13 @@ def ours(job: dict) -> dict:
         watch.script() as watched,
     ):
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}
+        flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens")}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
         train_dpo.main(train_dpo.Args(**flags, eval_fraction=0.0, eval_prompts=0))
     return watched["steps"].found | extra
 
 
-def trl(job: dict, best: bool, rows: int | None = None) -> dict:
+def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32") -> dict:
     """TRL's trainer on the job, with `rows` pairs a micro-batch, watched from outside."""
     import datasets
     import trl
@@ -120,8 +131,7 @@ def trl(job: dict, best: bool, rows: int | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=job["batch"] // rows,
-            num_train_epochs=job["epochs"], beta=BETA, learning_rate=LR, max_length=None, bf16=False, use_cpu=True,
-            report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, **options if best else {},
+            beta=BETA, learning_rate=LR, **watch.settings(job, weights), **options if best else {},
         )  # fmt: skip
         trainer = Watched(
             model=job["model"], args=settings, train_dataset=datasets.Dataset.from_dict(columns),
@@ -132,13 +142,15 @@ def trl(job: dict, best: bool, rows: int | None = None) -> dict:
 
 def loop(job: dict) -> dict:
     """Chosen and rejected as rows of one padded batch, and log_softmax of all their logits."""
-    policy, reference = (models.load_model(job["model"], "cpu") for _ in range(2))
+    device, dtype = job["device"], models.DTYPES[job["dtype"]]
+    policy, reference = (models.load_model(job["model"], device) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     watch.read_weights(policy, reference)
-    steps = watch.Steps()
+    steps = watch.Steps(device)
 
     def sums(model, ids, mask, scored):
-        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         return (logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * scored[:, 1:]).sum(1)
 
     pairs = sequences(job)
@@ -146,9 +158,9 @@ def loop(job: dict) -> dict:
         steps.begin()
         first = step * job["batch"] % len(pairs)
         rows = [(p, r) for side in (1, 2) for p, r in ((x[0], x[side]) for x in pairs[first : first + job["batch"]])]
-        ids = pad_sequence([torch.tensor(p + r) for p, r in rows], True)
-        mask = pad_sequence([torch.ones(len(p + r)).long() for p, r in rows], True)
-        scored = pad_sequence([torch.tensor([0.0] * len(p) + [1.0] * len(r)) for p, r in rows], True)
+        ids = pad_sequence([torch.tensor(p + r) for p, r in rows], True).to(device)
+        mask = pad_sequence([torch.ones(len(p + r)).long() for p, r in rows], True).to(device)
+        scored = pad_sequence([torch.tensor([0.0] * len(p) + [1.0] * len(r)) for p, r in rows], True).to(device)
         with torch.no_grad():
             ref_logps = sums(reference, ids, mask, scored)
         logps = sums(policy, ids, mask, scored)
@@ -177,11 +189,12 @@ def main(a: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
-        rate = watch.matrix_rate(loaded)
+        rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
+        how = {"device": a.device, "dtype": a.dtype, "micro_batch_tokens": a.micro_batch_tokens}
         for profile in [a.data] if a.data else a.profiles:
-            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs}
+            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs, **how}
             rows += compare.optimizer_steps("dpo_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
-    compare.report("dpo_step", rows, a.quick)
+    compare.report("dpo_step", rows, a.quick, a.device)
 
 
 WORKERS = {
@@ -189,6 +202,7 @@ WORKERS = {
     "trl_best": lambda job: trl(job, best=True),
     "trl_best_1": lambda job: trl(job, best=True, rows=1),
     "trl_default": lambda job: trl(job, best=False),
+    "trl_bf16": lambda job: trl(job, best=True, weights="bfloat16"),
     "loop": loop,
 }
 

@@ -2,22 +2,26 @@
 
     python -m benchmarks.sft_step [--model DIR] [--data FILE] [--profiles short chats] [--quick]
 
-Same rows, model and optimizer (AdamW, gradient clipping), float32, loss on the response alone. Each side goes twice
-over the rows in steps of `--rows`; the second pass is timed. The sides:
+    python -m benchmarks.sft_step --device cuda --dtype bfloat16 --micro-batch-tokens 16384 --model DIR
+
+Same rows, model and optimizer (AdamW, gradient clipping), loss on the response alone. Each side goes twice over the
+rows in steps of `--rows`; the second pass is timed. The sides:
 
     ours          train_sft.main with its defaults
     trl_best      no gradient checkpointing, batches of like lengths
     trl_best_1    the same in micro-batches of one row: no padding, and least memory
     trl_packed    no gradient checkpointing, the rows of a micro-batch end to end (padding_free)
     trl_default   gradient checkpointing, random batches
+    trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
 TRL's micro-batches have 8 rows, as is its default, or a step's where those are fewer. Before any timing all sides must
-agree on every summed log-prob and on the norm of the first gradient.
+agree, in float32, on every summed log-prob and on the norm of the first gradient.
 """
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 from benchmarks import compare, watch
@@ -44,7 +48,13 @@ class Args:
     rounds: int = 2
     """processes of each side"""
     sides: tuple[str, ...] = SIDES
-    """ours, trl_best, trl_best_1, trl_packed, trl_default"""
+    """ours, trl_best, trl_best_1, trl_packed, trl_default, trl_bf16"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """of both sides"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products of both sides; weights are float32"""
+    micro_batch_tokens: int = 2048
+    """tokens of one forward pass of ours"""
     quick: bool = False
     """a short run"""
 
@@ -69,7 +79,8 @@ def ours(job: dict) -> dict:
             watched["steps"].found["logps"] |= zip(names, logps.tolist(), strict=True)
         return sft(logps)
 
-    flags = {"model": job["model"], "batch_size": job["batch"], "epochs": job["epochs"], "lr": LR, "warmup": 0.0}
+    flags = {"batch_size": job["batch"], "lr": LR, "warmup": 0.0}
+    flags |= {name: job[name] for name in ("model", "epochs", "device", "dtype", "micro_batch_tokens")}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(train_sft, read=lambda *_: examples, collate=watched_collate),
@@ -80,7 +91,7 @@ def ours(job: dict) -> dict:
     return watched["steps"].found
 
 
-def trl(job: dict, rows: int = 8, **options) -> dict:
+def trl(job: dict, rows: int = 8, weights: str = "float32", **options) -> dict:
     """TRL's trainer on the job, with `rows` rows a micro-batch, watched from outside."""
     import datasets
     import trl
@@ -96,8 +107,7 @@ def trl(job: dict, rows: int = 8, **options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.SFTConfig(
             output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=job["batch"] // rows,
-            num_train_epochs=job["epochs"], learning_rate=LR, max_length=None, bf16=False, use_cpu=True,
-            report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, **options,
+            learning_rate=LR, **watch.settings(job, weights), **options,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
             model=job["model"], args=settings,
@@ -114,15 +124,16 @@ def main(a: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
-        rate = watch.matrix_rate(loaded)
+        rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
+        how = {"device": a.device, "dtype": a.dtype, "micro_batch_tokens": a.micro_batch_tokens}
         for profile in [a.data] if a.data else a.profiles:
             if a.data:
                 examples = compare.rows_of(a.data, model, "sft", count)
             else:
                 examples = compare.random_rows(model, count, *PROFILES[profile], k=1)
-            job = {"model": model, "rows": examples, "batch": a.rows}
+            job = {"model": model, "rows": examples, "batch": a.rows, **how}
             rows += compare.optimizer_steps("sft_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
-    compare.report("sft_step", rows, a.quick)
+    compare.report("sft_step", rows, a.quick, a.device)
 
 
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
@@ -133,6 +144,7 @@ WORKERS = {
     "trl_best_1": lambda job: trl(job, rows=1, **LIKE_LENGTHS),
     "trl_packed": lambda job: trl(job, padding_free=True, **NO_CHECKPOINTING),
     "trl_default": trl,
+    "trl_bf16": lambda job: trl(job, weights="bfloat16", **LIKE_LENGTHS),
 }
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ def sums_of_logits(model: str, sequences: list[tuple[list[int], list[int]]]) -> 
     return found
 
 
+ON_CPU = {"device": "cpu", "dtype": "float32", "micro_batch_tokens": 2048}
+
+
 def rl_job(model: str, method: str) -> dict:
     a = rl_step.Args(prompts=2, k=4, longest_prompt=16, longest_answer=8)
     return rl_step.make_job(a, model, method)
@@ -36,7 +39,8 @@ def rl_job(model: str, method: str) -> dict:
 
 def dpo_job(model: str) -> dict:
     dpo_step.PROFILES["tiny"] = (12, 8)
-    return {"model": model, "rows": dpo_step.make_pairs(dpo_step.Args(pairs=4, steps=1), "tiny", model), "batch": 4}
+    pairs = dpo_step.make_pairs(dpo_step.Args(pairs=4, steps=1), "tiny", model)
+    return {"model": model, "rows": pairs, "batch": 4, **ON_CPU}
 
 
 def sft_job(model: str, cut: bool = False) -> dict:
@@ -44,7 +48,7 @@ def sft_job(model: str, cut: bool = False) -> dict:
     rows = compare.random_rows(model, 4, 12, 8, k=1)
     if cut:
         rows = [x | {"trained": [[j % 2 == 0 for j in range(len(x["responses"][0]))]]} for x in rows]
-    return {"model": model, "rows": rows, "batch": 4}
+    return {"model": model, "rows": rows, "batch": 4, **ON_CPU}
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
