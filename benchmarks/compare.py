@@ -17,9 +17,12 @@ import torch
 import transformers
 import tyro
 
+from rlhf import data, models
 from rlhf.runs import processor, table
 
 ROOT = Path(__file__).resolve().parents[1]
+SPREAD, LONGEST = 0.6, 1024  # standard deviation of log length; tokens of a prompt with a response
+H100 = 989e12  # operations a second of its matrix units in bfloat16, as the maker states them
 
 
 def cli(main: Callable, args_class: type, workers: dict[str, Callable[[dict], dict]]) -> None:
@@ -71,6 +74,83 @@ def key(tokens: Sequence[int]) -> str:
     return " ".join(map(str, tokens))
 
 
+# ---------------------------------------------------------------------------------------- optimizer steps of many sides
+
+
+def random_rows(model: str, count: int, prompt: int, response: int, k: int) -> list[dict]:
+    """Prompts of random tokens with k responses each; lengths are log-normal with the means `prompt` and `response`."""
+    rng = random.Random(0)
+    length = lambda mean: max(4, round(mean * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD)))  # noqa: E731
+    rows = []
+    for _ in range(count):
+        size, sizes = min(length(prompt), 512), [length(response) for _ in range(k)]
+        ids = random_ids(model, rng, size)
+        answers = [random_ids(model, rng, min(n, LONGEST - size)) for n in sizes]
+        rows.append({"prompt": ids, "responses": answers, "trained": None})
+    return rows
+
+
+def rows_of(source: str, model: str, kind: str, count: int) -> list[dict]:
+    """As many rows of a data set as token ids, drawn at random, with the model's own tokenizer and chat template."""
+    rows, skipped = data.read_rows(source, None, False)
+    examples, _ = data.build(rows, models.load_tokenizer(model), kind, 512, LONGEST, True, skipped)
+    drawn = random.Random(0).sample(examples, count)
+    return [{"prompt": e.prompt, "responses": e.responses, "trained": e.trained} for e in drawn]
+
+
+def scored(row: dict) -> int:
+    """Response tokens of a row that a loss counts."""
+    return sum(map(sum, row["trained"])) if row["trained"] else sum(map(len, row["responses"]))
+
+
+def operations(model, rows: Sequence[dict]) -> float:
+    """Floating-point operations of the matrix products of a pass over the rows, each prompt once, and the head on
+    scored tokens alone: 6 for a weight and a token. Those of attention are not counted."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(x.numel() for x in model.base_model.layers.parameters() if x.ndim == 2)
+    tokens = sum(len(x["prompt"]) + sum(map(len, x["responses"])) for x in rows)
+    return 6 * (body * tokens + head * sum(map(scored, rows)))
+
+
+def optimizer_steps(
+    script: str, name: str, job: dict, sides: Sequence[str], rounds: int, model, rate: float
+) -> list[dict[str, str | float]]:
+    """A row of the table for each side of benchmarks/SCRIPT.py: its optimizer step, with `batch` of the job's rows.
+
+    All must agree with the first side on the first step's summed log-probs and gradient norm, in float32 whatever the
+    job's dtype. Then each goes twice over the rows, and the second pass is timed. `rate` is what the products of
+    `model` reach alone.
+    """
+    one_step = {"rows": job["rows"][: job["batch"]], "epochs": 1, "dtype": "float32"}
+    first = in_turn(script, sides, job | one_step, 1)
+    mine = first[sides[0]][0]
+    for side in sides[1:]:
+        theirs = first[side][0]
+        require_parity(f"summed log-probs of {sides[0]} and {side}", largest_gap(mine["logps"], theirs["logps"]), 1e-3)
+        ratio = mine["norms"][0] / theirs["norms"][0]
+        require_parity(f"gradient norms of {sides[0]} and {side}", abs(ratio - 1), 1e-4)
+    runs = in_turn(script, sides, job | {"epochs": 2}, rounds)
+    tokens = sum(len(x["prompt"]) + len(r) for x in job["rows"] for r in x["responses"])
+    steps, table = len(job["rows"]) // job["batch"], []
+    base: tuple[float, ...] = ()  # the first side's
+    for side, found in runs.items():
+        for run in found:
+            run["pass"], run["pass, cpu"] = sum(run["seconds"][steps:]), sum(run["cpu"][steps:])
+        seconds, cpu, peak = (median(found, field) for field in ("pass", "pass, cpu", "peak"))
+        base = base or (seconds, cpu, peak)
+        table.append({
+            "rows": name, "side": side, "s/step": seconds / steps, "real tokens/s": tokens / seconds,
+            "time / ours": seconds / base[0], "cpu / ours": cpu / base[1],
+            "peak MiB": peak, "ours / peak": base[2] / peak,
+            "share of matrix rate": operations(model, job["rows"]) / seconds / rate,
+        })  # fmt: skip
+        if job["device"] != "cpu":
+            table[-1]["share of 989 TF/s"] = operations(model, job["rows"]) / seconds / H100
+        if "reference" in found[0]:
+            table[-1]["reference s"] = median(found, "reference")
+    return table
+
+
 # --------------------------------------------------------------------------------------------------- model and results
 
 
@@ -99,9 +179,11 @@ def random_ids(model: str, rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(size // 10, size * 9 // 10) for _ in range(count)]
 
 
-def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> None:
-    """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/NAME.csv and
-    benchmarks/README.md, or of a short run to runs/benchmarks/NAME.csv alone."""
+def report(script: str, rows: Sequence[dict[str, str | float]], quick: bool, device: str = "cpu") -> None:
+    """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/SCRIPT.csv and
+    benchmarks/README.md, or of a short run to runs/benchmarks alone. A GPU's are in SCRIPT_cuda.csv, and a table of
+    their own."""
+    name = script if device == "cpu" else f"{script}_cuda"
     shown = [
         [x if isinstance(x, str) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in r.values()] for r in rows
     ]
@@ -109,8 +191,9 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
     print(f"\n{lines}\n")
     installed = {x.name: x.version for x in importlib.metadata.distributions()}
     packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}"
     facts = {
-        "hardware": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}",
+        "hardware": threads if device == "cpu" else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -126,7 +209,7 @@ def report(name: str, rows: Sequence[dict[str, str | float]], quick: bool) -> No
         readme = ROOT / "benchmarks/README.md"
         before, after = readme.read_text().split(f"<!-- {name} -->\n")
         flags = "".join(f" {os.path.basename(x)}" for x in sys.argv[1:])
-        made = f"`python -m benchmarks.{name}{flags}`: {', '.join(facts.values())}"
+        made = f"`python -m benchmarks.{script}{flags}`: {', '.join(facts.values())}"
         after = after.partition("<!-- end -->")[2]
         readme.write_text(f"{before}<!-- {name} -->\n```\n{lines}\n```\n\n{made}\n<!-- end -->{after}")
 

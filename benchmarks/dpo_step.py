@@ -2,30 +2,33 @@
 
     python -m benchmarks.dpo_step [--model DIR] [--data FILE] [--profiles hh ultrafeedback helpsteer] [--quick]
 
-Same pairs, model and optimizer (AdamW, gradient clipping), float32. Each side goes twice over the pairs in steps of
-`--pairs`; the second pass is timed. The sides:
+    python -m benchmarks.dpo_step --device cuda --dtype bfloat16 --micro-batch-tokens 16384 --model DIR
+
+Same pairs, model and optimizer (AdamW, gradient clipping). Each side goes twice over the pairs in steps of `--pairs`;
+the second pass is timed. The sides:
 
     ours          train_dpo.main with its defaults; reference log-probs before training
     trl_best      reference log-probs before training, no gradient checkpointing, batches of like lengths
     trl_best_1    the same in micro-batches of one pair: least padding
     trl_default   reference model in every step, gradient checkpointing
     loop          one padded batch, reference model in every step, float32 logits of every position, log_softmax
+    trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
-Before any timing ours, TRL and the loop must agree on every summed log-prob and on the norm of the first gradient.
+Before any timing all sides must agree, in float32, on every summed log-prob and on the norm of the first gradient.
 """
 
-import random
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import compare, watch
-from rlhf import data, models
+from rlhf import models
 from rlhf.data import Example
 
 PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
@@ -33,7 +36,6 @@ PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
     "ultrafeedback": (150, 250),
     "helpsteer": (500, 120),
 }
-SPREAD, LONGEST = 0.6, 1024  # standard deviation of log length; tokens of a prompt with a response
 BETA, LR = 0.1, 1e-6
 SIDES = ("ours", "trl_best", "trl_best_1", "trl_default", "loop")
 
@@ -53,13 +55,19 @@ class Args:
     rounds: int = 2
     """processes of each side"""
     sides: tuple[str, ...] = SIDES
-    """ours, trl_best, trl_best_1, trl_default, loop"""
+    """ours, trl_best, trl_best_1, trl_default, loop, trl_bf16"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """of both sides"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products of both sides; weights are float32"""
+    micro_batch_tokens: int = 2048
+    """tokens of one forward pass of ours"""
     quick: bool = False
     """a short run"""
 
 
 def sequences(job: dict) -> list[tuple[list[int], list[int], list[int]]]:
-    return [(x["prompt"], *x["responses"]) for x in job["pairs"]]
+    return [(x["prompt"], *x["responses"]) for x in job["rows"]]
 
 
 def ours(job: dict) -> dict:
@@ -91,12 +99,13 @@ def ours(job: dict) -> dict:
         watch.script() as watched,
     ):
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}
+        flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens")}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
         train_dpo.main(train_dpo.Args(**flags, eval_fraction=0.0, eval_prompts=0))
     return watched["steps"].found | extra
 
 
-def trl(job: dict, best: bool, rows: int | None = None) -> dict:
+def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32") -> dict:
     """TRL's trainer on the job, with `rows` pairs a micro-batch, watched from outside."""
     import datasets
     import trl
@@ -122,8 +131,7 @@ def trl(job: dict, best: bool, rows: int | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=job["batch"] // rows,
-            num_train_epochs=job["epochs"], beta=BETA, learning_rate=LR, max_length=None, bf16=False, use_cpu=True,
-            report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, **options if best else {},
+            beta=BETA, learning_rate=LR, **watch.settings(job, weights), **options if best else {},
         )  # fmt: skip
         trainer = Watched(
             model=job["model"], args=settings, train_dataset=datasets.Dataset.from_dict(columns),
@@ -134,13 +142,15 @@ def trl(job: dict, best: bool, rows: int | None = None) -> dict:
 
 def loop(job: dict) -> dict:
     """Chosen and rejected as rows of one padded batch, and log_softmax of all their logits."""
-    policy, reference = (models.load_model(job["model"], "cpu") for _ in range(2))
+    device, dtype = job["device"], models.DTYPES[job["dtype"]]
+    policy, reference = (models.load_model(job["model"], device) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     watch.read_weights(policy, reference)
-    steps = watch.Steps()
+    steps = watch.Steps(device)
 
     def sums(model, ids, mask, scored):
-        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         return (logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * scored[:, 1:]).sum(1)
 
     pairs = sequences(job)
@@ -148,9 +158,9 @@ def loop(job: dict) -> dict:
         steps.begin()
         first = step * job["batch"] % len(pairs)
         rows = [(p, r) for side in (1, 2) for p, r in ((x[0], x[side]) for x in pairs[first : first + job["batch"]])]
-        ids = pad_sequence([torch.tensor(p + r) for p, r in rows], True)
-        mask = pad_sequence([torch.ones(len(p + r)).long() for p, r in rows], True)
-        scored = pad_sequence([torch.tensor([0.0] * len(p) + [1.0] * len(r)) for p, r in rows], True)
+        ids = pad_sequence([torch.tensor(p + r) for p, r in rows], True).to(device)
+        mask = pad_sequence([torch.ones(len(p + r)).long() for p, r in rows], True).to(device)
+        scored = pad_sequence([torch.tensor([0.0] * len(p) + [1.0] * len(r)) for p, r in rows], True).to(device)
         with torch.no_grad():
             ref_logps = sums(reference, ids, mask, scored)
         logps = sums(policy, ids, mask, scored)
@@ -166,27 +176,10 @@ def loop(job: dict) -> dict:
 
 
 def make_pairs(a: Args, profile: str, model: str) -> list[dict]:
-    count, rng = a.pairs * a.steps, random.Random(0)
+    count = a.pairs * a.steps
     if a.data:
-        rows, skipped = data.read_rows(a.data, None, False)
-        examples, _ = data.build(rows, models.load_tokenizer(model), "preference", 512, LONGEST, True, skipped)
-        return [{"prompt": e.prompt, "responses": e.responses} for e in rng.sample(examples, count)]
-    ids = lambda n: compare.random_ids(model, rng, n)  # noqa: E731
-    length = lambda mean: max(4, round(mean * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD)))  # noqa: E731
-    pairs = []
-    for _ in range(count):
-        prompt, responses = min(length(PROFILES[profile][0]), 512), [length(PROFILES[profile][1]) for _ in range(2)]
-        pairs.append({"prompt": ids(prompt), "responses": [ids(min(n, LONGEST - prompt)) for n in responses]})
-    return pairs
-
-
-def operations(model, pairs: list[dict]) -> float:
-    """Floating-point operations of the matrix products of a pass over the pairs, each prompt once, and the head on
-    responses alone: 6 for a weight and a token. Those of attention are not counted."""
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(x.numel() for x in model.base_model.layers.parameters() if x.ndim == 2)
-    responses = sum(len(r) for x in pairs for r in x["responses"])
-    return 6 * (body * (responses + sum(len(x["prompt"]) for x in pairs)) + head * responses)
+        return compare.rows_of(a.data, model, "preference", count)
+    return compare.random_rows(model, count, *PROFILES[profile], k=2)
 
 
 def main(a: Args) -> None:
@@ -196,32 +189,12 @@ def main(a: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
-        rate = watch.matrix_rate(loaded)
+        rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
+        how = {"device": a.device, "dtype": a.dtype, "micro_batch_tokens": a.micro_batch_tokens}
         for profile in [a.data] if a.data else a.profiles:
-            pairs = make_pairs(a, profile, model)
-            job = {"model": model, "pairs": pairs[: a.pairs], "batch": a.pairs, "epochs": 1}
-            first = {x: y[0] for x, y in compare.in_turn("dpo_step", ["ours", "trl_best_1", "loop"], job, 1).items()}
-            for side in ("trl_best_1", "loop"):
-                gap = compare.largest_gap(first["ours"]["logps"], first[side]["logps"])
-                compare.require_parity(f"summed log-probs of ours and {side}", gap, 1e-3)
-                ratio = first["ours"]["norms"][0] / first[side]["norms"][0]
-                compare.require_parity(f"gradient norms of ours and {side}", abs(ratio - 1), 1e-4)
-            runs = compare.in_turn("dpo_step", a.sides, job | {"pairs": pairs, "epochs": 2}, a.rounds)
-            tokens = sum(len(x["prompt"]) + len(r) for x in pairs for r in x["responses"])
-            base: tuple[float, ...] = ()  # ours, which is the first side
-            for side, found in runs.items():
-                for run in found:
-                    run["pass"], run["pass, cpu"] = sum(run["seconds"][a.steps :]), sum(run["cpu"][a.steps :])
-                seconds, peak = compare.median(found, "pass"), compare.median(found, "peak")
-                cpu, reference = compare.median(found, "pass, cpu"), compare.median(found, "reference")
-                base = base or (seconds, cpu, peak)
-                rows.append({
-                    "rows": Path(profile).name, "side": side, "s/step": seconds / a.steps,
-                    "real tokens/s": tokens / seconds, "time / ours": seconds / base[0], "cpu / ours": cpu / base[1],
-                    "peak MiB": peak, "ours / peak": base[2] / peak, "reference s": reference,
-                    "share of matrix rate": operations(loaded, pairs) / seconds / rate,
-                })  # fmt: skip
-    compare.report("dpo_step", rows, a.quick)
+            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs, **how}
+            rows += compare.optimizer_steps("dpo_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
+    compare.report("dpo_step", rows, a.quick, a.device)
 
 
 WORKERS = {
@@ -229,6 +202,7 @@ WORKERS = {
     "trl_best": lambda job: trl(job, best=True),
     "trl_best_1": lambda job: trl(job, best=True, rows=1),
     "trl_default": lambda job: trl(job, best=False),
+    "trl_bf16": lambda job: trl(job, best=True, weights="bfloat16"),
     "loop": loop,
 }
 

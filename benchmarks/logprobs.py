@@ -7,17 +7,22 @@
     naive              float32 logits, log_softmax, gather
     trl                TRL's chunked function
     trl, as in DPO     the same with the metrics that DPOTrainer asks of it
-    torch              F.linear_cross_entropy, 256 rows a chunk (with its automatic chunks it takes many times longer)
+    torch              F.linear_cross_entropy, 256 rows a chunk, on a GPU 2,048 (with its automatic chunks it takes many
+                       times longer)
+    liger              liger-kernel's fused linear cross entropy, reduction "none"; on a GPU in bfloat16
+    liger, scaled      its per-token kernel for Hopper; the same
+    cce                cut-cross-entropy, reduction "none", which leaves out gradients below rounding; the same
 
-Each in processes of its own, in turn. Peak: memory over what inputs hold, so the gradients are in it. Errors are those
-against float64 on the very same inputs: root mean square over tokens, and relative for the gradients.
+Each in processes of its own, in turn; what the machine has not got is left out, with a line that says so. Peak: memory
+over what inputs hold, so the gradients are in it; "extra" is without them. Errors are those against float64 on the very
+same inputs: root mean square over tokens, and relative for the gradients.
 """
 
+import importlib.util
 import time
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear_cross_entropy
 
 from benchmarks import compare, watch
 from rlhf.logprobs import Head, token_logps
@@ -33,8 +38,27 @@ def trl(hidden, weight, targets, outputs: tuple[str, ...] = ()):
 
 
 def torch_own(hidden, weight, targets):
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
-    return -linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+    rows = 2048 if hidden.is_cuda else 256
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    return -torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+
+
+def liger(hidden, weight, targets):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def liger_scaled(hidden, weight, targets):
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+
+
+def cce(hidden, weight, targets):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
 WAYS = {
@@ -44,7 +68,16 @@ WAYS = {
     "trl": trl,
     "trl, as in DPO": lambda h, w, t: trl(h, w, t, ("entropy", "mean_logits", "is_top1")),
     "torch": torch_own,
+    "liger": liger,
+    "liger, scaled": liger_scaled,
+    "cce": cce,
 }
+PACKAGES = {  # that a way needs
+    "trl": ["trl"], "trl, as in DPO": ["trl"], "liger": ["liger_kernel"], "cce": ["cut_cross_entropy"],
+    "liger, scaled": ["liger_kernel", "cutlass"],
+}  # fmt: skip
+NUMBERS = ("ms", "peak MiB", "extra MiB", "error", "gradient error")
+HALF_ON_GPU = {"liger", "liger, scaled", "cce"}
 
 
 @dataclass
@@ -59,20 +92,33 @@ class Args:
     """of hidden states and weight"""
     device: str = "cpu"
     """torch device"""
+    others: tuple[str, ...] = tuple(WAYS)[1:]
+    """ways beside ours"""
     rounds: int = 3
     """processes of each way"""
     quick: bool = False
     """a short run"""
 
 
+def hindrance(way: str, device: str, dtype: str) -> str | None:
+    """Why a way cannot be measured here; None where it can."""
+    if missing := [name for name in PACKAGES.get(way, ()) if importlib.util.find_spec(name) is None]:
+        return f"{' and '.join(missing)} not installed"
+    if way in HALF_ON_GPU and not (watch.on_gpu(device) and dtype == "bfloat16"):
+        return "it is for a GPU, in bfloat16"
+    if way == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has none"
+    return None
+
+
 def worker(way: str, job: dict) -> dict:
-    cuda = job["device"] != "cpu"
+    device = job["device"]
     torch.manual_seed(0)
     hidden, weight = torch.randn(job["n"], job["d"]), torch.randn(job["v"], job["d"]) * 3 / job["d"] ** 0.5
     dtype = getattr(torch, job["dtype"])
-    h, w = (x.to(job["device"], dtype).requires_grad_() for x in (hidden, weight))
-    targets = torch.randint(job["v"], (job["n"],), device=job["device"])
-    upstream = torch.randn(job["n"], device=job["device"])
+    h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+    targets = torch.randint(job["v"], (job["n"],), device=device)
+    upstream = torch.randn(job["n"], device=device)
 
     def run():
         h.grad = w.grad = None
@@ -82,17 +128,14 @@ def worker(way: str, job: dict) -> dict:
 
     run()
     h.grad = w.grad = None
-    before = torch.cuda.memory_allocated() if cuda else watch.forget_peak()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
+    watch.wait(device)
+    before, times = watch.forget_peak(device), []
     for _ in range(job["repeats"]):
         began = time.perf_counter()
         logps = run()
-        if cuda:
-            torch.cuda.synchronize()
+        watch.wait(device)
         times.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else watch.peak() - before
+    peak = watch.peak(device) - before
 
     h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
     exact = (h64 @ w64.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -100,7 +143,8 @@ def worker(way: str, job: dict) -> dict:
     off = lambda x, y: ((x.double() - y).norm() / y.norm()).item()  # noqa: E731
     return {
         "ms": 1000 * min(times),
-        "peak": peak,
+        "peak MiB": peak,
+        "extra MiB": peak - (h.numel() + w.numel()) * dtype.itemsize / 2**20,
         "error": (logps.double() - exact.detach()).square().mean().sqrt().item(),
         "gradient error": max(off(h.grad, h64.grad), off(w.grad, w64.grad)),
     }
@@ -112,15 +156,18 @@ def main(a: Args) -> None:
     rows = []
     for dtype in a.dtypes:
         job = {"n": a.n, "d": a.d, "v": a.v, "dtype": dtype, "device": a.device, "repeats": 3 if a.quick else 5}
-        found = compare.in_turn("logprobs", [*WAYS], job, a.rounds)
+        hindrances = {way: hindrance(way, a.device, dtype) for way in ("ours", *a.others)}
+        for way in filter(hindrances.get, hindrances):
+            print(f"{dtype}: {way} is left out: {hindrances[way]}")
+        found = compare.in_turn("logprobs", [way for way in hindrances if not hindrances[way]], job, a.rounds)
         for way, runs in found.items():
             limit = 1e-4 if dtype == "float32" else 0.1
             compare.require_parity(f"log-probs of {way} and float64", runs[0]["error"], limit)
         ours = compare.median(found["ours"], "ms")
         for way, runs in found.items():
-            facts = {name: compare.median(runs, name) for name in ("ms", "peak", "error", "gradient error")}
+            facts = {name: compare.median(runs, name) for name in NUMBERS}
             rows.append({"dtype": dtype, "way": way, **facts, "time / ours": facts["ms"] / ours})
-    compare.report("logprobs", rows, a.quick)
+    compare.report("logprobs", rows, a.quick, a.device)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,30 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
 
-def forget_peak() -> float:
-    """Begin a new peak of resident memory, and give freed memory back; MiB that are resident now."""
+def on_gpu(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def wait(device: str | torch.device) -> None:
+    """Until the device has done what it was given, so that the clock can be read."""
+    if on_gpu(device):
+        torch.cuda.synchronize()
+
+
+def forget_peak(device: str | torch.device = "cpu") -> float:
+    """Begin a new peak of memory (resident, or on a GPU allocated), and give freed memory back; MiB in use now."""
+    if on_gpu(device):
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     with contextlib.suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def peak() -> float:
-    """Largest resident memory since `forget_peak`, MiB."""
-    return _status("VmHWM")
+def peak(device: str | torch.device = "cpu") -> float:
+    """Largest memory in use since `forget_peak`, MiB."""
+    return torch.cuda.max_memory_allocated() / 2**20 if on_gpu(device) else _status("VmHWM")
 
 
 def read_weights(*models) -> None:
@@ -42,21 +55,26 @@ def read_weights(*models) -> None:
         sum(float(x.detach().sum()) for x in model.parameters())
 
 
-def matrix_rate(model, rows: int = 2048, seconds: float = 4.0) -> float:
+def matrix_rate(model, device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 4.0) -> float:
     """Floating-point operations a second of the model's own matrix products (each weight's three: output, gradient of
-    the input, gradient of the weight) on `rows` tokens, float32, timed alone: what a step cannot exceed."""
+    the input, gradient of the weight) on 2,048 tokens, on a GPU 8,192, timed alone: what a step cannot exceed."""
+    rows, repeats = (8192, 10) if on_gpu(device) else (2048, 1)
     shapes = {tuple(x.shape) for x in model.parameters() if x.ndim == 2}
     work = spent = 0.0
     for out_size, in_size in shapes:
-        x, w, y = torch.randn(rows, in_size), torch.randn(out_size, in_size), torch.randn(rows, out_size)
+        sizes = [(rows, in_size), (out_size, in_size), (rows, out_size)]
+        x, w, y = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
         dx, dw = torch.empty_like(x), torch.empty_like(w)
         times, began = [], time.perf_counter()
         while not times or time.perf_counter() - began < seconds / len(shapes):
+            wait(device)
             start = time.perf_counter()
-            torch.mm(x, w.T, out=y)
-            torch.mm(y, w, out=dx)
-            torch.mm(y.T, x, out=dw)
-            times.append(time.perf_counter() - start)
+            for _ in range(repeats):
+                torch.mm(x, w.T, out=y)
+                torch.mm(y, w, out=dx)
+                torch.mm(y.T, x, out=dw)
+            wait(device)
+            times.append((time.perf_counter() - start) / repeats)
         count = sum(tuple(p.shape) == (out_size, in_size) for p in model.parameters())
         work, spent = work + count * 6 * rows * out_size * in_size, spent + count * min(times)
     return work / spent
@@ -67,17 +85,19 @@ class Steps:
     before clipping; log-probs of the first one's sequences, by their tokens; peak memory over the loaded weights, MiB.
     """
 
-    def __init__(self):
+    def __init__(self, device: str | torch.device = "cpu"):
         self.found = {"seconds": [], "cpu": [], "norms": [], "logps": {}, "peak": 0.0}
-        self.resident = forget_peak()
+        self.device, self.resident = device, forget_peak(device)
 
     def begin(self) -> None:
+        wait(self.device)
         self.began, self.cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
+        wait(self.device)
         self.found["seconds"].append(time.perf_counter() - self.began)
         self.found["cpu"].append(time.process_time() - self.cpu)
-        self.found["peak"] = peak() - self.resident
+        self.found["peak"] = peak(self.device) - self.resident
         self.begin()
 
     def first(self) -> bool:
@@ -90,7 +110,7 @@ def script() -> Iterator[dict]:
     watched: dict = {}
 
     def start(run, *_):
-        watched["steps"] = Steps()
+        watched["steps"] = Steps(run.args.device)
         watched["steps"].begin()
 
     def log(run, step, metrics):
@@ -107,6 +127,16 @@ def script() -> Iterator[dict]:
         yield watched
 
 
+def settings(job: dict, weights: str = "float32") -> dict:
+    """What every trainer of TRL is given: the job's device and dtype of products, weights in float32 or in `weights`;
+    nothing is logged, saved or shown."""
+    return {
+        "bf16": job["dtype"] == "bfloat16", "use_cpu": not on_gpu(job["device"]), "num_train_epochs": job["epochs"],
+        "model_init_kwargs": {"dtype": weights if job["dtype"] == "bfloat16" else "float32"}, "max_length": None,
+        "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+
+
 def trainer(own) -> dict:
     """What happens while this trainer of transformers trains, as `Steps` has it."""
     watched: dict = {}
@@ -114,7 +144,7 @@ def trainer(own) -> dict:
     class Watch(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
             read_weights(*filter(None, (own.model, getattr(own, "ref_model", None))))
-            watched["steps"] = Steps()
+            watched["steps"] = Steps(own.args.device)
 
         def on_step_begin(self, *_, **__):
             watched["steps"].begin()
@@ -123,9 +153,16 @@ def trainer(own) -> dict:
             watched["steps"].end()
 
     def keep_logps(model, args, kwargs, out):
-        if torch.is_grad_enabled() and watched["steps"].first():
-            for ids, mask, logps in zip(kwargs["input_ids"], kwargs["attention_mask"], out.log_probs, strict=True):
-                watched["steps"].found["logps"][key(ids[mask.bool()].tolist())] = logps.detach().double().sum().item()
+        if not (torch.is_grad_enabled() and watched["steps"].first()):
+            return
+        ids, logps = kwargs["input_ids"], out.log_probs.detach().double()
+        if "attention_mask" in kwargs:
+            rows = [row[mask.bool()] for row, mask in zip(ids, kwargs["attention_mask"], strict=True)]
+        else:  # all in one row, a sequence from one position 0 to the next
+            starts = (kwargs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
+            rows, logps = ids[0].tensor_split(starts), logps[0].tensor_split(starts)
+        for row, own in zip(rows, logps, strict=True):
+            watched["steps"].found["logps"][key(row.tolist())] = own.sum().item()
 
     def clip(*args, _clip=own.accelerator.clip_grad_norm_, **kwargs):
         norm = _clip(*args, **kwargs)

@@ -156,17 +156,17 @@ def micro_batches(examples: Sequence[Example], budget: int, layout: str = "tree"
     groups: list[list[int]] = []
     sizes: list[tuple[int, int]] = []  # tree: tokens so far; padded: sequences so far, and the longest of them
     for i in sorted(range(len(examples)), key=lambda i: -tokens(examples[i], layout)):
-        k = len(examples[i].responses)
+        k, own = len(examples[i].responses), tokens(examples[i])
         longest = len(examples[i].prompt) + max(len(r) for r in examples[i].responses)
         for group, (size, width) in enumerate(sizes):
-            grown = (size + tokens(examples[i]), 1) if layout == "tree" else (size + k, max(width, longest))
+            grown = (size + own, 1) if layout == "tree" else (size + k, max(width, longest))
             if grown[0] * grown[1] <= budget:
                 groups[group].append(i)
                 sizes[group] = grown
                 break
         else:
             groups.append([i])
-            sizes.append((tokens(examples[i]), 1) if layout == "tree" else (k, longest))
+            sizes.append((own, 1) if layout == "tree" else (k, longest))
     return groups
 
 

@@ -4,12 +4,13 @@ Our sides and the plain loop run here on a tiny model; those of TRL (slow tests)
 """
 
 import csv
+import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare, dpo_step, logprobs, rl_step, rollout, scaling
+from benchmarks import compare, dpo_step, logprobs, rl_step, rollout, scaling, sft_step, startup
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,9 @@ def sums_of_logits(model: str, sequences: list[tuple[list[int], list[int]]]) -> 
     return found
 
 
+ON_CPU = {"device": "cpu", "dtype": "float32", "micro_batch_tokens": 2048}
+
+
 def rl_job(model: str, method: str) -> dict:
     a = rl_step.Args(prompts=2, k=4, longest_prompt=16, longest_answer=8)
     return rl_step.make_job(a, model, method)
@@ -35,7 +39,16 @@ def rl_job(model: str, method: str) -> dict:
 
 def dpo_job(model: str) -> dict:
     dpo_step.PROFILES["tiny"] = (12, 8)
-    return {"model": model, "pairs": dpo_step.make_pairs(dpo_step.Args(pairs=4, steps=1), "tiny", model), "batch": 4}
+    pairs = dpo_step.make_pairs(dpo_step.Args(pairs=4, steps=1), "tiny", model)
+    return {"model": model, "rows": pairs, "batch": 4, **ON_CPU}
+
+
+def sft_job(model: str, cut: bool = False) -> dict:
+    """Rows with one response; `cut`: of which only every second token is trained."""
+    rows = compare.random_rows(model, 4, 12, 8, k=1)
+    if cut:
+        rows = [x | {"trained": [[j % 2 == 0 for j in range(len(x["responses"][0]))]]} for x in rows]
+    return {"model": model, "rows": rows, "batch": 4, **ON_CPU}
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -53,7 +66,7 @@ def test_our_rl_step_scores_the_given_answers_and_times_each_rollout(model, meth
 def test_our_dpo_step_and_the_padded_loop_do_the_same_work(model):
     job = dpo_job(model) | {"epochs": 2}
     mine, loop = dpo_step.ours(job), dpo_step.loop(job)
-    sequences = [(x["prompt"], r) for x in job["pairs"] for r in x["responses"]]
+    sequences = [(x["prompt"], r) for x in job["rows"] for r in x["responses"]]
     exact = sums_of_logits(model, sequences)
     assert compare.largest_gap(mine["logps"], exact) < 1e-4
     assert compare.largest_gap(loop["logps"], exact) < 1e-4
@@ -61,10 +74,30 @@ def test_our_dpo_step_and_the_padded_loop_do_the_same_work(model):
     assert len(mine["seconds"]) == len(loop["seconds"]) == 2
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_our_sft_step_counts_the_trained_tokens(model, cut):
+    """The log-prob of each row's trained tokens, and the norm of the gradient of their mean."""
+    job = sft_job(model, cut)
+    mine = sft_step.ours(job | {"epochs": 2})
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    exact, total, count = {}, 0.0, 0
+    for x in job["rows"]:
+        prompt, response = x["prompt"], x["responses"][0]
+        logps = own(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        own_logps = logps[range(len(prompt) - 1, len(prompt) + len(response) - 1), response]
+        trained = torch.tensor(x["trained"][0] if cut else [True] * len(response))
+        exact[compare.key(prompt + response)] = own_logps[trained].sum().item()
+        total, count = total - own_logps[trained].sum(), count + int(trained.sum())
+    (total / count).backward()
+    norm = torch.stack([p.grad.norm() for p in own.parameters()]).norm().item()
+    assert compare.largest_gap(mine["logps"], exact) < 1e-4
+    assert mine["norms"][0] == pytest.approx(norm, rel=1e-4) and len(mine["seconds"]) == 2
+
+
 def test_parity_fails_for_other_sequences_and_other_numbers(model):
     job = dpo_job(model) | {"epochs": 1}
     mine = dpo_step.ours(job)
-    job["pairs"][0]["responses"][0][0] += 1
+    job["rows"][0]["responses"][0][0] += 1
     with pytest.raises(SystemExit, match="8 and 8 sequences, of which 7 agree"):
         compare.largest_gap(mine["logps"], dpo_step.loop(job)["logps"])
     name = next(iter(mine["logps"]))
@@ -92,8 +125,10 @@ def test_each_way_to_log_probs_is_near_float64(way):
 def test_operations_count_prompts_once_and_the_head_on_responses_alone(model):
     own = AutoModelForCausalLM.from_pretrained(model)
     body = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 688  # query, output; key, value (half the heads); the MLP
-    pairs = [{"prompt": [1] * 10, "responses": [[1] * 3, [1] * 4]}]
-    assert dpo_step.operations(own, pairs) == 6 * (body * 17 + 32 * 256 * 7)
+    pair = {"prompt": [1] * 10, "responses": [[1] * 3, [1] * 4], "trained": None}
+    assert compare.operations(own, [pair]) == 6 * (body * 17 + 32 * 256 * 7)
+    cut = pair | {"trained": [[True, False, True], [True] * 4]}
+    assert compare.operations(own, [pair, cut]) == 6 * (body * 34 + 32 * 256 * 13)
 
 
 def test_report_writes_rows_with_hardware(tmp_path, monkeypatch, capsys):
@@ -137,6 +172,32 @@ def test_trl_computes_the_log_probs_and_the_gradient_of_our_dpo_step(model, side
     mine, theirs = dpo_step.ours(job), dpo_step.WORKERS[side](job)
     assert compare.largest_gap(mine["logps"], theirs["logps"]) < 1e-3
     assert mine["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("side", ["trl_best", "trl_best_1", "trl_packed", "trl_default"])
+def test_trl_computes_the_log_probs_and_the_gradient_of_our_sft_step(model, side, cut):
+    pytest.importorskip("trl", reason="benchmarks/requirements.txt is not installed")
+    job = sft_job(model, cut) | {"epochs": 1}
+    mine, theirs = sft_step.ours(job), sft_step.WORKERS[side](job)
+    assert compare.largest_gap(mine["logps"], theirs["logps"]) < 1e-3
+    assert mine["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_startup_times_the_first_step_and_the_next_run_of_a_sweep(model, tmp_path):
+    rows = [{"prompt": f"w{i} w30", "chosen": f"w{i + 40}", "rejected": f"w{i + 60}"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data": f"{tmp_path}/pairs.jsonl", "eval_fraction": 0.2, "eval_prompts": 0, "device": "cpu"}
+    job = {"model": model, "folder": str(tmp_path), "flags": given}
+    with pytest.raises(SystemExit, match="not in the cache"):
+        startup.next_run(job)
+    first = startup.first_step(job)
+    assert first["cpu"] > 0 and [*(tmp_path / "cache").iterdir()]
+    again = startup.next_run(job)
+    assert 0 < again["seconds"] < first["seconds"] and 0 < again["cpu"] < first["cpu"]
+    assert startup.show_help(job)["seconds"] > 0
 
 
 @pytest.mark.slow
