@@ -179,11 +179,13 @@ def random_ids(model: str, rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(size // 10, size * 9 // 10) for _ in range(count)]
 
 
-def report(script: str, rows: Sequence[dict[str, str | float]], quick: bool, device: str = "cpu") -> None:
+def report(
+    script: str, rows: Sequence[dict[str, str | float]], quick: bool, device: str = "cpu", model: str | None = None
+) -> None:
     """Prints the rows as a table, and writes them with hardware, versions and date to benchmarks/results/SCRIPT.csv and
-    benchmarks/README.md, or of a short run to runs/benchmarks alone. A GPU's are in SCRIPT_cuda.csv, and a table of
-    their own."""
-    name = script if device == "cpu" else f"{script}_cuda"
+    benchmarks/README.md, or of a short run to runs/benchmarks alone. Those of a local model are in SCRIPT_model.csv and
+    a table of their own, and so are a GPU's (SCRIPT_cuda.csv)."""
+    name = f"{script}_cuda" if device != "cpu" else f"{script}_model" if model else script
     shown = [
         [x if isinstance(x, str) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in r.values()] for r in rows
     ]

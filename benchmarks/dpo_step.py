@@ -60,8 +60,8 @@ class Args:
     """of both sides"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products of both sides; weights are float32"""
-    micro_batch_tokens: int = 2048
-    """tokens of one forward pass of ours"""
+    micro_batch_tokens: int | None = None
+    """tokens of one forward pass of ours; default: the script's own"""
     quick: bool = False
     """a short run"""
 
@@ -99,7 +99,7 @@ def ours(job: dict) -> dict:
         watch.script() as watched,
     ):
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}
-        flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens")}
+        flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens") if name in job}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
         train_dpo.main(train_dpo.Args(**flags, eval_fraction=0.0, eval_prompts=0))
     return watched["steps"].found | extra
@@ -190,11 +190,13 @@ def main(a: Args) -> None:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
         rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
-        how = {"device": a.device, "dtype": a.dtype, "micro_batch_tokens": a.micro_batch_tokens}
+        how = {"device": a.device, "dtype": a.dtype}
+        if a.micro_batch_tokens:
+            how["micro_batch_tokens"] = a.micro_batch_tokens
         for profile in [a.data] if a.data else a.profiles:
             job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs, **how}
             rows += compare.optimizer_steps("dpo_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
-    compare.report("dpo_step", rows, a.quick, a.device)
+    compare.report("dpo_step", rows, a.quick, a.device, a.model)
 
 
 WORKERS = {

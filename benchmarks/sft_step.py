@@ -53,8 +53,8 @@ class Args:
     """of both sides"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products of both sides; weights are float32"""
-    micro_batch_tokens: int = 2048
-    """tokens of one forward pass of ours"""
+    micro_batch_tokens: int | None = None
+    """tokens of one forward pass of ours; default: the script's own"""
     quick: bool = False
     """a short run"""
 
@@ -80,7 +80,7 @@ def ours(job: dict) -> dict:
         return sft(logps)
 
     flags = {"batch_size": job["batch"], "lr": LR, "warmup": 0.0}
-    flags |= {name: job[name] for name in ("model", "epochs", "device", "dtype", "micro_batch_tokens")}
+    flags |= {name: job[name] for name in ("model", "epochs", "device", "dtype", "micro_batch_tokens") if name in job}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(train_sft, read=lambda *_: examples, collate=watched_collate),
@@ -125,7 +125,9 @@ def main(a: Args) -> None:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
         rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
-        how = {"device": a.device, "dtype": a.dtype, "micro_batch_tokens": a.micro_batch_tokens}
+        how = {"device": a.device, "dtype": a.dtype}
+        if a.micro_batch_tokens:
+            how["micro_batch_tokens"] = a.micro_batch_tokens
         for profile in [a.data] if a.data else a.profiles:
             if a.data:
                 examples = compare.rows_of(a.data, model, "sft", count)
@@ -133,7 +135,7 @@ def main(a: Args) -> None:
                 examples = compare.random_rows(model, count, *PROFILES[profile], k=1)
             job = {"model": model, "rows": examples, "batch": a.rows, **how}
             rows += compare.optimizer_steps("sft_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
-    compare.report("sft_step", rows, a.quick, a.device)
+    compare.report("sft_step", rows, a.quick, a.device, a.model)
 
 
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
