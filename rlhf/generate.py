@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf import require, reviews
 from rlhf.data import Example
-from rlhf.models import pad_id, positions, use_layout
+from rlhf.models import eager, pad_id, positions, use_layout
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -54,7 +54,7 @@ def generate(
     at_once = max(batch_size // k, 1)
     own_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with eager(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(order), at_once):
                 group = order[start : start + at_once]
@@ -104,9 +104,9 @@ def cached_logps(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
     for t in range(max(map(len, responses))):
-        out = model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        now = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        with eager(model):
+            out = model(ids, **now, use_cache=True, logits_to_keep=1)
         ids = torch.tensor([[r[t] if t < len(r) else pad] for r in responses], device=device)
         found.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])
         cache, positions = out.past_key_values, positions[:, -1:] + 1
