@@ -182,8 +182,10 @@ class Args:
     """folder of the reference's log-probs, which runs on the same data share"""
     gradient_checkpointing: bool = False
     """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; wants a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights, optimizer and log-probs are float32 always"""
+    """of the matrix products; weights (the master copy), optimizer and log-probs are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     seed: int = 0
@@ -402,6 +404,8 @@ def main(a: Args) -> dict[str, float]:
     lora = models.add_lora(policy, a.lora_rank, a.seed) if a.lora_rank else None
     if a.gradient_checkpointing:
         models.checkpoint_layers(policy)
+    if a.compile:
+        models.compile_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     first, delta, weights, final = 0, 0.0, None, {}
     if state := parallel.load_checkpoint(run, policy, optimizer):

@@ -177,8 +177,10 @@ class Args:
     """how answers share a forward pass: tree encodes the prompt once; auto takes it where a check says it is right"""
     gradient_checkpointing: bool = False
     """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; wants a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights, optimizer and log-probs are float32 always"""
+    """of the matrix products; weights (the master copy), optimizer and log-probs are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     seed: int = 0
@@ -379,6 +381,9 @@ def main(a: Args) -> dict[str, float]:
     if a.gradient_checkpointing:
         for model in filter(None, (policy, critic)):
             models.checkpoint_layers(model)
+    if a.compile:
+        for model in filter(None, (policy, critic)):
+            models.compile_layers(model)
     adam = {"eps": a.adam_eps, "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, **adam)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=a.critic_lr, **adam) if critic else None

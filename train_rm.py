@@ -128,8 +128,10 @@ class Args:
     """how responses share a forward pass: tree encodes the prompt once; auto takes it where a check says it is right"""
     gradient_checkpointing: bool = False
     """compute the layers' activations a second time in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; wants a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights, optimizer and rewards are float32 always"""
+    """of the matrix products; weights (the master copy), optimizer and rewards are float32 always"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     seed: int = 0
@@ -382,6 +384,8 @@ def main(a: Args) -> dict[str, float]:
     # -------------------------------------------------------------------------------------------------------- training
     if a.gradient_checkpointing:
         models.checkpoint_layers(model)
+    if a.compile:
+        models.compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)

@@ -12,6 +12,7 @@ the second pass is timed. The sides:
     trl_best_1    the same in micro-batches of one pair: least padding
     trl_default   reference model in every step, gradient checkpointing
     loop          one padded batch, reference model in every step, float32 logits of every position, log_softmax
+    ours_compiled on request: ours with --compile
     trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
 Before any timing all sides must agree, in float32, on every summed log-prob and on the norm of the first gradient.
@@ -55,7 +56,7 @@ class Args:
     rounds: int = 2
     """processes of each side"""
     sides: tuple[str, ...] = SIDES
-    """ours, trl_best, trl_best_1, trl_default, loop, trl_bf16"""
+    """ours, trl_best, trl_best_1, trl_default, loop, ours_compiled, trl_bf16"""
     device: Literal["cpu", "cuda"] = "cpu"
     """of both sides"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -70,7 +71,7 @@ def sequences(job: dict) -> list[tuple[list[int], list[int], list[int]]]:
     return [(x["prompt"], *x["responses"]) for x in job["rows"]]
 
 
-def ours(job: dict) -> dict:
+def ours(job: dict, compile: bool = False) -> dict:
     """train_dpo.main on the job, watched from outside."""
     import train_dpo
 
@@ -101,7 +102,7 @@ def ours(job: dict) -> dict:
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}
         flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens") if name in job}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
-        train_dpo.main(train_dpo.Args(**flags, eval_fraction=0.0, eval_prompts=0))
+        train_dpo.main(train_dpo.Args(**flags, compile=compile, eval_fraction=0.0, eval_prompts=0))
     return watched["steps"].found | extra
 
 
@@ -201,6 +202,7 @@ def main(a: Args) -> None:
 
 WORKERS = {
     "ours": ours,
+    "ours_compiled": lambda job: ours(job, compile=True),
     "trl_best": lambda job: trl(job, best=True),
     "trl_best_1": lambda job: trl(job, best=True, rows=1),
     "trl_default": lambda job: trl(job, best=False),

@@ -12,6 +12,7 @@ rows in steps of `--rows`; the second pass is timed. The sides:
     trl_best_1    the same in micro-batches of one row: no padding, and least memory
     trl_packed    no gradient checkpointing, the rows of a micro-batch end to end (padding_free)
     trl_default   gradient checkpointing, random batches
+    ours_compiled on request: ours with --compile
     trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
 TRL's micro-batches have 8 rows, as is its default, or a step's where those are fewer. Before any timing all sides must
@@ -48,7 +49,7 @@ class Args:
     rounds: int = 2
     """processes of each side"""
     sides: tuple[str, ...] = SIDES
-    """ours, trl_best, trl_best_1, trl_packed, trl_default, trl_bf16"""
+    """ours, trl_best, trl_best_1, trl_packed, trl_default, ours_compiled, trl_bf16"""
     device: Literal["cpu", "cuda"] = "cpu"
     """of both sides"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,7 +60,7 @@ class Args:
     """a short run"""
 
 
-def ours(job: dict) -> dict:
+def ours(job: dict, compile: bool = False) -> dict:
     """train_sft.main on the job, watched from outside."""
     import train_sft
 
@@ -79,7 +80,7 @@ def ours(job: dict) -> dict:
             watched["steps"].found["logps"] |= zip(names, logps.tolist(), strict=True)
         return sft(logps)
 
-    flags = {"batch_size": job["batch"], "lr": LR, "warmup": 0.0}
+    flags = {"batch_size": job["batch"], "lr": LR, "warmup": 0.0, "compile": compile}
     flags |= {name: job[name] for name in ("model", "epochs", "device", "dtype", "micro_batch_tokens") if name in job}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -142,6 +143,7 @@ NO_CHECKPOINTING = {"gradient_checkpointing": False}
 LIKE_LENGTHS = NO_CHECKPOINTING | {"train_sampling_strategy": "group_by_length"}
 WORKERS = {
     "ours": ours,
+    "ours_compiled": lambda job: ours(job, compile=True),
     "trl_best": lambda job: trl(job, **LIKE_LENGTHS),
     "trl_best_1": lambda job: trl(job, rows=1, **LIKE_LENGTHS),
     "trl_packed": lambda job: trl(job, padding_free=True, **NO_CHECKPOINTING),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf import parallel, require, reviews
 from rlhf.data import Example
-from rlhf.models import as_forward, pad_id, positions, use_layout
+from rlhf.models import as_forward, eager, pad_id, positions, use_layout
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -58,7 +58,7 @@ def generate(
     own_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         apart = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with apart, parallel.gathered(model), parallel.autocast(model):
+        with eager(model), apart, parallel.gathered(model), parallel.autocast(model):
             torch.manual_seed(seed)
             for start in range(0, len(order), at_once):
                 group = order[start : start + at_once]
@@ -114,7 +114,7 @@ def cached_logps(
     positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
     kwargs = {"use_cache": True, "logits_to_keep": 1}
     for t in range(max(map(len, responses))):
-        with parallel.autocast(model):
+        with eager(model), parallel.autocast(model):
             out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **kwargs)
         ids = torch.tensor([[r[t] if t < len(r) else pad] for r in responses], device=device)
         found.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])

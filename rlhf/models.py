@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +206,28 @@ def checkpoint_layers(model) -> None:
     enable({"use_reentrant": False})
 
 
+def compile_layers(model) -> None:
+    """From now on the layers run compiled (torch.compile), with the names of their weights as they were.
+
+    Each layer is a region of its own, all lengths share a graph, and the attention of the tree layout stays eager, so
+    that one compilation serves all layers and batches. After `checkpoint_layers` it is a layer's parts, because what
+    the library's checkpoint calls is not compiled. Results differ by rounding.
+    BadInput where the library does not name the model's layers.
+    """
+    found = parallel.layers(model)
+    require(bool(found), f"--compile: the library names no layers of {model.config.model_type} models")
+    for layer in found:
+        for region in layer.children() if hasattr(model, "checkpointed") else [layer]:
+            region.compile(dynamic=True)
+    model.compiled = True
+
+
+def eager(model) -> AbstractContextManager:
+    """Within this context what `compile_layers` compiled runs as it is: for generation, where each token would bring
+    new sizes of the cache."""
+    return torch.compiler.set_stance("force_eager") if hasattr(model, "compiled") else nullcontext()
+
+
 def trained(model) -> dict[str, Tensor]:
     """The model's state without what is frozen: all of it, or with `add_lora` the adapters."""
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
@@ -235,11 +257,16 @@ def output_head(model) -> Head:
 def use_layout(model, layout: str) -> None:
     """Switch the model's attention to the tree's or back to its own (which is also what generation uses)."""
     if layout == "tree":
-        transformers.AttentionInterface.register("tree", tree_attention)
+        transformers.AttentionInterface.register("tree", _never_compiled(tree_attention))
         model.own_attention = getattr(model, "own_attention", model.config._attn_implementation)
         model.set_attn_implementation("tree")
     elif hasattr(model, "own_attention"):
         model.set_attn_implementation(model.own_attention)
+
+
+@functools.cache
+def _never_compiled(attention: Callable) -> Callable:
+    return torch.compiler.disable(attention)
 
 
 def as_forward(measure: Callable) -> Callable:

@@ -212,6 +212,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         pytest.param("dpo kto", 3, {}, marks=pytest.mark.slow),
         pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
         pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("dpo dpo", 2, {"compile": True}, marks=pytest.mark.slow),
         pytest.param("dpo plackett_luce", 3, {"ref": "WORLD/other"}, marks=pytest.mark.slow),
         ("ppo gae", 2, SHORT),
         pytest.param(
