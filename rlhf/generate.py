@@ -1,5 +1,6 @@
 """Batched sampling with the library's own `generate`, from exactly softmax(logits / temperature)."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -73,9 +74,8 @@ def generate(
                 cache = repeated_cache(model, ids[:, :-1], mask[:, :-1], k) if k > 1 and width > 1 else None
                 ids, mask = (repeat(x, "p t -> (p k) t", k=k) for x in (ids, mask))
                 in_step = parallel.sampling(own, group, k, width, temperature, ends)
-                out = model.generate(
-                    ids, attention_mask=mask, past_key_values=cache, generation_config=config, **in_step
-                )
+                in_step |= {cache_name(model): cache}
+                out = model.generate(ids, attention_mask=mask, generation_config=config, **in_step)
                 sampled = out[:, width:].tolist()
                 for place, i in enumerate(own):
                     for tokens in sampled[place * k : (place + 1) * k]:
@@ -87,13 +87,18 @@ def generate(
     return [response for own in responses for response in own]
 
 
+def cache_name(model) -> str:
+    """What the library calls a key-value cache: from version 5.24 on by a shorter name."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+
+
 @as_forward
 def repeated_cache(model, ids: Int[Tensor, "p t"], mask: Int[Tensor, "p t"], k: int):
     """The key-value cache of these left-padded tokens, k times each; None where the model has none, or one that cannot
     be repeated (linear attention). `generate` goes on from it with the tokens that follow."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    cache = getattr(out, "past_key_values", None)
+    cache = getattr(out, cache_name(model), None)
     layers = getattr(cache, "layers", None)
     if not layers or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
         return None
@@ -112,13 +117,13 @@ def cached_logps(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
-    kwargs = {"use_cache": True, "logits_to_keep": 1}
     for t in range(max(map(len, responses))):
+        now = {"attention_mask": mask, "position_ids": positions, cache_name(model): cache}
         with eager(model), parallel.autocast(model):
-            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **kwargs)
+            out = model(ids, **now, use_cache=True, logits_to_keep=1)
         ids = torch.tensor([[r[t] if t < len(r) else pad] for r in responses], device=device)
         found.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])
-        cache, positions = out.past_key_values, positions[:, -1:] + 1
+        cache, positions = out[cache_name(model)], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
     rows = torch.stack(found, 1)
     return [row[: len(r)] for row, r in zip(rows, responses, strict=True)]

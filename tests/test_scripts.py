@@ -28,7 +28,7 @@ import train_dpo
 import train_sft
 from rlhf import BadInput, models, reviews, runs
 from rlhf.data import build, without_ties
-from rlhf.generate import end_ids, generate
+from rlhf.generate import cache_name, end_ids, generate
 from rlhf.runs import schedule
 from rlhf.tree import collate, micro_batches
 
@@ -1100,7 +1100,7 @@ def test_a_prompt_is_encoded_once_for_all_its_responses(name, monkeypatch):
     The library's generate is given all but the last token of each prompt in the cache, if it can be repeated."""
     model, given = tiny(name), []
     own = model.generate
-    monkeypatch.setattr(model, "generate", lambda ids, **kw: given.append(kw["past_key_values"]) or own(ids, **kw))
+    monkeypatch.setattr(model, "generate", lambda ids, **kw: given.append(kw[cache_name(model)]) or own(ids, **kw))
     alone = generate(model, IDS, PROMPTS, 8, temperature=0.0)
     assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3) == [r for r in alone for _ in range(3)]
     assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3, batch_size=7) == [r for r in alone for _ in range(3)]
