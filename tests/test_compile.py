@@ -93,7 +93,7 @@ def test_generation_computes_eagerly():
 
 def test_a_model_whose_layers_are_not_named_is_refused(monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr(type(model), "_no_split_modules", None)
+    monkeypatch.setattr(model, "_no_split_modules", None)
     with pytest.raises(BadInput, match="--compile: the library names no layers of llama models"):
         models.compile_layers(model)
 
