@@ -42,19 +42,33 @@ def filled(model):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_without_adapters_the_policy_is_its_reference(name):
-    """Before the first step, and inside disable_adapter() always; the head stays frozen, which is the cheap path."""
+    """Before the first step, and inside without_lora always; the head stays frozen, which is the cheap path."""
     model = tiny(name)
     with torch.no_grad():
         before = logps_of(model)
         models.add_lora(model, 3)
         assert torch.equal(logps_of(model), before)
         model = tiny(name)
-        lora = filled(model)
-        assert (logps_of(model) - before).abs().max() > 1e-3
-        with lora.disable_adapter():
+        filled(model)
+        adapted = logps_of(model)
+        assert (adapted - before).abs().max() > 1e-3
+        with models.without_lora(model):
             assert torch.equal(logps_of(model), before)
+        assert torch.equal(logps_of(model), adapted)
     assert not models.output_head(model).weight.requires_grad
     assert all("lora_" in key for key in models.trained(model))
+
+
+def test_adapters_that_cannot_be_switched_off_are_refused(monkeypatch):
+    """As when peft calls its switch something else: the policy would silently be its own reference."""
+    model = tiny("llama")
+    with models.without_lora(model):  # without adapters there is nothing to switch
+        pass
+    filled(model)
+    for module in model.modules():
+        monkeypatch.delattr(module, "_disable_adapters", raising=False)
+    with pytest.raises(BadInput, match="cannot switch off the adapters of peft"), models.without_lora(model):
+        pass
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
