@@ -225,6 +225,34 @@ def test_every_script_checkpoints_to_the_same_numbers(script, world, tmp_path, m
     assert len(used) == (2 if script is train_ppo else 1)  # policy and critic
 
 
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_layers_keep_what_docs_scaling_counts(layout):
+    """In SmolLM2's shape 9 + 2 d_kv / d + 4 w / d = 20.3 floats for each number of the residual stream (the tree layout
+    keeps copies of keys; the other one what attention gives once), and two thirds of the bytes in bfloat16."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    examples, found = random_examples([(100, [60, 60])]), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for layers in (1, 2):
+            config = transformers.LlamaConfig(vocab_size=61, num_hidden_layers=layers, **shape)
+            model, kept = transformers.LlamaForCausalLM(config).eval(), {}
+            models.use_layout(model, layout)
+            batch = collate(examples, layout, 0, "cpu")
+            weights = {tuple(sorted(w.shape)) for w in model.parameters()}  # and their copies in bfloat16
+
+            def keep(x, kept=kept, weights=weights):
+                if tuple(sorted(x.shape)) not in weights:
+                    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                states = models.states(model, batch, batch.sources, dtype)
+            found[dtype, layers] = sum(kept.values()) / (4 * 576 * batch.input_ids.numel())
+            del states
+    floats, half = (found[dtype, 2] - found[dtype, 1] for dtype in (torch.float32, torch.bfloat16))
+    assert floats == pytest.approx(9 + 2 * 192 / 576 + 4 * 1536 / 576, abs=1.1)
+    assert half / floats == pytest.approx(2 / 3, abs=0.03)
+
+
 def starcoder2():
     """Its layers drop out by a number of their own, and not by a module."""
     config = transformers.Starcoder2Config(**GQA, residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3)
