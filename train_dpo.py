@@ -17,7 +17,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -149,8 +148,8 @@ class Args:
     batch_size: int = 64
     """prompts per optimizer step, >= 1"""
     micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on CUDA and, where
-    more is no faster, 1024 on a CPU"""
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on a
+    machine with CUDA, and 1024 on one without, where more is no faster"""
     epochs: int = 1
     """passes over the data, >= 1"""
     max_steps: int | None = None
@@ -477,14 +476,12 @@ def main(a: Args) -> dict[str, float]:
     policy, lora = parallel.whole(policy, a.device, lora)
     if not policy:  # a process whose work is done: the first writes answers and model
         return final
-    if lora and not a.ref:
-        reference, as_reference = policy, lora.disable_adapter
-    else:
+    reference = policy  # without its adapters
+    if a.ref or not lora:
         reference = models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code)
-        as_reference = nullcontext
     rows, results = [], {}
     if held:
-        with as_reference():
+        with models.without_lora(reference):
             start = score(reference, held) if a.loss in REFERENCE_FREE else held_refs
         no_kl = torch.zeros(()) if a.loss == "kto" else None
         metrics = {"before": evaluate(start, z0=no_kl), "after": final}
@@ -500,7 +497,7 @@ def main(a: Args) -> dict[str, float]:
     prompts = list({e.prompt_text: e for e in held or train}.values())
     prompts = prompts[: a.eval_prompts]
     after = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed)
-    with as_reference():
+    with models.without_lora(reference):
         before = answer(reference, tokenizer, prompts, a.max_new_tokens, a.seed)
         ref_logps = score(reference, after)
     answers = {"before": before, "after": after}

@@ -33,7 +33,7 @@ import train_sft
 from rlhf import BadInput, advantages, losses, models, parallel, require, reviews
 from rlhf.data import Example, build, held_out, longest, prompt_of, read_rows, show
 from rlhf.generate import answer, cached_logps, end_ids, facts, generate
-from rlhf.logprobs import token_kl, token_logps
+from rlhf.logprobs import Head, token_kl, token_logps
 from rlhf.parallel import micro_batches, shares
 from rlhf.rewards import load_reward
 from rlhf.runs import before_and_after, check, cli, figure, table
@@ -154,8 +154,8 @@ class Args:
     batch_size: int | None = None
     """prompts of a rollout, >= 1; default 64"""
     micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on CUDA and, where
-    more is no faster, 1024 on a CPU"""
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on a
+    machine with CUDA, and 1024 on one without, where more is no faster"""
     max_steps: int | None = None
     """rollouts, >= 1; default 200 (embedded: 60)"""
     max_prompt_length: int = 512
@@ -557,8 +557,8 @@ def log_probs(model, a: Args, batch: Batch, dtype, entropy: bool = False) -> Ten
 def states_and_head(model, batch: Batch, dtype):
     """The hidden states that predict the response tokens, without gradient, and the output head, to be kept."""
     head = models.output_head(model)
-    if parallel.several():  # its weight is whole in here only
-        head = head._replace(weight=head.weight.clone())
+    if parallel.several():  # its weight and bias are whole in here only
+        head = Head(*(x.clone() if isinstance(x, Tensor) else x for x in head))
     return models.states(model, batch, batch.sources, dtype), head
 
 

@@ -98,8 +98,8 @@ class Args:
     batch_size: int = 64
     """prompts per optimizer step, >= 1"""
     micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on CUDA and, where
-    more is no faster, 1024 on a CPU"""
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on a
+    machine with CUDA, and 1024 on one without, where more is no faster"""
     epochs: int = 1
     """passes over the data, >= 1; more than one overfits soon"""
     max_steps: int | None = None

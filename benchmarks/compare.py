@@ -144,7 +144,7 @@ def optimizer_steps(
             "peak MiB": peak, "ours / peak": base[2] / peak,
             "share of matrix rate": operations(model, job["rows"]) / seconds / rate,
         })  # fmt: skip
-        if job["device"] != "cpu":
+        if job["device"] != "cpu" and job["dtype"] == "bfloat16":
             table[-1]["share of 989 TF/s"] = operations(model, job["rows"]) / seconds / H100
         if "reference" in found[0]:
             table[-1]["reference s"] = median(found, "reference")

@@ -145,7 +145,7 @@ def loop(job: dict) -> dict:
     """Chosen and rejected as rows of one padded batch, and log_softmax of all their logits."""
     device, dtype = job["device"], models.DTYPES[job["dtype"]]
     policy, reference = (models.load_model(job["model"], device) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     watch.read_weights(policy, reference)
     steps = watch.Steps(device)
 

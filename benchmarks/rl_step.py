@@ -86,7 +86,7 @@ def ours(job: dict) -> dict:
         "advantage": job["method"], "model": job["model"], "reward": "benchmarks.rl_step:reward", "k": job["k"],
         "batch_size": len(examples), "max_new_tokens": job["tokens"], "kl_coef": KL_COEF, "lr": LR,
         "adam_eps": EPSILON, "epochs_per_rollout": job["epochs"], "minibatches": job["minibatches"],
-        "max_steps": job["rollouts"], "eval_fraction": 0.0, "eval_prompts": 0,
+        "max_steps": job["rollouts"], "eval_fraction": 0.0, "eval_prompts": 0, "device": "cpu",
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,

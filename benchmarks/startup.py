@@ -42,6 +42,7 @@ def flags(job: dict) -> dict:
     """Those of both runs of train_dpo.py; the cache stays from one to the next."""
     shutil.rmtree(Path(job["folder"], "run"), ignore_errors=True)
     given = {"model": job["model"], "out": f"{job['folder']}/run", "ref_cache": f"{job['folder']}/cache"}
+    given["device"] = "cpu"
     return given | job["flags"]
 
 

@@ -184,8 +184,13 @@ def add_lora(model, rank: int, seed: int = 0):
 
 @contextmanager
 def without_lora(model):
-    """Inside, the model is what it was before `add_lora`, if that was called."""
+    """Inside, the model is what it was before `add_lora`, if that was called. BadInput where peft's layers have another
+    switch than the one that is used here."""
     adapted = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    require(
+        bool(adapted) or not any("lora_" in name for name, _ in model.named_parameters()),
+        f"--lora-rank: without_lora in rlhf/models.py cannot switch off the adapters of peft {peft.__version__}",
+    )
     for module in adapted:
         module._disable_adapters = True
     try:
@@ -469,9 +474,11 @@ def choose_layout(model, examples: Sequence[Example], pad: int, dtype: torch.dty
             f"the layouts differ by {difference:.2g} at a token and a branch moves another by {leak:.2g}, "
             f"where rounding explains {tolerance:.2g}"
         )
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         same, reason = False, str(error).split("\n")[0]
-    if same:
+    if all(parallel.gather([same])):  # processes that share the model must have the same
         return "tree"
     use_layout(model, "padded")
     if wanted == "tree":

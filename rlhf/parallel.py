@@ -244,12 +244,19 @@ def full(x: Tensor) -> Tensor:
 
 
 def clip(model, limit: float) -> float:
-    """Scales gradients with a larger norm down to it; their norm before, over all shares. On the way those of adapters,
-    of which every process has all, are added up."""
-    for weight in model.parameters() if several() else ():
-        if weight.grad is not None and not isinstance(weight, tensor.DTensor):
-            dist.all_reduce(weight.grad)
+    """Scales gradients with a larger norm down to it; their norm before, over all shares and all processes."""
+    if several():
+        _add_up_gradients(model)
     return full(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
+
+
+def _add_up_gradients(model) -> None:
+    """Over the processes, where each holds a trained weight whole (adapters); of shares FSDP has done it. Zeros are
+    added where a process has no gradient."""
+    for weight in model.parameters():
+        if weight.requires_grad and not isinstance(weight, tensor.DTensor):
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(weight.grad)
 
 
 def whole(model, device: str, lora=None):

@@ -55,12 +55,14 @@ def cli(main: Callable, args_class: type) -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    if int(os.environ.get("RANK", 0)) and not isinstance(error, OSError):
-        time.sleep(2)  # of several processes the first says what all have met; the end of another would be its end too
-        return code
+    rank = int(os.environ.get("RANK", 0))
+    if rank and not isinstance(error, OSError):  # of several processes the first says what all have met,
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(10)  # and its end is that of the others; theirs would cut it short
     for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
         bar.close()
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
     return code
 
 

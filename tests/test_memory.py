@@ -42,19 +42,33 @@ def filled(model):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_without_adapters_the_policy_is_its_reference(name):
-    """Before the first step, and inside disable_adapter() always; the head stays frozen, which is the cheap path."""
+    """Before the first step, and inside without_lora always; the head stays frozen, which is the cheap path."""
     model = tiny(name)
     with torch.no_grad():
         before = logps_of(model)
         models.add_lora(model, 3)
         assert torch.equal(logps_of(model), before)
         model = tiny(name)
-        lora = filled(model)
-        assert (logps_of(model) - before).abs().max() > 1e-3
-        with lora.disable_adapter():
+        filled(model)
+        adapted = logps_of(model)
+        assert (adapted - before).abs().max() > 1e-3
+        with models.without_lora(model):
             assert torch.equal(logps_of(model), before)
+        assert torch.equal(logps_of(model), adapted)
     assert not models.output_head(model).weight.requires_grad
     assert all("lora_" in key for key in models.trained(model))
+
+
+def test_adapters_that_cannot_be_switched_off_are_refused(monkeypatch):
+    """As when peft calls its switch something else: the policy would silently be its own reference."""
+    model = tiny("llama")
+    with models.without_lora(model):  # without adapters there is nothing to switch
+        pass
+    filled(model)
+    for module in model.modules():
+        monkeypatch.delattr(module, "_disable_adapters", raising=False)
+    with pytest.raises(BadInput, match="cannot switch off the adapters of peft"), models.without_lora(model):
+        pass
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
@@ -209,6 +223,34 @@ def test_every_script_checkpoints_to_the_same_numbers(script, world, tmp_path, m
     for one, other in zip(plain, checkpointed, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     assert len(used) == (2 if script is train_ppo else 1)  # policy and critic
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_layers_keep_what_docs_scaling_counts(layout):
+    """In SmolLM2's shape 9 + 2 d_kv / d + 4 w / d = 20.3 floats for each number of the residual stream (the tree layout
+    keeps copies of keys; the other one what attention gives once), and two thirds of the bytes in bfloat16."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    examples, found = random_examples([(100, [60, 60])]), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for layers in (1, 2):
+            config = transformers.LlamaConfig(vocab_size=61, num_hidden_layers=layers, **shape)
+            model, kept = transformers.LlamaForCausalLM(config).eval(), {}
+            models.use_layout(model, layout)
+            batch = collate(examples, layout, 0, "cpu")
+            weights = {tuple(sorted(w.shape)) for w in model.parameters()}  # and their copies in bfloat16
+
+            def keep(x, kept=kept, weights=weights):
+                if tuple(sorted(x.shape)) not in weights:
+                    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                states = models.states(model, batch, batch.sources, dtype)
+            found[dtype, layers] = sum(kept.values()) / (4 * 576 * batch.input_ids.numel())
+            del states
+    floats, half = (found[dtype, 2] - found[dtype, 1] for dtype in (torch.float32, torch.bfloat16))
+    assert floats == pytest.approx(9 + 2 * 192 / 576 + 4 * 1536 / 576, abs=1.1)
+    assert half / floats == pytest.approx(2 / 3, abs=0.03)
 
 
 def starcoder2():

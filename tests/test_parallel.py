@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def world(tmp_path_factory):
 
 
 SHORT = {"max_steps": 3, "eval_prompts": 1}  # rollouts
+ONE = SHORT | {"max_steps": 1}
 
 
 def arguments(world: Path, out: Path, name: str, **changes):
@@ -153,7 +155,10 @@ def job(server, tmp_path):
             processes.append(process)
         end = time.monotonic() + 90
         try:
-            for process in processes:
+            processes[0].join(max(0, end - time.monotonic()))
+            for process in processes[1:]:
+                if processes[0].exitcode == 2:  # as torchrun does where one ends with an error
+                    process.terminate()
                 process.join(max(0, end - time.monotonic()))
         finally:
             for process in processes:
@@ -208,7 +213,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         ("dpo dpo", 2, {}),
         pytest.param("rm pairwise", 2, {}, marks=pytest.mark.slow),
         pytest.param("sft", 2, {"lora_rank": 2, "lora_merge": True}, marks=pytest.mark.slow),
-        pytest.param("dpo dpo", 3, {"lora_rank": 2}, marks=pytest.mark.slow),
+        pytest.param("dpo dpo", 2, {"lora_rank": 2}, marks=pytest.mark.slow),
         pytest.param("dpo kto", 3, {}, marks=pytest.mark.slow),
         pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
         pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
@@ -231,7 +236,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         pytest.param(
             "ppo gae",
             2,
-            SHORT | {"reward": "WORLD/retold", "value_init": "policy", "kl_stop": 1e-3, "epochs_per_rollout": 3},
+            ONE | {"reward": "WORLD/retold", "value_init": "policy", "kl_stop": 1e-3, "epochs_per_rollout": 2},
             marks=pytest.mark.slow,
         ),
     ],
@@ -240,7 +245,9 @@ def test_many_processes_give_what_one_gives(name, n, changes, world, alone, job,
     codes, printed = job(arguments(world, tmp_path / "run", name, **changes), n, "no room" if n == 3 else "")
     assert codes == [0] * n, printed
     assert "Next: python" in printed[0] and not any(printed[1:])  # the first alone prints
-    assert_same(tmp_path / "run", alone(name, **changes))
+    with mock.patch.object(train_ppo, "update", wraps=train_ppo.update) as update:
+        assert_same(tmp_path / "run", alone(name, **changes))
+    assert "kl_stop" not in changes or update.call_count == 2  # of 2 passes with 2 updates each the first alone
     load = models.load_reward_model if "rm" in name else models.load_model
     model = load(str(tmp_path / "run"), "cpu")
     assert type(model).__name__.startswith("LlamaFor") and next(model.parameters()).dtype == torch.float32
@@ -339,8 +346,24 @@ def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_pa
 
 def test_what_they_cannot_load_is_refused_in_one_line_by_one(world, job, tmp_path):
     codes, printed = job(arguments(world, tmp_path / "run", "ppo gae", reward="WORLD/other"), 2)
-    assert codes == [2, 2]
+    assert codes == [2, -signal.SIGTERM]
     assert re.search(r"\nerror: --reward .*: not a reward model .*\n$", printed[0]) and not printed[1]
+
+
+@pytest.mark.parametrize(
+    "error, seconds", [(BadInput("mine"), [10]), (FloatingPointError("mine"), [10]), (OSError("mine"), [])]
+)
+def test_another_than_the_first_says_what_it_met_if_the_first_does_not_end_all(error, seconds, monkeypatch, capsys):
+    waited, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(runs.time, "sleep", lambda s: waited.append((s, signal.getsignal(signal.SIGTERM))))
+    try:
+        for rank, said in (("1", "error (process 1): mine\n"), ("0", "error: mine\n")):
+            monkeypatch.setenv("RANK", rank)
+            assert runs._complain(error, 2) == 2 and capsys.readouterr().err == said
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert waited == [(s, signal.SIG_DFL) for s in seconds]
 
 
 def test_a_script_for_one_process_refuses_to_be_one_of_many(tmp_path, monkeypatch):

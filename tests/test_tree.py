@@ -94,6 +94,15 @@ def test_the_check_catches_a_window_that_matters_on_long_rows_only(monkeypatch):
         choose_layout(model, random_examples([(9, [9, 3])]), 0, torch.float32, "tree")
 
 
+def test_the_check_does_not_take_a_full_memory_for_another_result(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models, "tree_attention", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        choose_layout(tiny("llama"), random_examples([(2, [2, 3])]), 0, torch.float32)
+
+
 def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(monkeypatch):
     forgetful = lambda *args, sliding_window=None, **kwargs: tree_attention(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(models, "tree_attention", forgetful)
