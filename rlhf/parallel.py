@@ -110,8 +110,9 @@ def _managed(model, measure: Callable, *args, **kwargs):
 
 
 def layers(model) -> list[torch.nn.Module]:
-    """The model's layers, as its class names them for the library."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    """The model's layers, as its class names them for the library (FSDP puts its own name before theirs)."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 @contextmanager
