@@ -249,6 +249,7 @@ def draw(results: common.Results, page) -> None:
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
     grid[1, 1].axhline(1, color="gray", lw=0.8)
+    grid[1, 1].set_yscale("log")
     grid[0, 0].legend(fontsize=6)
     for axes in grid[1]:
         axes.set_xlabel("share of flipped labels", fontsize=8)
