@@ -52,14 +52,14 @@ CLAIM = "a small length bias of the data makes DPO's answers longer, and not tho
 METHODS = {  # flags, and those of the three trials
     "DPO": ({"loss": "dpo"}, "beta", (0.05, 0.2, 0.8)),
     "DPO per token": ({"loss": "dpo_norm"}, "beta", (0.5, 2.0, 8.0)),
-    "SimPO": ({"loss": "simpo"}, "beta", (0.5, 2.0, 8.0)),
+    "SimPO": ({"loss": "simpo"}, "beta", (2.0, 8.0, 32.0)),
     "R-DPO": ({"loss": "r_dpo"}, "length_penalty", (0.02, 0.05, 0.1)),
 }
 BIASES = (0.5, 0.6, 0.7)
 SETTINGS = {f"{method} {bias:.0%}": {} for method in METHODS for bias in BIASES}
 TRIALS = {f"{method} {flag} {x:g}": (method, x) for method, (_, flag, values) in METHODS.items() for x in values}
 TRIAL_SEED = 1000  # of the trials' pairs
-TARGET = 1.0  # nats, on validation prompts
+TARGET = 0.4  # nats, on validation prompts
 PAIRS = 1800  # a tenth of them held out
 PROMPTS, TEST, VALIDATION = 6000, 256, 128  # prompts; of the tenth that is held out
 FULL = {"batch_size": 32, "max_steps": 50}
