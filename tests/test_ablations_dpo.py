@@ -1,0 +1,138 @@
+"""What ablations/noise, length and displacement compute of their own: worlds, data, measures, criteria by hand."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from ablations import common, plot
+from rlhf import reviews
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return plot.experiments()
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+def test_noise_regret_is_the_kl_to_the_optimum(modules):
+    """J(pi*) - J(pi) = beta KL(pi || pi*), here at beta 1, and 0 at pi* itself, where direction and scale are 1."""
+    noise = modules["noise"]
+    features, ref, rewards, _ = (x[None] for x in noise.draw_world(3, "BT", 10, 0.0))
+    theta = torch.randn(1, 1, 2, noise.FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    optimum = torch.linalg.lstsq(features[0].flatten(0, 1), rewards[0].flatten()).solution
+    theta[0, 0, 1] = optimum
+    both = (torch.cat([x, x]) for x in (features, ref, rewards))
+    found = noise.measure(theta, *both, noise.TEST)
+    part = slice(noise.TEST * noise.PROMPTS, None)
+    best = (ref + rewards)[0, part].log_softmax(1)
+    logps = (ref[0] + features[0] @ theta[0, 0, 0])[part].log_softmax(1)
+    kl = (logps.exp() * (logps - best)).sum(1).mean()
+    assert found["regret"][0, 0].tolist() == pytest.approx([kl.item(), 0.0], abs=1e-9)
+    assert found["cosine"][0, 0, 1].item() == pytest.approx(1) == found["scale"][0, 0, 1].item()
+
+
+def test_noise_labels_are_right_but_for_the_flips(modules):
+    noise = modules["noise"]
+    for share in (0.0, 0.3):
+        features, _, rewards, differences = noise.draw_world(0, "sure", 4000, share)
+        direction = torch.linalg.lstsq(features.flatten(0, 1), rewards.flatten()).solution
+        wrong = (differences @ direction < 0).double().mean().item()
+        assert wrong == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+
+
+def test_noise_scaled_to_a_kl(modules):
+    noise = modules["noise"]
+    world = [x[None] for x in noise.draw_world(1, "BT", 10, 0.0)[:3]]
+    theta = torch.randn(2, 1, 1, noise.FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of = lambda theta, part: noise.measure(theta, *world, part)  # noqa: E731
+    scaled = noise.at_kl(theta, of)
+    assert of(scaled, noise.TEST)["kl"].flatten().tolist() == pytest.approx([noise.MATCHED] * 2, abs=1e-9)
+    assert torch.nn.functional.cosine_similarity(scaled, theta, dim=-1).min() > 1 - 1e-12
+
+
+# --------------------------------------------------------------------------------------------------------------- length
+
+
+@pytest.mark.parametrize("bias", [0.5, 0.7])
+def test_length_of_the_longer_ones_so_many_are_preferred(bias, modules, tmp_path):
+    rows = [json.loads(line) for line in open(modules["length"].data(tmp_path, 0, bias, 40))]
+    lengths = [(len(row["chosen"].split()), len(row["rejected"].split())) for row in rows]
+    assert len(rows) == 40 and all(chosen != rejected for chosen, rejected in lengths)
+    assert sum(chosen > rejected for chosen, rejected in lengths) == round(40 * bias)
+
+
+def test_length_beta_at_a_kl(modules):
+    at_kl = modules["length"].at_kl
+    assert at_kl({1.0: 1.6, 4.0: 0.1, 16.0: 0.05}, 0.4) == 2.0  # halfway in logarithms: 4 times above, 4 times below
+    assert at_kl({1.0: 0.4, 4.0: 0.1}, 0.4) == 1.0
+    assert at_kl({1.0: 0.2, 4.0: 0.1}, 0.4) == 1.0, "the nearest where none is above"
+
+
+def test_length_clauses_by_hand(modules, tmp_path):
+    length, results = modules["length"], common.Results(tmp_path / "results.csv")
+    ratios = {
+        "DPO": (1.0, 1.25, 1.5),
+        "DPO per token": (1.0, 1.05, 1.1),
+        "SimPO": (1.2, 1.3, 1.4),
+        "R-DPO": (1.0, 1.1, 1.3),
+    }
+    for seed in (0, 1):
+        results.add("SFT", seed, {"length": 10.0 + seed})
+        for m, found in ratios.items():
+            for bias, ratio in zip(length.BIASES, found, strict=True):
+                results.add(f"{m} {bias:.0%}", seed, {"length": ratio * (10.0 + seed)})
+    found = length.clauses(results)
+    assert found["slope of DPO"] == pytest.approx((0.25, 0), abs=1e-9)
+    assert found["slope: DPO - R-DPO"] == pytest.approx((0.1, 0), abs=1e-9)
+    assert found["at 60 %: DPO - 1.2"] == pytest.approx((0.05, 0), abs=1e-9)
+    assert found["at 60 %: 1.1 - DPO per token"] == pytest.approx((0.05, 0), abs=1e-9)
+    assert found["at 50 %: 1.1 - SimPO"] == pytest.approx((-0.1, 0), abs=1e-9)
+    assert common.verdict([*found.values()]) == "contradicted"
+
+
+# --------------------------------------------------------------------------------------------------------- displacement
+
+
+def test_displacement_edit_is_one_weaker_word_of_the_kind(modules):
+    edited, symbol, rng = modules["displacement"].edited, modules["displacement"].SYMBOL, random.Random(0)
+    made = 0
+    for prompt in reviews.prompts(50, 0):
+        [text] = reviews.continuations(prompt, 1, rng)
+        if found := edited(prompt, text, rng):
+            other, place = found
+            differing = [i for i, pair in enumerate(zip(text.split(), other.split(), strict=True)) if len({*pair}) == 2]
+            assert differing == [place] and symbol[text.split()[place]] == symbol[other.split()[place]]
+            assert reviews.gold_reward(f"{prompt} {other}") < reviews.gold_reward(f"{prompt} {text}")
+            assert reviews.log_prob(f"{prompt} {other}") > -math.inf
+            made += 1
+    assert made > 20
+
+
+def test_displacement_data_share_prompts_and_preferred_answers(modules, tmp_path):
+    rows = {}
+    for kind in ("edit 1", "random", "mixed"):
+        rows[kind] = [json.loads(line) for line in open(modules["displacement"].data(tmp_path, 0, kind, 10))]
+    assert len(rows["mixed"]) == 10
+    for edit, other, mixed in zip(*rows.values(), strict=True):
+        assert edit["prompt"] == other["prompt"] == mixed["prompt"] and edit["chosen"] == other["chosen"]
+        assert edit["place"] >= 0 > other["place"]
+    assert rows["mixed"] == [rows["edit 1" if i % 2 == 0 else "random"][i] for i in range(10)]
+
+
+def test_displacement_by_hand_a_table_never_falls(modules):
+    found = {x: modules["displacement"].by_hand(x, 7) for x in modules["displacement"].BY_HAND}
+    assert found["table"]["fell"] == 0 and found["table"]["D_w"] > 0
+    assert found["like rows"]["fell"] > found["unlike rows"]["fell"] > 0.2
+    assert all(x["margin"] > 0 and x["formula off"] < 1e-12 for x in found.values())
+
+
+def test_displacement_spearman_by_hand(modules):
+    spearman = modules["displacement"].spearman
+    # ranks 0 1 2 3 and 1 0 3 2: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6
+    assert spearman(torch.tensor([1.0, 2.0, 5.0, 9.0]), torch.tensor([0.2, 0.1, 7.0, 6.0])) == pytest.approx(0.6)
+    assert spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3.0, 2.0, -9.0])) == pytest.approx(-1)
