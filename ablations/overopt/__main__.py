@@ -51,10 +51,10 @@ CLAIM = "the proxy outruns gold as KL grows; gold follows d (a - b d) or d (a - 
 PAIRS, NARROW = (100, 400, 1600, 6400), 16
 SETTINGS = {f"Best-of-n, {n} pairs": ("Best-of-n", 128, n) for n in PAIRS}
 SETTINGS |= {f"Best-of-n, 1600 pairs, {NARROW} wide": ("Best-of-n", NARROW, 1600)}
-SETTINGS |= {f"PPO, {n} pairs": ("PPO", 128, n) for n in PAIRS[:-1]}
+SETTINGS |= {f"PPO, {n} pairs": ("PPO", 128, n) for n in (100, 1600)}
 FLIPPED = 0.25
 PPO_SEEDS = 3
-FULL = {"pool": (32, 512), "tokens": 48, "sft": 700, "rollouts": 30, "prompts": 32, "every": 2}
+FULL = {"pool": (24, 512), "tokens": 48, "sft": 700, "rollouts": 24, "prompts": 32, "every": 2}
 QUICK = FULL | {"pool": (16, 128), "sft": 300, "rollouts": 10}
 SMOKE = {"pool": (2, 8), "tokens": 8, "sft": 2, "rollouts": 2, "prompts": 4, "every": 1}
 

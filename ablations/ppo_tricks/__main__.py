@@ -39,7 +39,6 @@ SETTINGS = {
     "rewards whitened, shift": {"whiten_rewards": "shift"},
     "rewards whitened, scale": {"whiten_rewards": "scale"},
     "advantages as they are": {"whiten_advantages": False},
-    "critic starts as policy": {"value_init": "policy"},
     "critic starts at 0": {"value_init": "zero"},
     "no clip": {"clip_range": 1e6},
     "lambda 0": {"lam": 0.0},
@@ -47,8 +46,8 @@ SETTINGS = {
     "adaptive KL, to 2 nats": {"kl_target": 2.0},
 }
 KL_COEF = 0.3
-FULL = {"batch_size": 16, "max_steps": 16, "max_new_tokens": 48}
-QUICK = FULL | {"max_steps": 8}
+FULL = {"batch_size": 16, "max_steps": 12, "max_new_tokens": 48}
+QUICK = FULL | {"max_steps": 6}
 SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
 COLUMNS = {  # of the table: digits
     "objective": ("objective", 2),
@@ -79,8 +78,10 @@ def main(a: common.Args) -> None:
 def run(setting: str, seed: int, folder: Path, size: dict):
     """One run of PPO -> what is measured at its end, and {rollout: objective} along it."""
     smoke, out = size is SMOKE, folder / f"{setting}-{seed}"
-    short = {"max_steps": 2} if smoke else {}
-    sft = trained(train_sft, folder / "sft", eval_prompts=0, **short)
+    short, text = ({"max_steps": 2}, str(folder / "sft.jsonl")) if smoke else ({}, "reviews")
+    if smoke:
+        write(Path(text), reviews.rows("sft", 60))
+    sft = trained(train_sft, folder / "sft", data=text, eval_prompts=0, **short)
     rankings, asked = folder / f"rankings-{seed}.jsonl", folder / f"prompts-{seed}.jsonl"
     if not asked.exists():
         write(rankings, reviews.rows("preference", 60 if smoke else 1000, seed))
