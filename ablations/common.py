@@ -11,6 +11,7 @@ An experiment is a module ablations/NAME/__main__.py, whose docstring has the cr
 
 import csv
 import importlib
+import json
 import math
 import os
 import shutil
@@ -20,12 +21,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+import evaluate
+import train_sft
+from rlhf import models, reviews
+from rlhf.data import Example, build, held_out
+from rlhf.generate import answer, end_ids, facts
 from rlhf.runs import mean_interval, processor
 
 ROOT = Path(__file__).parent
@@ -152,14 +160,14 @@ def _worker(log: str | None) -> None:
 
 
 def _timed(module: str, name: str, task: Sequence) -> tuple[Any, float]:
-    began = time.perf_counter()
-    return getattr(importlib.import_module(module), name)(*task), time.perf_counter() - began
+    began = time.process_time()
+    return getattr(importlib.import_module(module), name)(*task), time.process_time() - began
 
 
 def each(
     function: Callable, tasks: Sequence[Sequence], jobs: int, log: Path | None = None
 ) -> Iterator[tuple[Sequence, Any, float]]:
-    """Yields (task, function(*task), its seconds) of independent tasks as they are done, in `jobs` processes.
+    """Yields (task, function(*task), its processor seconds) of independent tasks as they are done, in `jobs` processes.
 
     Each has one torch thread, so that results do not depend on `jobs`. What they print goes to files in `log`. The
     function is one of a module's own, and must be given all that it needs. The first error stops what has not begun.
@@ -223,3 +231,39 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------- the embedded task
+
+
+def write(path: Path, rows: Sequence[tuple[str, dict]]) -> Path:
+    """Rows of rlhf.reviews as a .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
+    return path
+
+
+def trained(script: ModuleType, out: Path, **flags) -> str:
+    """The run directory `out` of a script, trained unless that is done, and gone on with where it was begun."""
+    if not train_sft.is_made(str(out)):
+        script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), device="cpu", **flags))
+    return str(out)
+
+
+@cache
+def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """The distinct prompts of n rows: for training, and those that an --eval-fraction of 0.1 holds out."""
+    examples, _ = build(reviews.rows("prompts", n, seed), reviews.tokenizer(), "prompts", 512, 1024)
+    return held_out([*{e.prompt_text: e for e in examples}.values()], 0.1)
+
+
+def measured(model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int) -> dict[str, list[float]]:
+    """Of one sampled answer to each prompt, of so many tokens at most: length, ended, gold reward, grammatical (0, 1),
+    readable (gold where it is grammatical, else 0), and the exact KL to the reference, nats an answer. The models are
+    run directories."""
+    tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
+    answers = answer(policy, tokenizer, asked, tokens, seed)
+    found = facts(answers, end_ids(policy, tokenizer), embedded=True)
+    found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
+    how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
+    found["kl"] = evaluate.against_reference(how, policy, models.load_model(ref, "cpu"), answers, "tree", pad)["kl"]
+    return found

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import train_ppo
 from ablations import common, plot
+from rlhf import reviews
+from rlhf.data import read_rows
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.parent.name for path in (ROOT / "ablations").glob("*/__main__.py"))
@@ -92,7 +96,7 @@ def test_results_come_back_and_a_run_that_is_there_is_skipped(tmp_path):
     assert again.minutes() == 4.0
     rows = [*csv.DictReader(open(path))]
     assert tuple(rows[0]) == common.FIELDS and rows[0]["step"] == "4" and rows[1]["step"] == ""
-    assert rows[0]["hardware"].endswith(f"torch {common.torch.__version__.split('+')[0]}")
+    assert rows[0]["hardware"].endswith(f"torch {torch.__version__.split('+')[0]}")
 
 
 def test_results_survive_a_line_cut_short(tmp_path):
@@ -200,3 +204,139 @@ def test_leash_is_contradicted_where_gold_is_highest_without_it(leash, modules):
     for seed in (0, 1):
         leash.add("0", seed, {"gold": 2.0})
     assert modules["kl_leash"].report(leash)[1] == "contradicted"
+
+
+# --------------------------------------------------------------------------------------------------- the embedded task
+
+
+def test_prompts_for_training_and_held_out_are_apart():
+    train, held = common.prompts(2000, 3)
+    texts = [e.prompt_text for e in train + held]
+    assert len({*texts}) == len(texts) and 0.05 < len(held) / len(texts) < 0.15
+    other = {e.prompt_text for e in common.prompts(2000, 4)[0]}
+    assert not other & {e.prompt_text for e in held}, "held out by one seed, trained on by another"
+
+
+# ------------------------------------------------------------------------------------------------------------ sft_first
+
+
+def test_sft_first_data(modules, tmp_path):
+    module = modules["sft_first"]
+    both = zip(reviews.rows("sft", 400), module.garbled_reviews(400), strict=True)
+    words = [pair for (_, a), (_, b) in both for pair in zip(a["text"].split(), b["text"].split(), strict=True)]
+    assert sum(x != y for x, y in words) / len(words) == pytest.approx(module.GARBLED, abs=0.03)
+    for _, row in module.long_reviews(20, 0):
+        assert reviews.log_prob(row["text"]) > -math.inf and len(row["text"].split()) >= 12
+    train, held = (read_rows(str(x))[0] for x in module.split_pairs(tmp_path, 100, 0))
+    assert len(train) == 100 and held
+    assert not {row["prompt"] for _, row in train} & {row["prompt"] for _, row in held}
+
+
+def test_sft_first_chooses_on_validation_and_reports_test(modules, tmp_path):
+    module, results = modules["sft_first"], common.Results(tmp_path / "results.csv")
+    golds = {"base, DPO": 0.5, "SFT, DPO": 1.0, "Preferred-FT, DPO": 0.9, "mismatched SFT, DPO": 0.2, "base, KTO": 0.4}
+    other = {"readable": 0.1, "grammatical": 0.5, "kl": 2.0, "length": 9.0}
+    for arm, gold in golds.items():
+        ends = {"accuracy": 0.7, "reference": -20.0}
+        results.add(f"{arm}, 0.0003", 0, {"gold": 9.0, "gold_validation": 0.1} | other | ends)
+        for seed in (0, 1):
+            found = {"gold": gold + 0.1 * seed * (arm == "SFT, DPO"), "gold_validation": 0.2}
+            results.add(f"{arm}, 0.001", seed, found | other | ends)
+    assert module.chosen(results, "SFT, DPO") == "SFT, DPO, 0.001"
+    table, verdict, effect = module.report(results)
+    # SFT - base: 0.5 and 0.6, half 12.706 * 0.05: not above 0; Preferred-FT - base: 0.4 and 0.4
+    assert (
+        verdict == "not resolved" and "SFT, DPO - base, DPO 0.55 +- 0.64; Preferred-FT, DPO - base, DPO 0.40" in effect
+    )
+    assert "| **SFT, DPO, 0.001** | 1.05 +- 0.64 |" in table and "| SFT, DPO, 0.0003 | 9.00 |" in table
+
+
+# ------------------------------------------------------------------------------------------------------- online_offline
+
+
+def test_online_offline_clauses_by_hand(modules, tmp_path):
+    module, results = modules["online_offline"], common.Results(tmp_path / "results.csv")
+    paths = {  # KL and gold after rounds 0, 1 and 2
+        "online, far": ([0, 1, 4], [-1.0, 0.0, 1.5]),
+        "offline, far": ([0, 1, 2], [-1.0, -0.5, 0.0]),
+        "online, near": ([0, 2, 3], [0.0, 1.0, 1.2]),
+        "offline, near": ([0, 2, 3], [0.0, 0.9, 1.1]),
+    }
+    for setting, (kls, golds) in paths.items():
+        for seed in (0, 1):
+            other = {"readable": 0.0, "grammatical": 1.0, "accuracy": 0.7}
+            for step, (kl, gold) in enumerate(zip(kls, golds, strict=True)):
+                results.add(setting, seed, {"kl": kl, "gold": gold} | other, step)
+            results.add(setting, seed, {"kl": kls[-1], "gold": golds[-1]} | other)
+    assert module.gold_at(results, "online, far", 0, 2.0) == pytest.approx(0.5)
+    found = {name: mean for name, (mean, _) in module.clauses(results).items()}
+    wanted = {"far": 1.5, "far, at KL": 0.5, "near": 0.1, "near, at KL": 0.1, "difference": 1.4}
+    assert found == pytest.approx(wanted)
+    assert module.report(results)[1] == "reproduced"
+
+
+# -------------------------------------------------------------------------------------------------------------- overopt
+
+
+def test_best_of_is_the_mean_over_all_subsets(modules):
+    x = torch.tensor([[1.0, 2.0, 4.0], [0.0, 5.0, 3.0]])  # each row in the order of another reward
+    found = modules["overopt"].best_of(x, 2)
+    assert found.tolist() == pytest.approx([(2 + 4 + 4) / 3, (5 + 3 + 3) / 3])
+    assert modules["overopt"].best_of(x, 1).tolist() == pytest.approx([7 / 3, 8 / 3])
+
+
+def test_fits_recover_their_own_curves(modules):
+    module, ds = modules["overopt"], [0.3, 0.7, 1.1, 1.9, 2.6]
+    assert module.fit("Best-of-n", [(d, d * (0.9 - 0.2 * d)) for d in ds]) == pytest.approx((0.9, 0.2, 0), abs=1e-9)
+    found = module.fit("PPO", [(0.0, 0.1), *((d, d * (0.7 - 0.4 * math.log(d))) for d in ds)])  # d = 0 says nothing
+    assert found == pytest.approx((0.7, 0.4, 0), abs=1e-9)
+
+
+def test_overopt_clauses_by_hand(modules, tmp_path):
+    """b falls with the pairs, but for seed 1, where those of the first two sizes change places."""
+    module, results = modules["overopt"], common.Results(tmp_path / "results.csv")
+    for setting, (kind, _, pairs) in module.SETTINGS.items():
+        for seed in (0, 1):
+            rank = module.PAIRS.index(pairs)
+            b = 0.4 - 0.1 * ((1 - rank) if seed == 1 and rank < 2 else rank)
+            for step, d in enumerate((0.5, 1.0, 1.5, 2.5)):
+                gold = d * (1 - b * (d if kind == "Best-of-n" else math.log(d)))
+                results.add(setting, seed, {"d": d, "gold": gold, "proxy": gold + 0.25 * d}, step)
+            results.add(setting, seed, {"correlation": 0.5, "grammatical": 1.0})
+    found = {name: mean for name, ((mean, _), _) in module.clauses(results).items()}
+    assert found["slope of proxy - gold: PPO, 100 pairs"] == pytest.approx(0.25)
+    assert found["b: PPO, 100 pairs"] == pytest.approx((0.4 + 0.3) / 2)
+    assert found["-Spearman(b, pairs): Best-of-n"] == pytest.approx((1 + 0.8) / 2)
+    assert found["-Spearman(b, pairs): PPO"] == pytest.approx(1)
+    assert found["b: 16 - 128 wide, Best-of-n, 1600 pairs"] == pytest.approx(0)
+
+
+def test_a_quarter_of_the_proxys_labels_is_flipped(modules):
+    rows = [row for _, row in modules["overopt"].noisy_pairs(1000, 0)]
+    gold = lambda row, side: reviews.gold_reward(f"{row['prompt']} {row[side]}")  # noqa: E731
+    gaps = [gap for row in rows if (gap := gold(row, "chosen") - gold(row, "rejected"))]
+    assert sum(gap < 0 for gap in gaps) / len(gaps) == pytest.approx(0.25, abs=0.04)
+
+
+# ----------------------------------------------------------------------------------------------------------- ppo_tricks
+
+
+def test_ppo_tricks_clauses_by_hand(modules, tmp_path):
+    module, results = modules["ppo_tricks"], common.Results(tmp_path / "results.csv")
+    same = dict.fromkeys(module.COLUMNS, 1.0) | {"clipped": 0.01}
+    for setting in module.SETTINGS:
+        for seed in (0, 1):
+            changed = {"rewards whitened, shift": {"gold": 0.7, "length": 0.5}, "lambda 0": {"objective": 0.25}}
+            results.add(setting, seed, same | changed.get(setting, {}))
+    wanted = [("gold reward: baseline - rewards whitened", 0.3), ("length: baseline - rewards whitened", 0.5)]
+    wanted += [("0.05 - share clipped", 0.04), ("objective: lambda 1 - lambda 0", 0.75)]
+    assert {name: mean for name, (mean, _) in module.clauses(results).items()} == pytest.approx(dict(wanted))
+    table, verdict, _ = module.report(results)
+    assert verdict == "reproduced" and "| lambda 0 | **-0.75 +- 0.00** | 0.00 +- 0.00 |" in table
+
+
+def test_ppo_tricks_changes_are_flags_that_differ_from_the_default(modules):
+    usual = train_ppo.Args()
+    for name, flags in modules["ppo_tricks"].SETTINGS.items():
+        assert len(flags) == (name != "baseline")
+        assert all(getattr(usual, flag) != value for flag, value in flags.items())

@@ -32,7 +32,7 @@ import train_ppo
 import train_rm
 import train_sft
 from ablations import common, plot
-from ablations.common import markdown, paired, show, t_interval
+from ablations.common import markdown, paired, show, t_interval, write
 from rlhf import models, reviews
 from rlhf.data import held_out
 from rlhf.generate import answer, end_ids, facts
@@ -107,11 +107,6 @@ def prepare(folder: Path, seeds: list[int], smoke: bool) -> None:
             data = write(folder / f"rankings-{seed}.jsonl", reviews.rows("preference", 60 if smoke else RANKINGS, seed))
             flags = {"batch_size": 16, "epochs": 3, "seed": seed, "resume": begun(out), "device": "cpu", **short}
             train_rm.main(train_rm.Args(model=str(folder / "sft"), data=str(data), out=str(out), **flags))
-
-
-def write(path: Path, rows: list[tuple[str, dict]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
-    return path
 
 
 def run(setting: str, seed: int, folder: Path, ppo: dict):

@@ -1,0 +1,204 @@
+"""Online against offline DPO, where the best answers are likely under the reference, and where they are not.
+
+    python -m ablations.online_offline            --quick, --smoke, --seeds
+
+Claim (Tajwar et al. 2024, arXiv 2404.14367; Tang et al. 2024, arXiv 2405.08448; Guo et al. 2024, arXiv 2402.04792):
+with the same loss and as many labels, DPO on pairs that the policy has just sampled itself beats DPO on pairs that were
+sampled from the reference beforehand, and more so where the reward's peak is unlikely under the reference.
+
+Both arms are one loop of rounds: two answers are sampled to each of some prompts (sample.py), simulated annotators rank
+them (annotate.py), and train_dpo.py goes on from the round before, with the first model as its reference. Only who
+answers differs: online the policy, offline the reference. Near: the reference is the SFT model of all reviews; far: of
+those with a gold reward below -0.5, where good reviews are rare.
+
+Criterion, written before the full run; gold reward of answers to held-out prompts, paired by seed, with 95 %
+t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
+
+    far           online - offline at the end
+    far, at KL    the same where both have the KL of the one that went less far, interpolated along the rounds
+    difference    (online - offline, far) - (online - offline, near), at the end
+
+How often the implicit reward agrees with the annotators on the reference's own pairs (Tang et al.: offline is better at
+this) and readable gold, that of grammatical answers and 0 for others, are reported.
+"""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import annotate
+import sample
+import train_dpo
+import train_sft
+from ablations import common, plot
+from ablations.common import markdown, paired, show, t_interval, trained, write
+from rlhf import reviews
+from rlhf.runs import cli
+
+NAME = "online_offline"
+CLAIM = "DPO on its own fresh answers beats DPO on the reference's, most where good answers are unlikely at first"
+SETTINGS = {f"{arm}, {cell}": (arm, cell) for cell in ("near", "far") for arm in ("offline", "online")}
+FAR = -0.5  # gold reward below which a review is in the far reference's data
+FULL = {"rounds": 5, "prompts": 320, "held": 256, "tokens": 48, "sft": 500}
+QUICK = FULL | {"rounds": 3, "held": 128}
+SMOKE = {"rounds": 2, "prompts": 16, "held": 8, "tokens": 8, "sft": 2}
+DPO = {"beta": 0.3, "lr": 1e-3, "batch_size": 32, "max_steps": 10, "epochs": 10, "eval_prompts": 0}
+COLUMNS = {  # of the table: digits
+    "gold": ("gold reward", 2),
+    "readable": ("readable gold", 2),
+    "kl": ("KL, nats", 2),
+    "grammatical": ("grammatical", 2),
+    "accuracy": ("accuracy", 3),
+}
+
+
+def main(a: common.Args) -> None:
+    """Runs what results.csv does not have, and writes table and figure."""
+    results, folder = common.results(NAME, a), common.work(NAME, a)
+    seeds, size = (
+        (range(1), SMOKE) if a.smoke else (range(min(a.seeds, 2)), QUICK) if a.quick else (range(a.seeds), FULL)
+    )
+    tasks = [(x, seed, folder, size) for seed in seeds for x in SETTINGS if not results.done(x, seed)]
+    for (setting, seed, *_), along, seconds in common.each(run, tasks, 1, folder):
+        for step, values in along.items():
+            results.add(setting, seed, values, step)
+        results.add(setting, seed, along[max(along)] | {"seconds": seconds})
+    plot.finish(NAME, a, results, report, draw)
+
+
+def run(setting: str, seed: int, folder: Path, size: dict) -> dict[int, dict[str, float]]:
+    """The loop -> {round: what is measured after it}."""
+    (arm, cell), out = SETTINGS[setting], folder / f"{setting}-{seed}"
+    shutil.rmtree(out, ignore_errors=True)  # what a stopped run left
+    out.mkdir()
+    policy = ref = make_reference(folder, cell, size)
+    held = common.prompts()[1][: size["held"]]
+    flags = DPO | {
+        "ref": ref,
+        "seed": seed,
+        "eval_data": str(held_pairs(folder, cell, ref, size)),
+        "eval_fraction": 0.0,
+    }
+    asked, n = [(e.where, e.row) for e in common.prompts(6000, seed + 1)[0]], size["prompts"]
+    along = {0: measure(ref, ref, held, seed, size)}
+    for i in range(1, size["rounds"] + 1):
+        prompts = write(out / f"prompts-{i}.jsonl", asked[(i - 1) * n : i * n])
+        ranked = rank(out, str(i), policy if arm == "online" else ref, prompts, seed, size)
+        policy = trained(
+            train_dpo, out / f"policy-{i}", model=policy, data=ranked, ref_cache=str(out / "cache"), **flags
+        )
+        found = json.loads(Path(policy, "results.json").read_text())
+        along[i] = measure(policy, ref, held, seed, size) | {"accuracy": found["after/eval/rewards/accuracies"]}
+    return along
+
+
+def rank(out: Path, name: str, model: str, prompts: Path, seed: int, size: dict) -> str:
+    """Two answers of a model to each prompt, ranked."""
+    samples, ranked = str(out / f"samples-{name}.jsonl"), str(out / f"ranked-{name}.jsonl")
+    flags = {"k": 2, "max_new_tokens": size["tokens"], "seed": seed, "device": "cpu"}
+    sample.main(sample.Args(model=model, data=str(prompts), out=samples, **flags))
+    annotate.main(annotate.Args(samples, out=ranked, by="gold", seed=seed))
+    return ranked
+
+
+def make_reference(folder: Path, cell: str, size: dict) -> str:
+    """The SFT model of all reviews, or of the bad ones."""
+    if not train_sft.is_made(str(folder / cell)):
+        rows = reviews.rows("sft", 4 * 34 * size["sft"])
+        rows = [row for row in rows if cell == "near" or reviews.gold_reward(row[1]["text"]) < FAR]
+        write(folder / f"{cell}.jsonl", rows[: 34 * size["sft"]])
+    flags = {"data": str(folder / f"{cell}.jsonl"), "max_steps": size["sft"], "eval_prompts": 0}
+    return trained(train_sft, folder / cell, **flags)
+
+
+def held_pairs(folder: Path, cell: str, ref: str, size: dict) -> str:
+    """Ranked pairs of the reference's answers to held-out prompts."""
+    if not (folder / f"ranked-{cell}.jsonl").exists():
+        rows = [(e.where, e.row) for e in common.prompts()[1][: size["held"]]]
+        return rank(folder, cell, ref, write(folder / f"held-{cell}.jsonl", rows), 0, size)
+    return str(folder / f"ranked-{cell}.jsonl")
+
+
+def measure(policy: str, ref: str, held, seed: int, size: dict) -> dict[str, float]:
+    return {n: statistics.fmean(x) for n, x in common.measured(policy, ref, held, seed, size["tokens"]).items()}
+
+
+# ----------------------------------------------------------------------------------------------------- table and figure
+
+
+def path(results: common.Results, setting: str, name: str, seed: int) -> list[float]:
+    """A metric along the rounds."""
+    return [results.values(setting, name, step)[seed] for step in results.steps(setting)]
+
+
+def gold_at(results: common.Results, setting: str, seed: int, kl: float) -> float:
+    """Gold reward where the path through the rounds first has this KL; between two rounds on the line."""
+    kls, golds = (path(results, setting, name, seed) for name in ("kl", "gold"))
+    for (x, y), (u, v) in zip(zip(kls, golds), zip(kls[1:], golds[1:])):  # noqa: B905
+        if u >= kl:
+            return y + (v - y) * (kl - x) / (u - x)
+    return golds[-1]
+
+
+def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
+    """The differences online - offline, with half their intervals."""
+    found, gaps = {}, {}
+    for cell in ("far", "near"):
+        online, offline = f"online, {cell}", f"offline, {cell}"
+        mine, other = results.values(online, "gold"), results.values(offline, "gold")
+        gaps[cell] = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
+        found[cell] = paired(mine, other)
+        matched = []
+        for seed in gaps[cell]:
+            kl = min(max(path(results, x, "kl", seed)) for x in (online, offline))
+            matched.append(gold_at(results, online, seed, kl) - gold_at(results, offline, seed, kl))
+        found[f"{cell}, at KL"] = t_interval(matched)
+    return found | {"difference": paired(gaps["far"], gaps["near"])}
+
+
+def report(results: common.Results) -> tuple[str, str, str]:
+    """Table, verdict, effect."""
+    rows = []
+    for x in SETTINGS:
+        cells = [show(t_interval([*results.values(x, n).values()]), digits) for n, (_, digits) in COLUMNS.items()]
+        rows.append([x, *cells])
+    for cell in ("near", "far"):
+        start = [t_interval([*results.values(f"online, {cell}", n, 0).values()]) for n in COLUMNS if n != "accuracy"]
+        rows.append([f"reference, {cell}", *(show(x) for x in start), ""])
+    found = clauses(results)
+    criterion = {x: found[x] for x in ("far", "far, at KL", "difference")}
+    lines = [[x, show(y, 3), common.verdict([y]), "yes" if x in criterion else ""] for x, y in found.items()]
+    for cell in ("far", "near"):
+        x = paired(*(results.values(f"{arm}, {cell}", "accuracy") for arm in ("offline", "online")))
+        lines.append([f"accuracy, offline - online: {cell}", show(x, 3), common.verdict([x]), ""])
+    parts = [
+        markdown(["arm, reference", *(title for title, _ in COLUMNS.values())], rows),
+        markdown(["gold reward, online - offline:", "mean", "above 0?", "in the criterion"], lines),
+    ]
+    end, at_kl = (", ".join(f"{cell} {show(found[cell + x])}" for cell in ("far", "near")) for x in ("", ", at KL"))
+    effect = f"gold reward, online - offline: {end}; at equal KL: {at_kl}."
+    return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
+
+
+def draw(results: common.Results, page) -> None:
+    """Gold reward against KL along the rounds: each seed thin, and the mean."""
+    both = page.subplots(1, 2, sharey=True)
+    for axes, cell in zip(both, ("near", "far"), strict=True):
+        for arm, colour in (("offline", "tab:orange"), ("online", "tab:blue")):
+            x = f"{arm}, {cell}"
+            for seed in results.values(x, "gold"):
+                axes.plot(path(results, x, "kl", seed), path(results, x, "gold", seed), color=colour, alpha=0.3, lw=0.8)
+            at = [results.values(x, n, step).values() for n in ("kl", "gold") for step in results.steps(x)]
+            means = [statistics.fmean(values) for values in at]
+            kls, golds = means[: len(means) // 2], means[len(means) // 2 :]
+            axes.plot(kls, golds, color=colour, marker="o", markersize=4, label=arm)
+        axes.set_title(f"reference {cell}", fontsize=9)
+        axes.set_xlabel("KL to the reference, nats an answer")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    both[0].set_ylabel("gold reward, held-out prompts")
+
+
+if __name__ == "__main__":
+    cli(main, common.Args)

@@ -1,0 +1,169 @@
+"""PPO's details, one at a time: a flag of train_ppo.py is changed, all else is the same.
+
+    python -m ablations.ppo_tricks            --quick, --smoke, --seeds
+
+Claims. Huang et al. 2024 (arXiv 2403.17031, detail 24): whitened rewards make answers that are less preferred, and
+shorter. Ahmadian et al. 2024 (RLOO, arXiv 2402.14740, section 5): the clip hardly ever acts, and the bias that a GAE
+lambda below 1 brings does not pay. For each seed a reward model learns from noisy rankings of its own; PPO is run
+against it with each change. The objective is the reward model's score less the baseline's coefficient times the KL,
+whatever the run itself maximises; gold reward is of answers to held-out prompts.
+
+Criterion, written before the full run; means paired by seed, with 95 % t-intervals. Reproduced: all of these are above
+0. Contradicted: one is below 0. Else not resolved.
+
+    whitening    gold reward, and length: baseline - rewards whitened ("shift", which takes off their mean too)
+    clip         0.05 - the share of tokens that the clip acts on, in the baseline
+    lambda       objective: lambda 1 - lambda 0
+
+All other differences to the baseline, of objective, gold reward, KL and the critic's explained variance, are reported.
+The edits of this folder that are no flags (*.diff) are not run here.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import train_ppo
+import train_rm
+import train_sft
+from ablations import common, plot
+from ablations.common import markdown, paired, show, t_interval, trained, write
+from rlhf import reviews
+from rlhf.runs import cli
+
+NAME = "ppo_tricks"
+CLAIM = "whitened rewards lower gold reward and shorten answers, the clip hardly acts, lambda 1 beats lambda 0"
+BASELINE = "baseline"
+SETTINGS = {
+    BASELINE: {},
+    "rewards whitened, shift": {"whiten_rewards": "shift"},
+    "rewards whitened, scale": {"whiten_rewards": "scale"},
+    "advantages as they are": {"whiten_advantages": False},
+    "critic starts at 0": {"value_init": "zero"},
+    "no clip": {"clip_range": 1e6},
+    "lambda 0": {"lam": 0.0},
+    "lambda 1": {"lam": 1.0},
+    "adaptive KL, to 2 nats": {"kl_target": 2.0},
+}
+KL_COEF = 0.3
+FULL = {"batch_size": 16, "max_steps": 12, "max_new_tokens": 48}
+QUICK = FULL | {"max_steps": 6}
+SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
+COLUMNS = {  # of the table: digits
+    "objective": ("objective", 2),
+    "gold": ("gold reward", 2),
+    "readable": ("readable gold", 2),
+    "kl": ("KL, nats", 2),
+    "length": ("length", 1),
+    "explained": ("explained variance", 2),
+    "clipped": ("clipped", 3),
+    "entropy": ("entropy", 2),
+}
+DIFFERENCES = ("objective", "gold", "kl", "length", "explained")
+
+
+def main(a: common.Args) -> None:
+    """Runs what results.csv does not have, and writes table and figure."""
+    results, folder = common.results(NAME, a), common.work(NAME, a)
+    seeds, size = (1, SMOKE) if a.smoke else (2, QUICK) if a.quick else (a.seeds, FULL)
+    settings = [BASELINE, "rewards whitened, shift", "lambda 0", "lambda 1"] if a.smoke or a.quick else [*SETTINGS]
+    tasks = [(x, seed, folder, size) for seed in range(seeds) for x in settings if not results.done(x, seed)]
+    for (setting, seed, *_), (end, along), seconds in common.each(run, tasks, 1, folder):
+        for step, values in along.items():
+            results.add(setting, seed, values, step)
+        results.add(setting, seed, end | {"seconds": seconds})
+    plot.finish(NAME, a, results, report, draw)
+
+
+def run(setting: str, seed: int, folder: Path, size: dict):
+    """One run of PPO -> what is measured at its end, and {rollout: objective} along it."""
+    smoke, out = size is SMOKE, folder / f"{setting}-{seed}"
+    short, text = ({"max_steps": 2}, str(folder / "sft.jsonl")) if smoke else ({}, "reviews")
+    if smoke:
+        write(Path(text), reviews.rows("sft", 60))
+    sft = trained(train_sft, folder / "sft", data=text, eval_prompts=0, **short)
+    rankings, asked = folder / f"rankings-{seed}.jsonl", folder / f"prompts-{seed}.jsonl"
+    if not asked.exists():
+        write(rankings, reviews.rows("preference", 60 if smoke else 1000, seed))
+        write(asked, reviews.rows("prompts", 3000, seed + 1))
+    flags = {"data": str(rankings), "batch_size": 16, "epochs": 2, "seed": seed, "eval_prompts": 0}
+    reward = trained(train_rm, folder / f"rm-{seed}", model=sft, **flags | short)
+    flags = {"data": str(asked), "kl_coef": KL_COEF, "seed": seed, "eval_prompts": 0, **size, **SETTINGS[setting]}
+    policy = trained(train_ppo, out, model=sft, reward=reward, **flags)
+
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    mean = lambda name, rows: statistics.fmean(row[name] for row in rows)  # noqa: E731
+    objective = lambda rows: mean("objective/scores", rows) - KL_COEF * mean("objective/kl", rows)  # noqa: E731
+    measured = common.measured(policy, sft, common.prompts()[1][: 8 if smoke else 256], seed, size["max_new_tokens"])
+    end = {name: statistics.fmean(values) for name, values in measured.items()}
+    end |= {"objective": objective(lines[-len(lines) // 4 :]), "entropy": mean("objective/entropy", lines[-1:])}
+    end |= {"explained": mean("val/explained_variance", lines), "clipped": mean("policy/clipfrac", lines)}
+    pairs = [lines[i : i + 2] for i in range(0, len(lines), 2)]
+    return end, {part[-1]["step"]: {"objective": objective(part)} for part in pairs}
+
+
+# ----------------------------------------------------------------------------------------------------- table and figure
+
+
+def settings_of(results: common.Results) -> list[str]:
+    return [x for x in SETTINGS if results.values(x, "gold")]
+
+
+def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
+    """The differences of the criterion, with half their intervals."""
+    of, found = results.values, {}
+    for name in ("gold", "length"):
+        found[f"{COLUMNS[name][0]}: baseline - rewards whitened"] = paired(
+            of(BASELINE, name), of("rewards whitened, shift", name)
+        )
+    found["0.05 - share clipped"] = t_interval([0.05 - x for x in of(BASELINE, "clipped").values()])
+    found["objective: lambda 1 - lambda 0"] = paired(of("lambda 1", "objective"), of("lambda 0", "objective"))
+    return found
+
+
+def report(results: common.Results) -> tuple[str, str, str]:
+    """Table, verdict, effect."""
+    rows, changes = [], []
+    for x in settings_of(results):
+        rows.append([x, *(show(t_interval([*results.values(x, n).values()]), k) for n, (_, k) in COLUMNS.items())])
+        if x != BASELINE:
+            both = [paired(results.values(x, n), results.values(BASELINE, n)) for n in DIFFERENCES]
+            apart = [f"**{show(y)}**" if abs(y[0]) > y[1] else show(y) for y in both]
+            changes.append([x, *apart])
+    found = clauses(results)
+    parts = [
+        markdown(["change", *(title for title, _ in COLUMNS.values())], rows),
+        markdown(["change - baseline (bold: not 0)", *(COLUMNS[n][0] for n in DIFFERENCES)], changes),
+        markdown(["criterion", "mean", "above 0?"], [[x, show(y, 3), common.verdict([y])] for x, y in found.items()]),
+    ]
+    effect = "; ".join(f"{x} {show(y, 3)}" for x, y in found.items()) + "."
+    return "\n\n".join(parts), common.verdict([*found.values()]), effect
+
+
+def draw(results: common.Results, page) -> None:
+    """Objective along the run; objective and gold reward at the end, less the baseline's."""
+    left, right = page.subplots(1, 2, width_ratios=[2, 3])
+    settings = settings_of(results)
+    for x in settings:
+        steps = results.steps(x)
+        means = [statistics.fmean(results.values(x, "objective", step).values()) for step in steps]
+        left.plot(steps, means, linewidth=2 if x == BASELINE else 1, color="black" if x == BASELINE else None, label=x)
+    left.set_xlabel("rollout")
+    left.set_title("objective, means over seeds", fontsize=9)
+    left.legend(fontsize=5)
+    for i, (name, colour) in enumerate((("objective", "tab:orange"), ("gold", "tab:blue"))):
+        found = [paired(results.values(x, name), results.values(BASELINE, name)) for x in settings[1:]]
+        means, halves = zip(*found, strict=True)
+        at, bars = [place + 0.2 * i for place in range(len(found))], [half if half < 10 else 0.0 for half in halves]
+        right.errorbar(means, at, xerr=bars, fmt="o", markersize=4, capsize=2, color=colour, label=COLUMNS[name][0])
+    right.axvline(0, color="black", linewidth=0.5)
+    right.set_yticks(range(len(settings) - 1), settings[1:], fontsize=7)
+    right.set_title("change - baseline at the end", fontsize=9)
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+
+
+if __name__ == "__main__":
+    cli(main, common.Args)
