@@ -1,6 +1,7 @@
 """The enumerable world of the ablations and what the three experiments of DPO's frontier, beta and weight compute."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import train_dpo
 from ablations import common, world
 from ablations.beta_sweep import __main__ as beta_sweep
 from ablations.frontier import __main__ as frontier
+from ablations.frontier import tier_s
 from ablations.grad_weight import __main__ as grad_weight
 from rlhf import models
 from rlhf.data import build
@@ -198,6 +200,18 @@ def test_frontier_is_contradicted_by_a_policy_above_the_optimum(made_up):
 def test_the_loss_of_unlikelihood_by_hand():
     pair = train_dpo.Pairs(*(torch.tensor([x]) for x in (0.0, 0.0, -3.0, -5.0, 1.0, 1.0)))
     assert train_dpo.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
+
+
+@pytest.mark.slow
+def test_tier_s_runs_with_a_small_model(tmp_path, monkeypatch):
+    """Every kind of run, from the embedded task's untrained model in the place of a real one, on a CPU."""
+    monkeypatch.chdir(tmp_path)
+    names = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "optimum"]
+    found = tier_s.main({x: frontier.SETTINGS[x] for x in names}, "reviews", smoke=True)
+    assert [Path(x).name for x in found["models"]] == ["sft", *(x.replace(" ", "-") for x in names[:-1])]
+    kl = [numbers["kl"]["value"] for numbers in found["models"].values()]
+    assert kl[0] == 0 and all(x > 0 for x in kl[1:])
+    assert all(math.isfinite(numbers["reward"]["low"]) for numbers in found["models"].values())
 
 
 # ----------------------------------------------------------------------------------------------------------- beta_sweep
