@@ -20,12 +20,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -34,7 +36,7 @@ import train_sft
 from rlhf import models, reviews
 from rlhf.data import Example, build, held_out
 from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import mean_interval, processor
+from rlhf.runs import Run, mean_interval, processor
 
 ROOT = Path(__file__).parent
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
@@ -92,6 +94,12 @@ class Results:
     def done(self, setting: str, seed: int) -> bool:
         """Whether values of the end of this run are there."""
         return any(key[:3] == (setting, seed, None) for key in self.values_of)
+
+    def seeds(self) -> list[int]:
+        """The seeds, in order, in which all settings that have values are done."""
+        done = {key[:2] for key in self.values_of if key[2] is None}
+        settings = {setting for setting, _ in done}
+        return [seed for seed in sorted({seed for _, seed in done}) if all((x, seed) in done for x in settings)]
 
     def add(self, setting: str, seed: int, values: Mapping[str, float], step: int | None = None) -> None:
         """Append a value of each metric: those of steps first, since those without a step make the run done."""
@@ -189,6 +197,15 @@ def each(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
+    """Within it a script that would save a checkpoint (--save-every) calls look(step, weights) instead, and draws no
+    curves."""
+    save = mock.patch.object(Run, "save_checkpoint", lambda _, step, state: look(step, state["model"]))
+    with save, mock.patch("rlhf.runs.curves"):
+        yield
+
+
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -217,6 +234,14 @@ def show(mean_and_half: tuple[float, float], digits: int = 2) -> str:
     """ "mean +- half", or the mean alone where one seed gives no interval."""
     mean, half = mean_and_half
     return f"{mean:.{digits}f}" + (f" +- {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def between(points: Sequence[tuple[float, float]], nats: float) -> float:
+    """The reward at a KL, on the straight line between the first two neighbours around it; beyond the last: its own."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 <= nats < x1:
+            return y0 + (y1 - y0) * (nats - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 def verdict(differences: Sequence[tuple[float, float]]) -> str:

@@ -1,0 +1,67 @@
+"""The frontier on a real model, on a GPU: the settings of the small world on film reviews, one seed, no optimum.
+
+    python -m ablations.frontier --tier s --model HuggingFaceTB/SmolLM2-135M
+
+The reviews are the embedded task's texts and its gold reward, through the model's own tokenizer. Reward and KL are of
+one answer to each of 256 held-out prompts, with bootstrap intervals over them (evaluate.py). There is no exact optimum,
+and no interval over seeds, so this gives no verdict.
+"""
+
+import json
+from pathlib import Path
+
+import annotate
+import evaluate
+import sample
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from ablations import world
+from rlhf import reviews
+
+FULL = {"texts": 20_000, "asked": 4000, "held": 256, "batch": 64, "updates": 240, "tokens": 48}
+SMOKE = {"texts": 60, "asked": 24, "held": 8, "batch": 8, "updates": 8, "tokens": 8}
+RATES = {train_sft: 2e-5, train_dpo: 5e-6, train_rm: 1e-5, train_ppo: 5e-6}
+
+
+def main(settings: dict, model: str, smoke: bool) -> dict:
+    """Trains what is not there yet in runs/ablations/frontier/tier-s, and compares all of it by evaluate.py."""
+    size, out = SMOKE if smoke else FULL, Path("runs/ablations/frontier", "tier-s-smoke" if smoke else "tier-s")
+    place = lambda name: str(out / name)  # noqa: E731
+    rows = lambda kind, n, seed: [row for _, row in reviews.rows(kind, n, seed)]  # noqa: E731
+    texts = world.write(out / "texts.jsonl", rows("sft", size["texts"], 0))
+    prompts = world.write(out / "prompts.jsonl", rows("prompts", size["asked"], 1))
+    held = world.write(out / "held.jsonl", rows("prompts", 4 * size["held"], 2))
+
+    def train(script, name: str, **flags) -> None:
+        """Train NAME, unless that is done; go on with it if it was begun."""
+        if not train_sft.is_made(place(name)):
+            resume = (out / name / "args.json").exists()
+            flags = {"model": place("sft"), "lr": RATES[script], "batch_size": size["batch"], "eval_prompts": 0} | flags
+            script.main(script.Args(out=place(name), resume=resume, **flags))
+
+    train(train_sft, "sft", model=model, data=texts, max_steps=size["updates"])
+    samples, rankings = out / "samples.jsonl", out / "rankings.jsonl"
+    if not rankings.exists():
+        flags = {"data": prompts, "k": 4, "max_new_tokens": size["tokens"], "resume": samples.exists()}
+        sample.main(sample.Args(model=place("sft"), out=str(samples), **flags))
+        annotate.main(annotate.Args(str(samples), out=str(rankings), by="gold", noise=0.0))
+    chosen = world.write(out / "chosen.jsonl", world.chosen(map(json.loads, open(rankings))))
+    train(train_rm, "rm", data=str(rankings), eval_fraction=0.05)
+    for setting, (script, flags) in settings.items():
+        if script is None:
+            continue
+        flags = {"max_steps": size["updates"]} | flags
+        if script is train_ppo:
+            gold = "gold" in setting
+            flags |= {"reward": "gold" if gold else place("rm"), "value_init": "policy" if gold else "reward"}
+            flags |= {"data": prompts, "max_steps": max(size["updates"] // 8, 1), "max_new_tokens": size["tokens"]}
+        else:
+            flags |= {"data": chosen if script is train_sft else str(rankings), "eval_fraction": 0.0}
+        train(script, setting.replace(" ", "-"), **flags)
+
+    names = [place(x.replace(" ", "-")) for x, (script, _) in settings.items() if script]
+    flags = {"data": held, "reward": "gold", "eval_prompts": size["held"], "max_new_tokens": size["tokens"]}
+    flags |= {"out": place("evaluate"), "resume": (out / "evaluate" / "args.json").exists()}
+    return evaluate.main(evaluate.Args(models=(place("sft"), *names), **flags))

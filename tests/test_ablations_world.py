@@ -1,0 +1,259 @@
+"""The enumerable world of the ablations and what the three experiments of DPO's frontier, beta and weight compute."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+from ablations import common, world
+from ablations.beta_sweep import __main__ as beta_sweep
+from ablations.frontier import __main__ as frontier
+from ablations.frontier import tier_s
+from ablations.grad_weight import __main__ as grad_weight
+from rlhf import models
+from rlhf.data import build
+from rlhf.losses import dpo
+
+SEED = 3
+SIZE = 1 + 7 + 49 + 343 + 2401
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "model"
+    world.new_model(folder, SEED)
+    model = models.load_model(str(folder), "cpu")
+    with torch.no_grad():
+        for weight in model.parameters():  # so that words are far from equally likely
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    return model, models.load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def reference(untrained):
+    asked = world.prompts(SEED)["validation"][:3]
+    return asked, world.answer_logps(untrained[0], asked), world.rewards(SEED, asked)
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+def test_prompts_are_split():
+    parts = world.prompts(SEED)
+    assert [len(x) for x in parts.values()] == [world.VALIDATION, world.TEST, 343 - world.VALIDATION - world.TEST]
+    assert len({x for part in parts.values() for x in part}) == 343
+
+
+def test_answers_are_all_there_once():
+    assert len(world.TEXTS) == SIZE == len(set(world.TEXTS))
+    assert world.TEXTS[:3] == ["", "a", "b"] and world.TEXTS[-1] == "g g g g"
+
+
+def test_log_probs_are_those_that_the_scripts_train(untrained, reference):
+    model, tokenizer = untrained
+    asked, logps, _ = reference
+    assert torch.allclose(logps.exp().sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    places = [1, 9, 60, 400, 2000, SIZE - 1]
+    rows = [
+        ("x:1", {"prompt": x, "responses": [world.TEXTS[i] for i in places], "ranks": [*range(1, 7)]}) for x in asked
+    ]
+    examples, _ = build(rows, tokenizer, "preference", *world.LIMITS.values())
+    assert [len(r) for r in examples[0].responses] == [2, 3, 4, 4, 4, 4]  # a fourth word is not followed by EOS
+    found = torch.stack(models.score(model, examples, "tree", world.PAD, 4096, torch.float32)).double()
+    assert torch.allclose(found, logps[:, places], rtol=0, atol=1e-4)
+    assert found.std() > 1
+
+
+def test_rewards_are_those_of_the_texts(reference):
+    asked, _, r = reference
+    for i in (0, 1, 60, 399, 400, 1234, SIZE - 1):
+        assert [world.reward(SEED, x, world.TEXTS[i]) for x in asked] == pytest.approx(r[:, i].tolist(), abs=1e-12)
+    rows = [{"world": SEED}] * 3
+    assert world.gold(asked, ["a b"] * 3, rows) == pytest.approx(r[:, world.TEXTS.index("a b")].tolist(), abs=1e-12)
+    assert (r[:, 0] == 0).all() and r.std() > 0.2
+
+
+def test_reward_by_hand():
+    # prompt a b c, answer d e: the worths of d after c and of e after d, to a prompt that begins with a
+    draw = torch.Generator().manual_seed(SEED)
+    own, after, first = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((8,), (8, 8), (8, 1, 8)))
+    worth = [own[4] + after[3, 4] + first[1, 0, 4], own[5] + after[4, 5] + first[1, 0, 5]]
+    assert world.reward(SEED, "a b c", "d e") == pytest.approx(1 / (1 + math.exp(-sum(worth))), abs=1e-12)
+
+
+def test_the_source_writes_of_training_prompts_and_at_least_a_word():
+    rows = world.source(SEED, 300)
+    assert {row["prompt"] for row in rows} <= set(world.prompts(SEED)["train"])
+    lengths = [len(row["completion"].split()) for row in rows]
+    assert min(lengths) == 1 and max(lengths) == world.LONGEST
+
+
+def test_optimum_is_on_the_line_of_the_optimal_policies_and_above_all_others(reference):
+    _, ref, r = reference
+    for beta in (0.05, 0.3, 2.0):
+        nats, most = world.tilted(ref, r, beta)
+        assert world.optimum(ref, r, nats) == pytest.approx(most, abs=1e-9)
+    assert world.optimum(ref, r, 0.0) == world.expected(ref, r)
+    draw = torch.Generator().manual_seed(1)
+    for size in (0.1, 1.0, 3.0):
+        policy = (ref + size * torch.randn(ref.shape, generator=draw, dtype=torch.float64) + size * r).log_softmax(1)
+        assert world.expected(policy, r) < world.optimum(ref, r, world.kl(policy, ref))
+
+
+def test_optimum_by_hand():
+    """Two answers, equally likely, rewards 0 and 1: a policy with chance q has reward q and KL ln 2 - H(q)."""
+    ref, r = torch.full((1, 2), 0.5, dtype=torch.float64).log(), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    q = 0.8
+    nats = math.log(2) + q * math.log(q) + (1 - q) * math.log(1 - q)
+    assert world.optimum(ref, r, nats) == pytest.approx(q, abs=1e-9)
+
+
+def test_best_of_two_by_all_pairs(reference):
+    """The better of two draws, and half a chance for each of two that are as good."""
+    _, ref, r = reference
+    p, r = ref[0].exp(), r[0]
+    wins = (r[:, None] > r).double() + 0.5 * (r[:, None] == r).double()
+    assert torch.allclose(world.best_of(ref[:1], r[None], 2).exp()[0], 2 * p * (wins @ p), rtol=1e-6, atol=1e-15)
+    for n in (2, 64):
+        assert world.kl(world.best_of(ref[:1], r[None], n), ref[:1]) <= math.log(n) - (n - 1) / n
+
+
+def test_rankings_are_by_gold_reward_and_a_flip_turns_a_pair_round(reference):
+    asked, logps, r = reference
+    right = lambda row: sorted(  # noqa: E731
+        zip(row["ranks"], row["responses"], strict=True), key=lambda x: -world.reward(SEED, row["prompt"], x[1])
+    )
+    for row in world.rankings(SEED, logps, asked, 20, 4):
+        assert "" not in row["responses"] and [rank for rank, _ in right(row)] == sorted(row["ranks"])
+    rows = world.rankings(SEED, logps, asked, 600, 2, flip=0.25)
+    wrong = sum([rank for rank, _ in right(row)] == [2, 1] for row in rows) / len(rows)
+    assert abs(wrong - 0.25) < 4 * (0.25 * 0.75 / 600) ** 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- at matched KL
+
+
+def test_between_by_hand():
+    points = [(0.0, 1.0), (1.0, 3.0), (2.0, 4.0)]
+    assert [common.between(points, x) for x in (0, 0.25, 1, 1.5, 2, 9)] == [1, 1.5, 3, 3.5, 4, 4]
+
+
+def test_hull_by_hand():
+    #          start     below the line   on it      highest    later, lower
+    points = [(0.0, 0.0), (1.0, 0.3), (0.5, 1.0), (2.0, 2.0), (3.0, 1.9)]
+    assert frontier.hull(points) == [0, 2, 3]
+    assert frontier.hull([(0.0, 1.0), (1.0, 0.5)]) == [0]
+
+
+def test_the_least_clear_is_left_out():
+    assert frontier.without_the_least_clear([(1.0, 0.1), (0.5, 2.0), (0.2, 0.1)]) == [(0.2, 0.1), (1.0, 0.1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- frontier
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Two worlds in which a method's reward is its share of sqrt(KL) / 4, which the optimum has all of."""
+    results = common.Results(tmp_path / "results.csv")
+    share = {"DPO": 0.9, "Unlikelihood": 0.8, "Preferred-FT": 0.3, "PPO": 0.7, "PPO-gold": 0.95}
+    for seed in (0, 1):
+        for setting in frontier.SETTINGS:
+            method = setting.rsplit(" ", 1)[0]
+            if method in share:
+                for step, nats in ((1, 0.25), (2, 0.5), (3, 1.0), (4, 2.0), (5, 4.0)):
+                    gold = (share[method] + 0.01 * seed * (method == "DPO")) * nats**0.5 / 4
+                    values = {f"{n} {part}": x for part in frontier.PARTS for n, x in (("kl", nats), ("reward", gold))}
+                    results.add(setting, seed, values | {"room": nats**0.5 / 4 - gold}, step)
+                results.add(setting, seed, {"seconds": 1.0})
+        best = {
+            f"{n} {name}": x for n in frontier.DRAWN for name, x in (("kl", 1.0), ("reward", 0.24), ("optimum", 0.25))
+        }
+        results.add("Best-of-n", seed, best)
+        results.add(
+            "optimum",
+            seed,
+            {f"{x:g}": x**0.5 / 4 for x in frontier.CURVE} | {"start test": 0.0, "start validation": 0.0},
+        )
+    return results
+
+
+def test_frontier_clauses_by_hand(made_up):
+    found = frontier.clauses(made_up)
+    # at 1 nat: 0.9 and 0.91 of 1/4, less 0.3 of it: 0.15 and 0.1525, half 12.706 * 0.00125
+    assert found["Preferred-FT"]["1"] == pytest.approx((0.15125, 12.706 * 0.00125), rel=1e-4)
+    assert found["Unlikelihood"]["1"][0] == pytest.approx(0.02625 + 0.02 * 0.25, rel=1e-4)
+    assert found["optimum"][""][0] == pytest.approx((1 - 0.95) * 0.25**0.5 / 4 + 1e-6, rel=1e-4)
+    assert found["Best-of-n"]["8"] == pytest.approx((0.96 - 0.95, 0), abs=1e-9)
+    table, verdict, effect = frontier.report(made_up)
+    assert verdict == "reproduced" and "0.91 +- 0.06 of the optimum's gain" in effect
+    assert "| Preferred-FT | 0.037 +- 0.000 |" in table
+
+
+def test_frontier_is_contradicted_by_a_policy_above_the_optimum(made_up):
+    made_up.add("DPO 1", 0, {"room": -2e-6}, 1)
+    assert frontier.report(made_up)[1] == "contradicted"
+
+
+def test_the_loss_of_unlikelihood_by_hand():
+    pair = train_dpo.Pairs(*(torch.tensor([x]) for x in (0.0, 0.0, -3.0, -5.0, 1.0, 1.0)))
+    assert train_dpo.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
+
+
+@pytest.mark.slow
+def test_tier_s_runs_with_a_small_model(tmp_path, monkeypatch):
+    """Every kind of run, from the embedded task's untrained model in the place of a real one, on a CPU."""
+    monkeypatch.chdir(tmp_path)
+    names = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "optimum"]
+    found = tier_s.main({x: frontier.SETTINGS[x] for x in names}, "reviews", smoke=True)
+    assert [Path(x).name for x in found["models"]] == ["sft", *(x.replace(" ", "-") for x in names[:-1])]
+    kl = [numbers["kl"]["value"] for numbers in found["models"].values()]
+    assert kl[0] == 0 and all(x > 0 for x in kl[1:])
+    assert all(math.isfinite(numbers["reward"]["low"]) for numbers in found["models"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------- beta_sweep
+
+
+def test_beta_sweep_clauses_by_hand(tmp_path):
+    """gold = 1 + 2 d - (4, 3, 2, ...) d^2 along each run, the d of beta's place n at epoch e being e / (n + 1)."""
+    results = common.Results(tmp_path / "results.csv")
+    for seed in (0, 1):
+        for n, setting in enumerate(beta_sweep.SETTINGS):
+            for epoch in range(5):
+                d = epoch / (n + 1) / 4
+                gold = 1 + 2 * d - (4 - n) * d * d
+                values = {"kl test": d * d, "kl validation": d * d, "gold test": gold, "gold validation": gold}
+                values["accuracy"] = 0.5 + gold / 100
+                results.add(setting, seed, values, epoch)
+            results.add(setting, seed, values)
+    assert beta_sweep.curvature(results, "0.03", 0) == pytest.approx(-3, rel=1e-3)
+    assert beta_sweep.spearman(results, 1) == -1
+    assert beta_sweep.best_epoch(results, "0.01", 0) == 1  # 2 d - 4 d^2 is largest at d = 1/4
+    found = [mean for mean, _ in beta_sweep.clauses(results).values()]
+    assert found == pytest.approx([0.1, 4, 3, 2, 0.25 - -2, 0.5 - 0.25], rel=1e-3)
+    assert beta_sweep.report(results)[1] == "reproduced"
+
+
+# ---------------------------------------------------------------------------------------------------------- grad_weight
+
+
+def test_the_unweighted_loss_has_the_gradient_of_dpo_at_the_start():
+    arguments = train_dpo.Args(beta=0.3)
+    gradients = {}
+    for name in ("dpo", "weight 1/2"):
+        chosen, rejected = (torch.tensor([0.0, 5.0], requires_grad=True) for _ in range(2))
+        loss = dpo(chosen, rejected, 0.3) if name == "dpo" else None
+        if loss is None:
+            loss = train_dpo.LOSSES[name](arguments, train_dpo.Pairs(chosen, rejected, *[chosen.detach()] * 4))
+        loss.sum().backward()
+        gradients[name] = chosen.grad
+    assert torch.allclose(gradients["dpo"], gradients["weight 1/2"], rtol=1e-6)
+    assert torch.allclose(gradients["dpo"], torch.full((2,), -0.15))
+
+
+def test_repeated_by_hand():
+    assert grad_weight.repeated([1, 2, 1, 2, 1, 2], 4) == pytest.approx(1 / 3)  # 1212, 2121, 1212
+    assert grad_weight.repeated([1, 2, 3], 4) == 0.0
