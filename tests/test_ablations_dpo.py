@@ -95,6 +95,15 @@ def test_length_clauses_by_hand(modules, tmp_path):
     assert common.verdict([*found.values()]) == "contradicted"
 
 
+def test_length_at_one_kl_by_hand(modules, tmp_path):
+    length, results = modules["length"], common.Results(tmp_path / "results.csv")
+    results.add("SFT", 0, {"length": 10.0})
+    for bias, kl, tokens in ((0.5, 0.2, 10.0), (0.6, 0.4, 12.0), (0.7, 0.8, 16.0)):
+        results.add(f"DPO {bias:.0%}", 0, {"length": tokens, "kl": kl})
+    assert length.at_one_kl(results, "DPO", 0.6) == {0: pytest.approx(1.4)}
+    assert length.at_one_kl(results, "DPO", 0.9) == {} == length.at_one_kl(results, "SimPO")
+
+
 # --------------------------------------------------------------------------------------------------------- displacement
 
 

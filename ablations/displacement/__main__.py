@@ -327,7 +327,7 @@ def draw(results: common.Results, page) -> None:
     right.axhline(statistics.fmean(results.values("SFT", "gold").values()), color="gray", lw=0.8)
     right.set_xlabel("D_w, nats", fontsize=8)
     right.set_title("gold reward (line: SFT)", fontsize=9)
-    right.legend(fontsize=6)
+    right.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for axes in (left, right):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

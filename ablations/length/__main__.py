@@ -196,6 +196,19 @@ def slope(results: common.Results, method: str) -> dict[int, float]:
     return {seed: (high[seed] - low[seed]) / 2 for seed in low if seed in high}
 
 
+def at_one_kl(results: common.Results, method: str, kl: float = 0.6) -> dict[int, float]:
+    """Seed -> the ratio at this KL, on the line between the two biases whose ends are below and above it, where there
+    are such."""
+    found = {}
+    for seed in slope(results, method):
+        ends = [f"{method} {b:.0%}" for b in BIASES if seed in ratio(results, f"{method} {b:.0%}")]
+        path = sorted((results.values(x, "kl")[seed], ratio(results, x)[seed]) for x in ends)
+        for (x0, y0), (x1, y1) in itertools.pairwise(path):
+            if x0 <= kl < x1:
+                found[seed] = y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
+    return found
+
+
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
     """The differences of the criterion, with half their intervals."""
     slopes = {m: found for m in METHODS if (found := slope(results, m))}
@@ -222,6 +235,12 @@ def report(results: common.Results) -> tuple[str, str, str]:
             of = lambda values: t_interval([values[seed] for seed in seeds])  # noqa: B023, E731
             cells = [show(of(results.values(setting, n)), digits) for n, (_, digits) in COLUMNS.items()]
             rows.append([setting, show(of(ratio(results, setting)), 3), *cells])
+    at_one, of_dpo = [], at_one_kl(results, "DPO")
+    for m in METHODS:
+        if found := at_one_kl(results, m):
+            shared = any(seed in of_dpo for seed in found)
+            difference = show(paired(of_dpo, found), 3) if shared and m != "DPO" else ""
+            at_one.append([m, show(t_interval([*found.values()]), 3), difference, str(len(found))])
     trials = []
     for name in [x for x in TRIALS if results.done(x, TRIAL_SEED)]:
         cells = [show(t_interval([*results.values(name, n).values()]), digits) for n, (_, digits) in COLUMNS.items()]
@@ -232,6 +251,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
     parts = [
         markdown(["method, pairs whose longer answer is preferred", "ratio", *(t for t, _ in COLUMNS.values())], rows),
         markdown(["difference, above 0 by the claim", "mean", ""], differences),
+        "The ratio at a KL of 0.6, interpolated between biases:",
+        markdown(["method", "ratio", "DPO - it", "seeds that have it"], at_one),
         f"The trials, on validation prompts, with what was taken from them ({taken}):",
         markdown(["trial", *(title for title, _ in COLUMNS.values())], trials),
     ]
