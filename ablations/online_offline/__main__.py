@@ -182,7 +182,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 
 def draw(results: common.Results, page) -> None:
-    """Gold reward against KL along the rounds: each seed thin, and the mean."""
+    """Gold reward against KL along the rounds: each seed thin, and the medians."""
     both = page.subplots(1, 2, sharey=True)
     for axes, cell in zip(both, ("near", "far"), strict=True):
         for arm, colour in (("offline", "tab:orange"), ("online", "tab:blue")):
@@ -190,10 +190,12 @@ def draw(results: common.Results, page) -> None:
             for seed in results.values(x, "gold"):
                 axes.plot(path(results, x, "kl", seed), path(results, x, "gold", seed), color=colour, alpha=0.3, lw=0.8)
             at = [results.values(x, n, step).values() for n in ("kl", "gold") for step in results.steps(x)]
-            means = [statistics.fmean(values) for values in at]
-            kls, golds = means[: len(means) // 2], means[len(means) // 2 :]
+            medians = [statistics.median(values) for values in at]
+            kls, golds = medians[: len(at) // 2], medians[len(at) // 2 :]
             axes.plot(kls, golds, color=colour, marker="o", markersize=4, label=arm)
         axes.set_title(f"reference {cell}", fontsize=9)
+        axes.set_xscale("symlog", linthresh=4)
+        axes.set_xticks([0, 1, 2, 3, 4, 8, 16, 64], ["0", "1", "2", "3", "4", "8", "16", "64"])
         axes.set_xlabel("KL to the reference, nats an answer")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -178,7 +178,7 @@ def draw(results: common.Results, page) -> None:
             at = [place + 0.4 * i - 0.2 for place in range(len(names))]
             bars = [half if half < 10 else 0.0 for half in halves]
             axes.bar(at, means, 0.4, yerr=bars, capsize=2, color=colour, label=COLUMNS[name][0])
-        axes.set_xticks(range(len(names)), [x.replace(", ", ",\n").replace(" ", "\n") for x in names], fontsize=7)
+        axes.set_xticks(range(len(names)), [x.replace("-", "-\n").replace(" ", "\n") for x in names], fontsize=7)
         axes.grid(alpha=0.3, axis="y")
         axes.axhline(0, color="black", linewidth=0.5)
     left.set_title("before the preferences", fontsize=9)
