@@ -244,10 +244,9 @@ def test_sft_first_chooses_on_validation_and_reports_test(modules, tmp_path):
             results.add(f"{arm}, 0.001", seed, found | other | ends)
     assert module.chosen(results, "SFT, DPO") == "SFT, DPO, 0.001"
     table, verdict, effect = module.report(results)
-    # SFT - base: 0.5 and 0.6, half 12.706 * 0.05: not above 0; Preferred-FT - base: 0.4 and 0.4
-    assert (
-        verdict == "not resolved" and "SFT, DPO - base, DPO 0.55 +- 0.64; Preferred-FT, DPO - base, DPO 0.40" in effect
-    )
+    # SFT - base: 0.5 and 0.6, half 12.706 * 0.05: not above 0
+    assert verdict == "not resolved" and effect.startswith("gold reward: SFT, DPO - base, DPO 0.55 +- 0.64; readable")
+    assert "| gold reward: Preferred-FT, DPO - base, DPO | 0.40 +- 0.00 |" in table
     assert "| **SFT, DPO, 0.001** | 1.05 +- 0.64 |" in table and "| SFT, DPO, 0.0003 | 9.00 |" in table
 
 

@@ -193,7 +193,7 @@ def fit(kind: str, points: Sequence[tuple[float, float]]) -> tuple[float, float,
 
 def points(results: common.Results, setting: str, seed: int, name: str) -> list[tuple[float, float]]:
     """(d, reward) along n or along the run."""
-    found = [(results.values(setting, x, step) for x in ("d", name)) for step in results.steps(setting)]
+    found = [[results.values(setting, x, step) for x in ("d", name)] for step in results.steps(setting)]
     return [(d[seed], y[seed]) for d, y in found if seed in d]
 
 
