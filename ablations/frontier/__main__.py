@@ -304,7 +304,8 @@ def draw(results: common.Results, page) -> None:
     seed = min(start)
     colours = dict(zip(METHODS, ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green"), strict=True))
     best = [(0.0, start[seed]), *((x, results.values("optimum", f"{x:g}")[seed]) for x in CURVE)]
-    left.plot(*zip(*best, strict=True), color="black", linewidth=1, label="optimum")
+    best += [tuple(results.values("Best-of-n", f"{n} {name}")[seed] for name in ("kl", "optimum")) for n in DRAWN]
+    left.plot(*zip(*sorted(best), strict=True), color="black", linewidth=1, label="optimum")
     for method in METHODS:
         points = [
             [results.values_of[setting, seed, step, f"{name} test"] for name in ("kl", "reward")]
