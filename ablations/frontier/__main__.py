@@ -45,7 +45,7 @@ from rlhf import models
 from rlhf.runs import cli
 
 NAME = "frontier"
-CLAIM = "at every KL to the reference DPO has the most reward"
+CLAIM = "at the same KL DPO has more reward than Preferred-FT, and no less than Unlikelihood; none is above the optimum"
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)  # the paper's
 SETTINGS = {  # method: script, and the flags that are its own
     **{f"DPO {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
