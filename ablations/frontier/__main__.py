@@ -45,7 +45,7 @@ from rlhf import models
 from rlhf.runs import cli
 
 NAME = "frontier"
-CLAIM = "at every KL to the reference DPO has the most reward"
+CLAIM = "at the same KL DPO has more reward than Preferred-FT, and no less than Unlikelihood; none is above the optimum"
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)  # the paper's
 SETTINGS = {  # method: script, and the flags that are its own
     **{f"DPO {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
@@ -304,7 +304,8 @@ def draw(results: common.Results, page) -> None:
     seed = min(start)
     colours = dict(zip(METHODS, ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green"), strict=True))
     best = [(0.0, start[seed]), *((x, results.values("optimum", f"{x:g}")[seed]) for x in CURVE)]
-    left.plot(*zip(*best, strict=True), color="black", linewidth=1, label="optimum")
+    best += [tuple(results.values("Best-of-n", f"{n} {name}")[seed] for name in ("kl", "optimum")) for n in DRAWN]
+    left.plot(*zip(*sorted(best), strict=True), color="black", linewidth=1, label="optimum")
     for method in METHODS:
         points = [
             [results.values_of[setting, seed, step, f"{name} test"] for name in ("kl", "reward")]

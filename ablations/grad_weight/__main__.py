@@ -239,7 +239,7 @@ def draw(results: common.Results, page) -> None:
     axes_of[0].set_xlabel("KL to SFT, nats an answer", fontsize=8)
     axes_of[0].set_title("gold reward", fontsize=9)
     axes_of[1].set_title("entropy, nats a token", fontsize=9)
-    axes_of[2].set_title("NLL of the reference, nats a token", fontsize=9)
+    axes_of[2].set_title("reference's NLL, nats a token", fontsize=9)
     for axes in axes_of:
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
