@@ -199,7 +199,7 @@ def test_frontier_is_contradicted_by_a_policy_above_the_optimum(made_up):
 
 def test_the_loss_of_unlikelihood_by_hand():
     pair = train_dpo.Pairs(*(torch.tensor([x]) for x in (0.0, 0.0, -3.0, -5.0, 1.0, 1.0)))
-    assert train_dpo.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
+    assert frontier.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
 
 
 @pytest.mark.slow
@@ -207,6 +207,7 @@ def test_tier_s_runs_with_a_small_model(tmp_path, monkeypatch):
     """Every kind of run, from the embedded task's untrained model in the place of a real one, on a CPU."""
     monkeypatch.chdir(tmp_path)
     names = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "optimum"]
+    monkeypatch.setattr(train_dpo, "LOSSES", train_dpo.LOSSES | frontier.LOSSES)
     found = tier_s.main({x: frontier.SETTINGS[x] for x in names}, "reviews", smoke=True)
     assert [Path(x).name for x in found["models"]] == ["sft", *(x.replace(" ", "-") for x in names[:-1])]
     kl = [numbers["kl"]["value"] for numbers in found["models"].values()]
@@ -247,7 +248,7 @@ def test_the_unweighted_loss_has_the_gradient_of_dpo_at_the_start():
         chosen, rejected = (torch.tensor([0.0, 5.0], requires_grad=True) for _ in range(2))
         loss = dpo(chosen, rejected, 0.3) if name == "dpo" else None
         if loss is None:
-            loss = train_dpo.LOSSES[name](arguments, train_dpo.Pairs(chosen, rejected, *[chosen.detach()] * 4))
+            loss = grad_weight.LOSSES[name](arguments, train_dpo.Pairs(chosen, rejected, *[chosen.detach()] * 4))
         loss.sum().backward()
         gradients[name] = chosen.grad
     assert torch.allclose(gradients["dpo"], gradients["weight 1/2"], rtol=1e-6)

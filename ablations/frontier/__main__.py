@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import torch
 
@@ -64,8 +65,9 @@ DRAWN = (2, 4, 8, 16, 32, 64)  # n of Best-of-n
 PARTS = ("validation", "test")
 MARGIN, NEAR, ROUNDING = 0.02, 0.05, 1e-6
 UPDATES, BATCH, POINTS = 64, 32, 4  # of prompts with 4 answers each, and checkpoints along a run
-for _alpha in ALPHAS:  # a loss of one's own: -log pi(chosen) + alpha log pi(rejected)
-    train_dpo.LOSSES[f"unlikelihood {_alpha:g}"] = lambda a, x, alpha=_alpha: -x.chosen_logps + alpha * x.rejected_logps
+LOSSES = {  # of its own, for train_dpo.py: -log pi(chosen) + alpha log pi(rejected)
+    f"unlikelihood {alpha:g}": lambda a, x, alpha=alpha: -x.chosen_logps + alpha * x.rejected_logps for alpha in ALPHAS
+}
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Args(common.Args):
 def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     if a.tier == "s":
-        tier_s.main(SETTINGS, a.model, a.smoke)
+        with mock.patch.dict(train_dpo.LOSSES, LOSSES):
+            tier_s.main(SETTINGS, a.model, a.smoke)
         return
     results, folder = common.results(NAME, a), common.work(NAME, a)
     settings, seeds = list(SETTINGS), range(min(a.seeds, 1 if a.smoke or a.quick else a.seeds))
@@ -152,7 +155,7 @@ def run(setting: str, seed: int, folder: Path, updates: int) -> tuple[dict, dict
     out = folder / f"{setting.replace(' ', '-')}-{seed}"
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     shared = {"model": str(own / "sft"), "out": str(out), "lr": RATES[setting.split()[0]], "seed": seed}
-    with at_checkpoints(look):
+    with at_checkpoints(look), mock.patch.dict(train_dpo.LOSSES, LOSSES):
         script.main(world.args(script, **shared | flags_of(setting, own, updates) | flags))
     shutil.rmtree(out)
     return along, {name: along[max(along)][name] for name in ("kl test", "reward test")}

@@ -32,6 +32,7 @@ import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -48,8 +49,10 @@ from rlhf.runs import cli
 
 NAME = "grad_weight"
 CLAIM = "without DPO's weight on each pair the policy degenerates, and has less reward at the same KL"
-train_dpo.LOSSES["weight 1/2"] = lambda a, x: -a.beta / 2 * (x.chosen - x.rejected)
-train_dpo.LOSSES["unlikelihood"] = lambda a, x: x.rejected_logps - x.chosen_logps
+LOSSES = {  # of its own, for train_dpo.py
+    "weight 1/2": lambda a, x: -a.beta / 2 * (x.chosen - x.rejected),
+    "unlikelihood": lambda a, x: x.rejected_logps - x.chosen_logps,
+}
 SETTINGS = {"DPO": {}, "weight 1/2": {"loss": "weight 1/2"}, "Unlikelihood": {"loss": "unlikelihood"}}
 PAIRS, PROMPTS, POINTS, TOKENS = 2048, 128, 16, 48
 FULL = {"beta": 0.1, "lr": 1e-3, "batch_size": 64, "epochs": 3}
@@ -133,7 +136,7 @@ def run(setting: str, seed: int, folder: Path, pairs: int, prompts: int) -> dict
     steps = FULL["epochs"] * -(-pairs // FULL["batch_size"])
     flags = {"data": str(folder / f"pairs-{seed}.jsonl"), "out": str(out), "ref_cache": str(folder / "ref_cache")}
     flags |= {"eval_fraction": 0.0, "eval_prompts": 0, "save_every": -(-steps // POINTS), "device": "cpu", "seed": seed}
-    with at_checkpoints(look):
+    with at_checkpoints(look), mock.patch.dict(train_dpo.LOSSES, LOSSES):
         train_dpo.main(train_dpo.Args(model=sft, **flags, **FULL, **SETTINGS[setting]))
     shutil.rmtree(out)
     return along
