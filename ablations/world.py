@@ -135,13 +135,13 @@ def new_model(folder: Path, seed: int) -> None:
     models.save(model, tokenizer, folder)
 
 
-def learn_source(folder: Path, seed: int, **flags) -> str:
+def learn_source(folder: Path, seed: int, sentences: int = SENTENCES, **flags) -> str:
     """The SFT model of this world, in folder/sft, as train_sft.py makes it; made where it is missing."""
     out = folder / "sft"
     if not train_sft.is_made(str(out)):
         shutil.rmtree(folder, ignore_errors=True)
         new_model(folder / "untrained", seed)
-        data = write(folder / "source.jsonl", source(seed, SENTENCES))
+        data = write(folder / "source.jsonl", source(seed, sentences))
         flags = {"model": str(folder / "untrained"), "data": data, "out": str(out), "seed": seed} | flags
         train_sft.main(args(train_sft, lr=5e-3, batch_size=64, epochs=2, **flags))
     return str(out)

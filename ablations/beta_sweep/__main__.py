@@ -68,7 +68,7 @@ def main(a: Args) -> None:
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     for seed in sorted({seed for _, seed, *_ in tasks}):
         own, asked = folder / f"world-{seed}", world.prompts(seed)["train"]
-        sft = world.learn_source(own, seed, **({"max_steps": 20} if a.smoke else {}))
+        sft = world.learn_source(own, seed, 800 if a.smoke else world.SENTENCES)
         if not (own / "pairs.jsonl").exists():
             logps = world.answer_logps(models.load_model(sft, "cpu"), asked)
             world.write(own / "pairs.jsonl", world.rankings(seed, logps, asked, PAIRS, 2, FLIPPED))

@@ -93,7 +93,7 @@ def main(a: Args) -> None:
     settings, seeds = list(SETTINGS), range(min(a.seeds, 1 if a.smoke or a.quick else a.seeds))
     if a.smoke:
         settings = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "Best-of-n", "optimum"]
-    updates = 16 if a.smoke else UPDATES
+    updates = 8 if a.smoke else UPDATES
     tasks = [(x, seed, folder, updates) for seed in seeds for x in settings if not results.done(x, seed)]
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     for seed in sorted({seed for _, seed, *_ in tasks}):
@@ -108,19 +108,18 @@ def main(a: Args) -> None:
 def prepare(seed: int, folder: Path, updates: int) -> None:
     """The world's SFT model, its rankings and their preferred answers, and a reward model that learns from them."""
     own = folder / f"world-{seed}"
-    short = {"max_steps": 20} if updates < UPDATES else {}
-    sft = world.learn_source(own, seed, **short)
+    sft = world.learn_source(own, seed, 100 * updates)
     if not (own / "chosen.jsonl").exists():
         asked = world.prompts(seed)["train"]
         logps = world.answer_logps(models.load_model(sft, "cpu"), asked)
-        rows = world.rankings(seed, logps, asked, UPDATES * BATCH, 4)
+        rows = world.rankings(seed, logps, asked, updates * BATCH, 4)
         world.write(own / "prompts.jsonl", [{"prompt": x, "world": seed} for x in asked])
         world.write(own / "rankings.jsonl", rows)
         world.write(own / "chosen.jsonl", world.chosen(rows))
     if not train_sft.is_made(str(own / "rm")):
         shutil.rmtree(own / "rm", ignore_errors=True)
         flags = {"model": sft, "data": str(own / "rankings.jsonl"), "out": str(own / "rm"), "seed": seed}
-        train_rm.main(world.args(train_rm, lr=3e-3, batch_size=BATCH, **flags, **short))
+        train_rm.main(world.args(train_rm, lr=3e-3, batch_size=BATCH, **flags))
 
 
 def run(setting: str, seed: int, folder: Path, updates: int) -> tuple[dict, dict]:
