@@ -3,7 +3,7 @@
     python -m ablations.ppo_tricks            --quick, --smoke, --seeds
 
 Claims. Huang et al. 2024 (arXiv 2403.17031, detail 24): whitened rewards make answers that are less preferred, and
-shorter. Ahmadian et al. 2024 (RLOO, arXiv 2402.14740, section 5): the clip hardly ever acts, and the bias that a GAE
+shorter. Ahmadian et al. 2024 (RLOO, arXiv 2402.14740): the clip hardly ever acts, and the bias that a GAE
 lambda below 1 brings does not pay. For each seed a reward model learns from noisy rankings of its own; PPO is run
 against it with each change. The objective is the reward model's score less the baseline's coefficient times the KL,
 whatever the run itself maximises; gold reward is of answers to held-out prompts.
