@@ -68,7 +68,7 @@ def test_smoke(name, tmp_path):
     before = committed.read_bytes() if committed.exists() else None
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"ablations.{name}", "--smoke"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/ablations" / name / "smoke"
     rows = [*csv.DictReader(open(folder / "results.csv"))]
