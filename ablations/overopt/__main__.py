@@ -21,7 +21,7 @@ Reproduced: all of these are above 0. Contradicted: one is below 0. Else not res
     order    -Spearman(b, pairs) of Best-of-n at 128 dimensions
 
 Best-of-n has 5 seeds, PPO has 3. PPO's order, the effect of the width, how well the forms fit and where the curves peak
-are reported.
+are reported; so is Best-of-n by gold itself, which was added after the results (there is one pool, so one seed).
 """
 
 import json
@@ -52,6 +52,9 @@ PAIRS, NARROW = (100, 400, 1600, 6400), 16
 SETTINGS = {f"Best-of-n, {n} pairs": ("Best-of-n", 128, n) for n in PAIRS}
 SETTINGS |= {f"Best-of-n, 1600 pairs, {NARROW} wide": ("Best-of-n", NARROW, 1600)}
 SETTINGS |= {f"PPO, {n} pairs": ("PPO", 128, n) for n in (100, 1600)}
+COLOURS = ("tab:red", "tab:orange", "tab:green", "tab:blue", "tab:gray", "black")
+GOLD = "Best-of-n, by gold itself"
+SETTINGS |= {GOLD: ("Best-of-n", 0, 0)}
 FLIPPED = 0.25
 PPO_SEEDS = 3
 FULL = {"pool": (24, 512), "tokens": 48, "sft": 700, "rollouts": 24, "prompts": 32, "every": 2}
@@ -69,9 +72,10 @@ def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     size, seeds = (SMOKE, 1) if a.smoke else (QUICK, 1) if a.quick else (FULL, a.seeds)
-    settings = [x for x, (_, _, n) in SETTINGS.items() if not a.smoke or n == 100]
-    tasks = [(x, seed) for seed in range(seeds) for x in settings if seed < PPO_SEEDS or not x.startswith("PPO")]
-    tasks = [(x, seed, folder, size) for x, seed in tasks if not results.done(x, seed)]
+    settings = {x: kind for x, (kind, _, n) in SETTINGS.items() if not a.smoke or n == 100}
+    most = {x: 1 if x == GOLD else PPO_SEEDS if kind == "PPO" else seeds for x, kind in settings.items()}
+    tasks = [(x, seed, folder, size) for seed in range(seeds) for x in settings if seed < most[x]]
+    tasks = [task for task in tasks if not results.done(*task[:2])]
     for (setting, seed, *_), (along, end), seconds in common.each(run, tasks, 1, folder):
         for step, values in along.items():
             results.add(setting, seed, values, step)
@@ -86,16 +90,10 @@ def run(setting: str, seed: int, folder: Path, size: dict):
     """One proxy optimised -> {n, or rollout: d, proxy and gold reward}, and what is known at the end."""
     kind, width, n = SETTINGS[setting]
     sft = make_sft(folder, 128, size["sft"])
-    data, out = folder / f"pairs-{n}-{seed}.jsonl", folder / f"rm-{width}-{n}-{seed}"
-    if not data.exists():
-        write(data, noisy_pairs(n, seed))
-    flags = {"data": str(data), "batch_size": 16, "epochs": 1 if n > 1600 else 4, "seed": seed, "eval_prompts": 0}
-    flags |= {"max_steps": 2} if size is SMOKE else {}
-    proxy = trained(train_rm, out, model=make_sft(folder, width, size["sft"]), **flags)
-
     rows = pool(folder, sft, *size["pool"], size["tokens"])
     golds = torch.tensor([[reviews.gold_reward(f"{x['prompt']} {y}") for y in x["responses"]] for x in rows])
-    proxies = scores(proxy, rows)
+    proxy = make_proxy(folder, width, n, seed, size) if n else ""
+    proxies = scores(proxy, rows) if proxy else golds
     end = {"correlation": torch.corrcoef(torch.stack([golds.flatten(), proxies.flatten()]))[0, 1].item()}
     in_units = {  # of the pool
         "gold": lambda x: (x - golds.mean().item()) / golds.std().item(),
@@ -109,11 +107,11 @@ def run(setting: str, seed: int, folder: Path, size: dict):
             along[drawn]["d"] = math.sqrt(math.log(drawn) - (drawn - 1) / drawn)
         return along, end
 
-    asked, out = (
-        write(folder / f"prompts-{seed}.jsonl", reviews.rows("prompts", 6000, seed + 1)),
+    asked = write(folder / f"prompts-{seed}.jsonl", reviews.rows("prompts", 6000, seed + 1))
+    out, flags = (
         folder / f"ppo-{n}-{seed}",
+        {"data": str(asked), "kl_coef": 0.0, "batch_size": size["prompts"], "max_steps": size["rollouts"]},
     )
-    flags = {"data": str(asked), "kl_coef": 0.0, "batch_size": size["prompts"], "max_steps": size["rollouts"]}
     flags |= {"max_new_tokens": size["tokens"], "seed": seed, "eval_prompts": 0}
     policy = trained(train_ppo, out, model=sft, reward=proxy, **flags)
     lines, along, every = [json.loads(line) for line in open(out / "metrics.jsonl")], {}, size["every"]
@@ -121,7 +119,7 @@ def run(setting: str, seed: int, folder: Path, size: dict):
         gold, score, kl = (statistics.fmean(x[f"objective/{name}"] for x in part) for name in ("gold", "scores", "kl"))
         found = {"gold": in_units["gold"](gold), "proxy": in_units["proxy"](score), "d": math.sqrt(max(kl, 0.0))}
         along[part[-1]["step"]] = found
-    held = common.prompts()[1][: 8 if size is SMOKE else 256]
+    held = common.prompts()[1][: 8 if size == SMOKE else 256]
     measured = common.measured(policy, sft, held, seed, size["tokens"])
     return along, end | {name: statistics.fmean(measured[name]) for name in ("grammatical", "kl", "length")}
 
@@ -141,6 +139,16 @@ def noisy_pairs(n: int, seed: int) -> list[tuple[str, dict]]:
         if rng.random() < FLIPPED:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     return [("", row) for row in rows]
+
+
+def make_proxy(folder: Path, width: int, n: int, seed: int, size: dict) -> str:
+    """The reward model of this width that learnt from n pairs of this seed."""
+    data, out = folder / f"pairs-{n}-{seed}.jsonl", folder / f"rm-{width}-{n}-{seed}"
+    if not data.exists():
+        write(data, noisy_pairs(n, seed))
+    flags = {"data": str(data), "batch_size": 16, "epochs": 1 if n > 1600 else 4, "seed": seed, "eval_prompts": 0}
+    flags |= {"max_steps": 2} if size == SMOKE else {}
+    return trained(train_rm, out, model=make_sft(folder, width, size["sft"]), **flags)
 
 
 def make_sft(folder: Path, width: int, steps: int) -> str:
@@ -291,7 +299,7 @@ def draw(results: common.Results, page) -> None:
     both = page.subplots(1, 2)
     for axes, kind in zip(both, ("Best-of-n", "PPO"), strict=True):
         there = [x for x in SETTINGS if x.startswith(kind) and seeds_of(results, x)]
-        for x, colour in zip(there, ("tab:red", "tab:orange", "tab:green", "tab:blue", "tab:gray"), strict=False):
+        for x, colour in zip(there, COLOURS, strict=False):
             gold = [point for seed in seeds_of(results, x) for point in points(results, x, seed, "gold")]
             axes.plot(*zip(*gold, strict=True), ".", color=colour, markersize=2)
             a, b, _ = fit(kind, gold)

@@ -77,7 +77,7 @@ def main(a: common.Args) -> None:
 
 def run(setting: str, seed: int, folder: Path, size: dict):
     """One run of PPO -> what is measured at its end, and {rollout: objective} along it."""
-    smoke, out = size is SMOKE, folder / f"{setting}-{seed}"
+    smoke, out = size == SMOKE, folder / f"{setting}-{seed}"
     short, text = ({"max_steps": 2}, str(folder / "sft.jsonl")) if smoke else ({}, "reviews")
     if smoke:
         write(Path(text), reviews.rows("sft", 60))
