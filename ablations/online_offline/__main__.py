@@ -40,9 +40,9 @@ NAME = "online_offline"
 CLAIM = "DPO on its own fresh answers beats DPO on the reference's, most where good answers are unlikely at first"
 SETTINGS = {f"{arm}, {cell}": (arm, cell) for cell in ("near", "far") for arm in ("offline", "online")}
 FAR = -0.5  # gold reward below which a review is in the far reference's data
-FULL = {"rounds": 5, "prompts": 320, "held": 256, "tokens": 48, "sft": 500}
+FULL = {"rounds": 5, "prompts": 320, "held": 256, "tokens": 48, "sft": 500, "rows": 24_000}
 QUICK = FULL | {"rounds": 3, "held": 128}
-SMOKE = {"rounds": 2, "prompts": 16, "held": 8, "tokens": 8, "sft": 2}
+SMOKE = {"rounds": 2, "prompts": 16, "held": 8, "tokens": 8, "sft": 2, "rows": 400}
 DPO = {"beta": 0.3, "lr": 1e-3, "batch_size": 32, "max_steps": 10, "epochs": 10, "eval_prompts": 0}
 COLUMNS = {  # of the table: digits
     "gold": ("gold reward", 2),
@@ -73,14 +73,14 @@ def run(setting: str, seed: int, folder: Path, size: dict) -> dict[int, dict[str
     shutil.rmtree(out, ignore_errors=True)  # what a stopped run left
     out.mkdir()
     policy = ref = make_reference(folder, cell, size)
-    held = common.prompts()[1][: size["held"]]
+    held = common.prompts(size["rows"])[1][: size["held"]]
     flags = DPO | {
         "ref": ref,
         "seed": seed,
         "eval_data": str(held_pairs(folder, cell, ref, size)),
         "eval_fraction": 0.0,
     }
-    asked, n = [(e.where, e.row) for e in common.prompts(6000, seed + 1)[0]], size["prompts"]
+    asked, n = [(e.where, e.row) for e in common.prompts(size["rows"] // 4, seed + 1)[0]], size["prompts"]
     along = {0: measure(ref, ref, held, seed, size)}
     for i in range(1, size["rounds"] + 1):
         prompts = write(out / f"prompts-{i}.jsonl", asked[(i - 1) * n : i * n])
@@ -115,7 +115,7 @@ def make_reference(folder: Path, cell: str, size: dict) -> str:
 def held_pairs(folder: Path, cell: str, ref: str, size: dict) -> str:
     """Ranked pairs of the reference's answers to held-out prompts."""
     if not (folder / f"ranked-{cell}.jsonl").exists():
-        rows = [(e.where, e.row) for e in common.prompts()[1][: size["held"]]]
+        rows = [(e.where, e.row) for e in common.prompts(size["rows"])[1][: size["held"]]]
         return rank(folder, cell, ref, write(folder / f"held-{cell}.jsonl", rows), 0, size)
     return str(folder / f"ranked-{cell}.jsonl")
 

@@ -119,7 +119,7 @@ def run(setting: str, seed: int, folder: Path, size: dict):
         gold, score, kl = (statistics.fmean(x[f"objective/{name}"] for x in part) for name in ("gold", "scores", "kl"))
         found = {"gold": in_units["gold"](gold), "proxy": in_units["proxy"](score), "d": math.sqrt(max(kl, 0.0))}
         along[part[-1]["step"]] = found
-    held = common.prompts()[1][: 8 if size == SMOKE else 256]
+    held = common.prompts(400 if size == SMOKE else 24_000)[1][:256]
     measured = common.measured(policy, sft, held, seed, size["tokens"])
     return along, end | {name: statistics.fmean(measured[name]) for name in ("grammatical", "kl", "length")}
 

@@ -94,7 +94,8 @@ def run(setting: str, seed: int, folder: Path, size: dict):
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     mean = lambda name, rows: statistics.fmean(row[name] for row in rows)  # noqa: E731
     objective = lambda rows: mean("objective/scores", rows) - KL_COEF * mean("objective/kl", rows)  # noqa: E731
-    measured = common.measured(policy, sft, common.prompts()[1][: 8 if smoke else 256], seed, size["max_new_tokens"])
+    held = common.prompts(400 if smoke else 24_000)[1][:256]
+    measured = common.measured(policy, sft, held, seed, size["max_new_tokens"])
     end = {name: statistics.fmean(values) for name, values in measured.items()}
     end |= {"objective": objective(lines[-len(lines) // 4 :]), "entropy": mean("objective/entropy", lines[-1:])}
     end |= {"explained": mean("val/explained_variance", lines), "clipped": mean("policy/clipfrac", lines)}

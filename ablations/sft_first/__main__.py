@@ -99,7 +99,7 @@ def run(setting: str, seed: int, folder: Path, half: int) -> dict[str, float]:
         model = trained(train_dpo, out, model=model, data=str(pairs), lr=rate, loss=loss, **flags)
         ends = json.loads((out / "results.json").read_text())
         found = {"accuracy": ends["after/eval/rewards/accuracies"], "reference": ends["before/eval/logps/chosen"]}
-    prompts = common.prompts()[1][: 24 if smoke else TEST + VALIDATION]
+    prompts = common.prompts(400 if smoke else 24_000)[1][: TEST + VALIDATION]
     test = len(prompts) * TEST // (TEST + VALIDATION)
     measured = common.measured(model, base, prompts, seed, 8 if smoke else 48)
     found |= {name: statistics.fmean(values[:test]) for name, values in measured.items()}
