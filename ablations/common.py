@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -261,10 +261,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --------------------------------------------------------------------------------------------------- the embedded task
 
 
-def write(path: Path, rows: Sequence[tuple[str, dict]]) -> Path:
-    """Rows of rlhf.reviews as a .jsonl file."""
-    path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
-    return path
+def write(path: Path, rows: Iterable[dict]) -> str:
+    """A .jsonl file of these rows, and its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows(kind: str, n: int, seed: int = 0) -> list[dict]:
+    """Rows of the embedded task, without the places where they are from."""
+    return [row for _, row in reviews.rows(kind, n, seed)]
 
 
 def trained(script: ModuleType, out: Path, **flags) -> str:
@@ -272,6 +278,12 @@ def trained(script: ModuleType, out: Path, **flags) -> str:
     if not train_sft.is_made(str(out)):
         script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), device="cpu", **flags))
     return str(out)
+
+
+def sft_model(folder: Path, smoke: bool) -> str:
+    """The embedded task's SFT model as train_sft.py makes it, in folder/sft; a smoke run's has two updates."""
+    short = {"data": write(folder / "sft.jsonl", rows("sft", 60)), "max_steps": 2} if smoke else {}
+    return trained(train_sft, folder / "sft", eval_prompts=0, **short)
 
 
 @cache

@@ -12,7 +12,6 @@ Leading axis p: prompts. Axis s: the answers, those of l words and EOS for l = 0
 import dataclasses
 import functools
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import train_sft
+from ablations.common import write
 from ablations.estimators.__main__ import law
 from rlhf import models
 
@@ -153,13 +153,6 @@ def args(script: ModuleType, **flags):
     usual = {"eval_fraction": 0.0, "eval_prompts": 0, "max_new_tokens": LONGEST, "device": "cpu", **LIMITS}
     known = {field.name for field in dataclasses.fields(script.Args)}
     return script.Args(**{name: value for name, value in usual.items() if name in known} | flags)
-
-
-def write(path: Path, rows: Sequence[dict]) -> str:
-    """A .jsonl file of these rows, and its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 # --------------------------------------------------------------------------------------------------- policies, exactly

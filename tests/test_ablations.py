@@ -222,10 +222,10 @@ def test_prompts_for_training_and_held_out_are_apart():
 
 def test_sft_first_data(modules, tmp_path):
     module = modules["sft_first"]
-    both = zip(reviews.rows("sft", 400), module.garbled_reviews(400), strict=True)
-    words = [pair for (_, a), (_, b) in both for pair in zip(a["text"].split(), b["text"].split(), strict=True)]
+    both = zip(common.rows("sft", 400), module.garbled_reviews(400), strict=True)
+    words = [pair for a, b in both for pair in zip(a["text"].split(), b["text"].split(), strict=True)]
     assert sum(x != y for x, y in words) / len(words) == pytest.approx(module.GARBLED, abs=0.03)
-    for _, row in module.long_reviews(20, 0):
+    for row in module.long_reviews(20, 0):
         assert reviews.log_prob(row["text"]) > -math.inf and len(row["text"].split()) >= 12
     train, held = (read_rows(str(x))[0] for x in module.split_pairs(tmp_path, 100, 0))
     assert len(train) == 100 and held
@@ -311,7 +311,7 @@ def test_overopt_clauses_by_hand(modules, tmp_path):
 
 
 def test_a_quarter_of_the_proxys_labels_is_flipped(modules):
-    rows = [row for _, row in modules["overopt"].noisy_pairs(1000, 0)]
+    rows = modules["overopt"].noisy_pairs(1000, 0)
     gold = lambda row, side: reviews.gold_reward(f"{row['prompt']} {row[side]}")  # noqa: E731
     gaps = [gap for row in rows if (gap := gold(row, "chosen") - gold(row, "rejected"))]
     assert sum(gap < 0 for gap in gaps) / len(gaps) == pytest.approx(0.25, abs=0.04)

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from ablations import common, plot
-from rlhf import reviews
+from ablations import common, plot, world
+from ablations.displacement import tier_s
+from rlhf import BadInput, models, reviews
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +146,37 @@ def test_displacement_spearman_by_hand(modules):
     # ranks 0 1 2 3 and 1 0 3 2: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6
     assert spearman(torch.tensor([1.0, 2.0, 5.0, 9.0]), torch.tensor([0.2, 0.1, 7.0, 6.0])) == pytest.approx(0.6)
     assert spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3.0, 2.0, -9.0])) == pytest.approx(-1)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An untrained model of eight words in the place of a real one, and three of them in that of Yes, No, Never."""
+    world.new_model(tmp_path / "untrained", 0)
+    monkeypatch.setattr(tier_s, "ASK", "d {}")
+    monkeypatch.setattr(tier_s, "STATEMENTS", ("e f",))
+    monkeypatch.setattr(tier_s, "WORDS", ("a", "b", "c"))
+    monkeypatch.setattr(tier_s, "SETTINGS", {"DPO": ("dpo", "a", "b"), "long": ("dpo", "a a", "b")})
+    return str(tmp_path / "untrained")
+
+
+def test_displacement_of_one_token(small, tmp_path):
+    along, end = tier_s.run("DPO", 0, small, tmp_path, {"lr": 1e-3, "epochs": 4, "save_every": 1})
+    assert [*along] == [1, 2, 3, 4] and end["D_w"] - end["D_l"] > along[1]["D_w"] - along[1]["D_l"] > 0
+    assert end["after"] == pytest.approx(end["before"] * math.exp(end["D_w"]))
+
+    tokenizer, model = models.load_tokenizer(small), models.load_model(small, "cpu").double()
+    w, other = (tokenizer.convert_tokens_to_ids(x) for x in ("a", "b"))
+    with torch.no_grad():
+        state = model.base_model(tokenizer("d e f", return_tensors="pt").input_ids).last_hidden_state[0, -1]
+        head = model.lm_head
+        logps = lambda h: head(h).log_softmax(0)  # noqa: E731
+        step = 1e-5 * (head.weight[w] - head.weight[other])
+        assert end["before"] == pytest.approx(logps(state)[w].exp().item(), rel=1e-5)
+        assert end["formula"] == pytest.approx((logps(state + step) - logps(state - step))[w].item() / 2e-5, rel=1e-4)
+        lost = (1 - math.exp(end["D_l"])) * logps(state)[other].exp().item()
+    assert end["after"] - end["before"] + end["third"] + end["others"] == pytest.approx(lost, rel=1e-4)
+
+
+def test_displacement_wants_words_of_one_token(small, tmp_path):
+    with pytest.raises(BadInput, match="a a and b are not one token"):
+        tier_s.run("long", 0, small, tmp_path, tier_s.SMOKE)

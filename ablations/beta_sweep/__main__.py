@@ -71,7 +71,7 @@ def main(a: Args) -> None:
         sft = world.learn_source(own, seed, 800 if a.smoke else world.SENTENCES)
         if not (own / "pairs.jsonl").exists():
             logps = world.answer_logps(models.load_model(sft, "cpu"), asked)
-            world.write(own / "pairs.jsonl", world.rankings(seed, logps, asked, PAIRS, 2, FLIPPED))
+            common.write(own / "pairs.jsonl", world.rankings(seed, logps, asked, PAIRS, 2, FLIPPED))
     for (setting, seed, *_), along, seconds in common.each(run, tasks, a.jobs, folder):
         for step, values in along.items():
             results.add(setting, seed, values, step)

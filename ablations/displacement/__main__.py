@@ -1,6 +1,7 @@
 """Likelihood displacement: DPO makes the preferred answer less likely, the more so the more alike the two answers are.
 
     python -m ablations.displacement            --quick, --smoke, --seeds
+    python -m ablations.displacement --tier s   one pair of one token on a real model (tier_s.py)
 
 Claim (Razin et al. 2024, arXiv 2410.08847; Pal et al. 2024, arXiv 2402.13228): DPO widens the margin between two
 answers and lowers the log-prob of both, most of all between answers that are alike; DPO-positive, an NLL term (Pang et
@@ -27,25 +28,22 @@ Contradicted: one is below 0. Else not resolved. That D_w is higher need not mea
 """
 
 import itertools
-import json
 import random
 import statistics
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-import evaluate
 import train_dpo
-import train_sft
 from ablations import common, plot
-from ablations.common import markdown, paired, show, t_interval
+from ablations.common import markdown, paired, show, t_interval, trained
+from ablations.displacement import tier_s
 from rlhf import losses, models, reviews
 from rlhf.data import Example, build, held_out, read_rows
-from rlhf.generate import answer, end_ids, facts
 from rlhf.runs import cli
 
 NAME = "displacement"
@@ -68,6 +66,14 @@ SMOKE = {"batch_size": 4, "max_steps": 2}
 OF_KIND = {symbol: " ".join(levels.values()).split() for symbol, levels in reviews.OPINIONS.items()}
 SYMBOL = {word: symbol for symbol, words in OF_KIND.items() for word in words}
 MASS = ("preferred", "other", "kind", "opposite", "else")  # words at the place where an edit differs
+
+
+@dataclass
+class Args(common.Args):
+    tier: Literal["w", "s"] = "w"
+    """w: by hand and the embedded task; s: one pair of one token on a real model (tier_s.py), into tier_s.csv"""
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """of --tier s: a causal language model, as a local folder or a hub id"""
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand
@@ -111,32 +117,29 @@ def by_hand(setting: str, seed: int) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- the embedded task
 
 
-def main(a: common.Args) -> None:
+def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
+    if a.tier == "s":
+        real = common.Results(results.path.with_name("tier_s.csv"))
+        tier_s.main(real, folder, a.model, a.smoke)
+        print(tier_s.report(real))
+        return
     seeds = range(1 if a.smoke else 2 if a.quick else a.seeds)
     for setting, seed in itertools.product(BY_HAND, seeds):
         if not results.done(setting, seed):
             began = time.process_time()
             values = by_hand(setting, seed)
             results.add(setting, seed, values | {"seconds": time.process_time() - began})
-    sft, pairs, prompts, steps = train_sft.Args.out, PAIRS, PROMPTS, SMOKE if a.smoke else FULL
-    if a.smoke:
-        sft, pairs, prompts = str(folder / "sft"), 60, 100
-        rows = folder / "sft.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for _, row in reviews.rows("sft", 60)))
-        train_sft.main(train_sft.Args(data=str(rows), out=sft, max_steps=2, eval_prompts=4, device="cpu"))
-    elif not train_sft.is_made():
-        train_sft.make("cpu")
-    torch.set_num_threads(1)
-    names = ["SFT", *("DPO, edit 1", "DPO, random", "DPO, mixed")] if a.smoke else ["SFT", *RUNS]
+    pairs, prompts, steps = (60, 100, SMOKE) if a.smoke else (PAIRS, PROMPTS, FULL)
+    names, tasks = ["SFT", *("DPO, edit 1", "DPO, random", "DPO, mixed")] if a.smoke else ["SFT", *RUNS], []
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     for seed, setting in itertools.product(seeds, names):
         if not results.done(setting, seed):
-            with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-                of = setting in RUNS and data(folder, seed, RUNS[setting][1], pairs)
-                values = run(setting, seed, of, sft, folder, prompts, steps)
-            results.add(setting, seed, values)
-            print(f"{setting}, seed {seed}: {values['seconds']:.0f} s", flush=True)
+            of = data(folder, seed, RUNS[setting][1], pairs) if setting in RUNS else ""
+            tasks.append((setting, seed, of, common.sft_model(folder, a.smoke), folder, prompts, steps))
+    for (setting, seed, *_), values, seconds in common.each(run, tasks, 2, folder):
+        results.add(setting, seed, values | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
 
 
@@ -169,37 +172,25 @@ def data(folder: Path, seed: int, kind: str, pairs: int) -> str:
                 rows.append({"prompt": prompt, "chosen": text, "rejected": rejected, "place": place})
             if len(rows) == pairs:
                 break
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        common.write(path, rows)
     return str(path)
 
 
 def run(setting: str, seed: int, data: str, sft: str, folder: Path, prompts: int, steps: dict) -> dict[str, float]:
     """One run of DPO (none for "SFT") -> what is measured at its end."""
-    began, out = time.process_time(), folder / f"{setting}-{seed}".replace(" ", "-").replace(",", "")
-    if data and not train_sft.is_made(out):
-        flags = {"model": sft, "data": data, "loss": RUNS[setting][0], "beta": BETA, "eval_fraction": 0.1, **steps}
-        flags |= {"eval_prompts": 0, "ref_cache": str(folder / "ref_cache"), "device": "cpu", "seed": seed}
-        train_dpo.main(train_dpo.Args(**flags, out=str(out), resume=(out / "args.json").exists()))
-    tokenizer = models.load_tokenizer(sft)
-    policy, reference = models.load_model(str(out) if data else sft, "cpu"), models.load_model(sft, "cpu")
-    answers = answer(policy, tokenizer, held_prompts(sft, prompts), 64, seed)
-    found = facts(answers, end_ids(policy, tokenizer), embedded=True)
-    how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
-    found["kl"] = evaluate.against_reference(how, policy, reference, answers, "tree", pad)["kl"]
-    values = {name: statistics.fmean(x) for name, x in found.items()}
+    policy, out = sft, folder / f"{setting}-{seed}".replace(" ", "-").replace(",", "")
     if data:
+        flags = {"data": data, "loss": RUNS[setting][0], "beta": BETA, "eval_fraction": 0.1, "seed": seed, **steps}
+        policy = trained(train_dpo, out, model=sft, ref_cache=str(folder / "ref_cache"), eval_prompts=0, **flags)
+    measured = common.measured(policy, sft, common.prompts(prompts)[1][:TEST], seed, 64)
+    values = {name: statistics.fmean(measured[name]) for name in ("gold", "kl", "grammatical", "length")}
+    if data:
+        tokenizer, after, before = models.load_tokenizer(sft), *(models.load_model(x, "cpu") for x in (policy, sft))
         rows = build(read_rows(data)[0], tokenizer, "preference", 512, 1024, False, [])[0]
         train, held = held_out(rows, 0.1)
-        values |= measure(policy, reference, tokenizer, train[:MEASURED])
-        values["D_w held out"] = measure(policy, reference, tokenizer, held)["D_w"]
-    return values | {"seconds": time.process_time() - began}
-
-
-@cache
-def held_prompts(sft: str, prompts: int) -> list[Example]:
-    """Prompts whose pairs are held out."""
-    rows = build(reviews.rows("prompts", prompts), models.load_tokenizer(sft), "prompts", 512, 1024, False, [])[0]
-    return held_out([*{e.prompt_text: e for e in rows}.values()], 0.1)[1][:TEST]
+        values |= measure(after, before, tokenizer, train[:MEASURED])
+        values["D_w held out"] = measure(after, before, tokenizer, held)["D_w"]
+    return values
 
 
 def measure(policy, reference, tokenizer, pairs: list[Example]) -> dict[str, float]:
@@ -300,6 +291,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["run", "D_w before the edit", "at it", "after it", *(f"mass: {n}" for n in MASS)], edits),
         markdown(["difference, above 0 by the claim", "mean", ""], differences),
     ]
+    real = common.Results(results.path.with_name("tier_s.csv"))
+    if real.values_of:
+        parts.append(tier_s.report(real))
     effect = (
         f"D_w of DPO, edit 1: {cell('DPO, edit 1', 'D_w')} nats, random: {cell('DPO, random', 'D_w')}; "
         f"Spearman with CHES, mixed: {cell('DPO, mixed', 'spearman')}."
@@ -334,4 +328,4 @@ def draw(results: common.Results, page) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, common.Args)
+    cli(main, Args)

@@ -113,9 +113,9 @@ def prepare(seed: int, folder: Path, updates: int) -> None:
         asked = world.prompts(seed)["train"]
         logps = world.answer_logps(models.load_model(sft, "cpu"), asked)
         rows = world.rankings(seed, logps, asked, updates * BATCH, 4)
-        world.write(own / "prompts.jsonl", [{"prompt": x, "world": seed} for x in asked])
-        world.write(own / "rankings.jsonl", rows)
-        world.write(own / "chosen.jsonl", world.chosen(rows))
+        common.write(own / "prompts.jsonl", [{"prompt": x, "world": seed} for x in asked])
+        common.write(own / "rankings.jsonl", rows)
+        common.write(own / "chosen.jsonl", world.chosen(rows))
     if not train_sft.is_made(str(own / "rm")):
         shutil.rmtree(own / "rm", ignore_errors=True)
         flags = {"model": sft, "data": str(own / "rankings.jsonl"), "out": str(own / "rm"), "seed": seed}

@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from ablations import world
-from rlhf import reviews
+from ablations.common import rows, write
 
 FULL = {"texts": 20_000, "asked": 4000, "held": 256, "batch": 64, "updates": 240, "tokens": 48}
 SMOKE = {"texts": 60, "asked": 24, "held": 8, "batch": 8, "updates": 8, "tokens": 8}
@@ -29,10 +29,9 @@ def main(settings: dict, model: str, smoke: bool) -> dict:
     """Trains what is not there yet in runs/ablations/frontier/tier-s, and compares all of it by evaluate.py."""
     size, out = SMOKE if smoke else FULL, Path("runs/ablations/frontier", "tier-s-smoke" if smoke else "tier-s")
     place = lambda name: str(out / name)  # noqa: E731
-    rows = lambda kind, n, seed: [row for _, row in reviews.rows(kind, n, seed)]  # noqa: E731
-    texts = world.write(out / "texts.jsonl", rows("sft", size["texts"], 0))
-    prompts = world.write(out / "prompts.jsonl", rows("prompts", size["asked"], 1))
-    held = world.write(out / "held.jsonl", rows("prompts", 4 * size["held"], 2))
+    texts = write(out / "texts.jsonl", rows("sft", size["texts"], 0))
+    prompts = write(out / "prompts.jsonl", rows("prompts", size["asked"], 1))
+    held = write(out / "held.jsonl", rows("prompts", 4 * size["held"], 2))
 
     def train(script, name: str, **flags) -> None:
         """Train NAME, unless that is done; go on with it if it was begun."""
@@ -47,7 +46,7 @@ def main(settings: dict, model: str, smoke: bool) -> dict:
         flags = {"data": prompts, "k": 4, "max_new_tokens": size["tokens"], "resume": samples.exists()}
         sample.main(sample.Args(model=place("sft"), out=str(samples), **flags))
         annotate.main(annotate.Args(str(samples), out=str(rankings), by="gold", noise=0.0))
-    chosen = world.write(out / "chosen.jsonl", world.chosen(map(json.loads, open(rankings))))
+    chosen = write(out / "chosen.jsonl", world.chosen(map(json.loads, open(rankings))))
     train(train_rm, "rm", data=str(rankings), eval_fraction=0.05)
     for setting, (script, flags) in settings.items():
         if script is None:

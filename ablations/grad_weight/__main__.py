@@ -38,8 +38,7 @@ import torch
 
 import evaluate
 import train_dpo
-import train_sft
-from ablations import common, plot, world
+from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from rlhf import models, reviews
 from rlhf.data import build
@@ -86,13 +85,10 @@ def main(a: Args) -> None:
     pairs, prompts = (64, 16) if a.smoke else (PAIRS, PROMPTS)
     tasks = [(x, seed, folder, pairs, prompts) for seed in seeds for x in SETTINGS if not results.done(x, seed)]
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
-    if tasks and not train_sft.is_made(out := str(folder / "sft")):
-        shutil.rmtree(out, ignore_errors=True)
-        data = world.write(folder / "sft.jsonl", [row for _, row in reviews.rows("sft", 60)]) if a.smoke else "reviews"
-        short = {"max_steps": 2} if a.smoke else {}
-        train_sft.main(train_sft.Args(data=data, out=out, eval_prompts=0, device="cpu", **short))
+    if tasks:
+        common.sft_model(folder, a.smoke)
     for seed in sorted({seed for _, seed, *_ in tasks}):
-        world.write(folder / f"pairs-{seed}.jsonl", [row for _, row in reviews.rows("preference", pairs, 1 + seed)])
+        common.write(folder / f"pairs-{seed}.jsonl", common.rows("preference", pairs, 1 + seed))
     for (setting, seed, *_), along, seconds in common.each(run, tasks, a.jobs, folder):
         for step, values in along.items():
             results.add(setting, seed, values, step)

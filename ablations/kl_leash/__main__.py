@@ -32,8 +32,8 @@ import train_ppo
 import train_rm
 import train_sft
 from ablations import common, plot
-from ablations.common import markdown, paired, show, t_interval, write
-from rlhf import models, reviews
+from ablations.common import markdown, paired, show, t_interval, trained, write
+from rlhf import models
 from rlhf.data import held_out
 from rlhf.generate import answer, end_ids, facts
 from rlhf.logprobs import token_logps
@@ -94,19 +94,14 @@ def main(a: Args) -> None:
 def prepare(folder: Path, seeds: list[int], smoke: bool) -> None:
     """The SFT model, and for each seed its rankings and the reward model that learns from them."""
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
-    begun = lambda out: (out / "args.json").exists()  # noqa: E731
-    data = "reviews"
+    sft, short = common.sft_model(folder, smoke), {}
     if smoke:
-        data = str(write(folder / "sft.jsonl", reviews.rows("sft", 60)))
-        write(folder / "prompts.jsonl", reviews.rows("prompts", 60))
-    short = {"max_steps": 2, "eval_prompts": 4, "max_new_tokens": 8} if smoke else {}
-    if not train_sft.is_made(out := folder / "sft"):
-        train_sft.main(train_sft.Args(data=data, out=str(out), resume=begun(out), device="cpu", **short))
+        write(folder / "prompts.jsonl", common.rows("prompts", 60))
+        short = {"max_steps": 2, "eval_prompts": 4, "max_new_tokens": 8}
     for seed in seeds:
-        if not train_sft.is_made(out := folder / f"rm-{seed}"):
-            data = write(folder / f"rankings-{seed}.jsonl", reviews.rows("preference", 60 if smoke else RANKINGS, seed))
-            flags = {"batch_size": 16, "epochs": 3, "seed": seed, "resume": begun(out), "device": "cpu", **short}
-            train_rm.main(train_rm.Args(model=str(folder / "sft"), data=str(data), out=str(out), **flags))
+        data = write(folder / f"rankings-{seed}.jsonl", common.rows("preference", 60 if smoke else RANKINGS, seed))
+        flags = {"data": data, "batch_size": 16, "epochs": 3, "seed": seed, **short}
+        trained(train_rm, folder / f"rm-{seed}", model=sft, **flags)
 
 
 def run(setting: str, seed: int, folder: Path, ppo: dict):

@@ -25,26 +25,18 @@ Reproduced: all of these are above 0. Contradicted: one is below 0. Else not res
 """
 
 import itertools
-import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
 from pathlib import Path
 
 import torch
 
-import evaluate
 import train_dpo
-import train_sft
 from ablations import common, plot
-from ablations.common import markdown, paired, show, t_interval
-from rlhf import models, reviews
-from rlhf.data import Example, build, held_out
-from rlhf.generate import answer, end_ids, facts
+from ablations.common import markdown, paired, show, t_interval, trained
+from rlhf import reviews
 from rlhf.runs import cli
 
 NAME = "length"
@@ -75,25 +67,18 @@ def main(a: common.Args) -> None:
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds = range(1 if a.smoke else 2 if a.quick else a.seeds)
     methods = ["DPO", "R-DPO"] if a.smoke else [*METHODS]
-    sft, pairs, prompts, steps = train_sft.Args.out, PAIRS, PROMPTS, SMOKE if a.smoke else FULL
-    if a.smoke:
-        sft, pairs, prompts = str(folder / "sft"), 40, 200
-        rows = folder / "sft.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for _, row in reviews.rows("sft", 60)))
-        train_sft.main(train_sft.Args(data=str(rows), out=sft, max_steps=2, eval_prompts=4, device="cpu"))
-    elif not train_sft.is_made():
-        train_sft.make("cpu")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    pairs, prompts, steps = (40, 200, SMOKE) if a.smoke else (PAIRS, PROMPTS, FULL)
 
     def go(tasks: list[tuple[str, int, float, dict]]) -> None:
-        """Those of (setting, seed, bias, flags) that are not there yet."""
+        """Those of (setting, seed, bias, flags) that are not there yet; without flags it is the SFT model."""
+        given = []
         for setting, seed, bias, flags in tasks:
             if not results.done(setting, seed):
-                with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-                    of = flags and data(folder, seed, bias, pairs)
-                    values = run(setting, seed, of, flags, sft, folder, prompts, steps)
-                results.add(setting, seed, values)
-                print(f"{setting}, seed {seed}: {values['seconds']:.0f} s", flush=True)
+                flags = flags and {"data": data(folder, seed, bias, pairs)} | steps | flags
+                given.append((setting, seed, common.sft_model(folder, a.smoke), flags, folder, prompts))
+        for (setting, seed, *_), values, seconds in common.each(run, given, 2, folder):
+            results.add(setting, seed, values | {"seconds": seconds})
 
     def trials(names: Sequence[str], bias: float, shared: dict) -> list[tuple[str, int, float, dict]]:
         tried = [(name, *trial) for name, trial in TRIALS.items() if trial[0] in names]
@@ -120,37 +105,21 @@ def data(folder: Path, seed: int, bias: float, pairs: int) -> str:
                 (longer if difference > 0 else shorter).append(row)
         rows = longer[: round(bias * pairs)] + shorter[: pairs - round(bias * pairs)]
         random.Random(seed).shuffle(rows)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        common.write(path, rows)
     return str(path)
 
 
-def run(
-    setting: str, seed: int, data: str, flags: dict, sft: str, folder: Path, prompts: int, steps: dict
-) -> dict[str, float]:
+def run(setting: str, seed: int, sft: str, flags: dict, folder: Path, prompts: int) -> dict[str, float]:
     """One run of DPO with these flags (none for the SFT model) -> what is measured at its end."""
-    began, out = time.process_time(), folder / f"{setting}-{seed}".replace(" ", "-")
-    if flags and not train_sft.is_made(out):
-        flags = {"model": sft, "data": data, "eval_fraction": 0.1, "eval_prompts": 0, "device": "cpu", **flags, **steps}
-        begun = (out / "args.json").exists()
-        cache = str(folder / "ref_cache")
-        train_dpo.main(train_dpo.Args(**flags, seed=seed, out=str(out), resume=begun, ref_cache=cache))
-    tokenizer = models.load_tokenizer(sft)
-    policy, reference = models.load_model(str(out) if flags else sft, "cpu"), models.load_model(sft, "cpu")
-    held = held_prompts(sft, prompts, seed == TRIAL_SEED)
-    answers = answer(policy, tokenizer, held, 64, seed)
-    found = facts(answers, end_ids(policy, tokenizer), embedded=True)
-    how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
-    found["kl"] = evaluate.against_reference(how, policy, reference, answers, "tree", pad)["kl"]
-    return {n: statistics.fmean(x) for n, x in found.items()} | {"seconds": time.process_time() - began}
-
-
-@cache
-def held_prompts(sft: str, prompts: int, validation: bool) -> list[Example]:
-    """Prompts whose pairs are held out: for the test, or others for validation."""
-    rows = build(reviews.rows("prompts", prompts), models.load_tokenizer(sft), "prompts", 512, 1024, False, [])[0]
-    held = held_out([*{e.prompt_text: e for e in rows}.values()], 0.1)[1]
-    test = len(held) * TEST // (TEST + VALIDATION)
-    return held[test:][:VALIDATION] if validation else held[:test][:TEST]
+    policy = sft
+    if flags:
+        flags |= {"seed": seed, "eval_fraction": 0.1, "eval_prompts": 0, "ref_cache": str(folder / "ref_cache")}
+        policy = trained(train_dpo, folder / f"{setting}-{seed}".replace(" ", "-"), model=sft, **flags)
+    asked = common.prompts(prompts)[1]
+    test = len(asked) * TEST // (TEST + VALIDATION)
+    asked = asked[test:][:VALIDATION] if seed == TRIAL_SEED else asked[:test][:TEST]
+    measured = common.measured(policy, sft, asked, seed, 64)
+    return {n: statistics.fmean(measured[n]) for n in COLUMNS}
 
 
 def strengths(results: common.Results) -> dict[str, dict[str, float]]:

@@ -80,7 +80,7 @@ def run(setting: str, seed: int, folder: Path, size: dict) -> dict[int, dict[str
         "eval_data": str(held_pairs(folder, cell, ref, size)),
         "eval_fraction": 0.0,
     }
-    asked, n = [(e.where, e.row) for e in common.prompts(size["rows"] // 4, seed + 1)[0]], size["prompts"]
+    asked, n = [e.row for e in common.prompts(size["rows"] // 4, seed + 1)[0]], size["prompts"]
     along = {0: measure(ref, ref, held, seed, size)}
     for i in range(1, size["rounds"] + 1):
         prompts = write(out / f"prompts-{i}.jsonl", asked[(i - 1) * n : i * n])
@@ -93,7 +93,7 @@ def run(setting: str, seed: int, folder: Path, size: dict) -> dict[int, dict[str
     return along
 
 
-def rank(out: Path, name: str, model: str, prompts: Path, seed: int, size: dict) -> str:
+def rank(out: Path, name: str, model: str, prompts: str, seed: int, size: dict) -> str:
     """Two answers of a model to each prompt, ranked."""
     samples, ranked = str(out / f"samples-{name}.jsonl"), str(out / f"ranked-{name}.jsonl")
     flags = {"k": 2, "max_new_tokens": size["tokens"], "seed": seed, "device": "cpu"}
@@ -105,9 +105,9 @@ def rank(out: Path, name: str, model: str, prompts: Path, seed: int, size: dict)
 def make_reference(folder: Path, cell: str, size: dict) -> str:
     """The SFT model of all reviews, or of the bad ones."""
     if not train_sft.is_made(str(folder / cell)):
-        rows = reviews.rows("sft", 4 * 34 * size["sft"])
-        rows = [row for row in rows if cell == "near" or reviews.gold_reward(row[1]["text"]) < FAR]
-        write(folder / f"{cell}.jsonl", rows[: 34 * size["sft"]])
+        found = common.rows("sft", 4 * 34 * size["sft"])
+        found = [row for row in found if cell == "near" or reviews.gold_reward(row["text"]) < FAR]
+        write(folder / f"{cell}.jsonl", found[: 34 * size["sft"]])
     flags = {"data": str(folder / f"{cell}.jsonl"), "max_steps": size["sft"], "eval_prompts": 0}
     return trained(train_sft, folder / cell, **flags)
 
@@ -115,8 +115,8 @@ def make_reference(folder: Path, cell: str, size: dict) -> str:
 def held_pairs(folder: Path, cell: str, ref: str, size: dict) -> str:
     """Ranked pairs of the reference's answers to held-out prompts."""
     if not (folder / f"ranked-{cell}.jsonl").exists():
-        rows = [(e.where, e.row) for e in common.prompts(size["rows"])[1][: size["held"]]]
-        return rank(folder, cell, ref, write(folder / f"held-{cell}.jsonl", rows), 0, size)
+        held = write(folder / f"held-{cell}.jsonl", [e.row for e in common.prompts(size["rows"])[1][: size["held"]]])
+        return rank(folder, cell, ref, held, 0, size)
     return str(folder / f"ranked-{cell}.jsonl")
 
 

@@ -107,7 +107,7 @@ def run(setting: str, seed: int, folder: Path, size: dict):
             along[drawn]["d"] = math.sqrt(math.log(drawn) - (drawn - 1) / drawn)
         return along, end
 
-    asked = write(folder / f"prompts-{seed}.jsonl", reviews.rows("prompts", 6000, seed + 1))
+    asked = write(folder / f"prompts-{seed}.jsonl", common.rows("prompts", 6000, seed + 1))
     out, flags = (
         folder / f"ppo-{n}-{seed}",
         {"data": str(asked), "kl_coef": 0.0, "batch_size": size["prompts"], "max_steps": size["rollouts"]},
@@ -130,7 +130,7 @@ def best_of(x: torch.Tensor, n: int) -> torch.Tensor:
     return x.double() @ torch.tensor(weights, dtype=torch.float64)
 
 
-def noisy_pairs(n: int, seed: int) -> list[tuple[str, dict]]:
+def noisy_pairs(n: int, seed: int) -> list[dict]:
     """Two continuations of each of n prompts; the better one by gold reward is chosen, but where the label flips."""
     rng, beginnings = random.Random(f"{NAME} {seed}"), reviews.prompts(n, 1000 + seed)
     rows = reviews.preference_rows(beginnings, [reviews.continuations(p, 2, rng) for p in beginnings], 1e-6, rng)
@@ -138,7 +138,7 @@ def noisy_pairs(n: int, seed: int) -> list[tuple[str, dict]]:
         del row["probability"]
         if rng.random() < FLIPPED:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    return [("", row) for row in rows]
+    return rows
 
 
 def make_proxy(folder: Path, width: int, n: int, seed: int, size: dict) -> str:
@@ -163,7 +163,7 @@ def make_sft(folder: Path, width: int, steps: int) -> str:
         config = transformers.LlamaConfig(**reviews.config(tokenizer).to_dict() | sizes | {"num_key_value_heads": 2})
         transformers.LlamaForCausalLM(config).save_pretrained(start)
         tokenizer.save_pretrained(start)
-    data = write(folder / "sft.jsonl", reviews.rows("sft", 34 * steps + 20))
+    data = write(folder / "sft.jsonl", common.rows("sft", 34 * steps + 20))
     flags = {"max_steps": steps, "eval_prompts": 0, "lr": 4e-3 if width == 128 else 1e-2}
     return trained(train_sft, out, model=start, data=str(data), **flags)
 
@@ -172,7 +172,7 @@ def make_sft(folder: Path, width: int, steps: int) -> str:
 def pool(folder: Path, sft: str, prompts: int, answers: int, tokens: int) -> list[dict]:
     """Answers of the SFT model to held-out prompts, a row a prompt."""
     out = folder / "pool.jsonl"
-    asked = write(folder / "pool-prompts.jsonl", [(e.where, e.row) for e in common.prompts()[1][:prompts]])
+    asked = write(folder / "pool-prompts.jsonl", [e.row for e in common.prompts()[1][:prompts]])
     flags = {"k": answers, "batch_size": 2, "max_new_tokens": tokens, "device": "cpu", "resume": out.exists()}
     sample.main(sample.Args(model=sft, data=str(asked), out=str(out), **flags))
     return [json.loads(line) for line in open(out)]

@@ -25,10 +25,8 @@ from pathlib import Path
 
 import train_ppo
 import train_rm
-import train_sft
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf import reviews
 from rlhf.runs import cli
 
 NAME = "ppo_tricks"
@@ -78,14 +76,11 @@ def main(a: common.Args) -> None:
 def run(setting: str, seed: int, folder: Path, size: dict):
     """One run of PPO -> what is measured at its end, and {rollout: objective} along it."""
     smoke, out = size == SMOKE, folder / f"{setting}-{seed}"
-    short, text = ({"max_steps": 2}, str(folder / "sft.jsonl")) if smoke else ({}, "reviews")
-    if smoke:
-        write(Path(text), reviews.rows("sft", 60))
-    sft = trained(train_sft, folder / "sft", data=text, eval_prompts=0, **short)
+    short, sft = {"max_steps": 2} if smoke else {}, common.sft_model(folder, smoke)
     rankings, asked = folder / f"rankings-{seed}.jsonl", folder / f"prompts-{seed}.jsonl"
     if not asked.exists():
-        write(rankings, reviews.rows("preference", 60 if smoke else 1000, seed))
-        write(asked, reviews.rows("prompts", 3000, seed + 1))
+        write(rankings, common.rows("preference", 60 if smoke else 1000, seed))
+        write(asked, common.rows("prompts", 3000, seed + 1))
     flags = {"data": str(rankings), "batch_size": 16, "epochs": 2, "seed": seed, "eval_prompts": 0}
     reward = trained(train_rm, folder / f"rm-{seed}", model=sft, **flags | short)
     flags = {"data": str(asked), "kl_coef": KL_COEF, "seed": seed, "eval_prompts": 0, **size, **SETTINGS[setting]}

@@ -90,7 +90,7 @@ def run(setting: str, seed: int, folder: Path, half: int) -> dict[str, float]:
     pairs, held = split_pairs(folder, rows, seed)
     flags = {"seed": seed, "batch_size": BATCH, "max_steps": half, "eval_prompts": 0, "eval_data": str(held)}
     if kind:
-        texts = {"sft": reviews.rows("sft", rows, seed + 1), "long": long_reviews(rows, seed)}
+        texts = {"sft": common.rows("sft", rows, seed + 1), "long": long_reviews(rows, seed)}
         data = pairs if kind == "chosen" else write(folder / f"{kind}-{seed}.jsonl", texts[kind])
         model = trained(train_sft, folder / f"model-{kind}-{seed}", model=base, data=str(data), lr=SFT_RATE, **flags)
     if loss:
@@ -106,19 +106,18 @@ def run(setting: str, seed: int, folder: Path, half: int) -> dict[str, float]:
     return found | {"gold_validation": statistics.fmean(measured["gold"][test:])}
 
 
-def garbled_reviews(n: int) -> list[tuple[str, dict]]:
+def garbled_reviews(n: int) -> list[dict]:
     """Reviews in which a share of the words is random."""
     rng = random.Random(NAME)
     garble = lambda word: rng.choice(reviews.VOCABULARY) if rng.random() < GARBLED else word  # noqa: E731
-    rows = reviews.rows("sft", n)
-    return [(where, {"text": " ".join(map(garble, row["text"].split()))}) for where, row in rows]
+    return [{"text": " ".join(map(garble, row["text"].split()))} for row in common.rows("sft", n)]
 
 
-def long_reviews(n: int, seed: int) -> list[tuple[str, dict]]:
+def long_reviews(n: int, seed: int) -> list[dict]:
     """Reviews whose two sentences both have two clauses."""
     rng = random.Random(f"long {seed}")
     long = lambda: reviews.expand(reviews.GRAMMAR, "LONG", rng)  # noqa: E731
-    return [("", {"text": " ".join(long() + long())}) for _ in range(n)]
+    return [{"text": " ".join(long() + long())} for _ in range(n)]
 
 
 def split_pairs(folder: Path, n: int, seed: int) -> tuple[Path, Path]:
@@ -127,8 +126,8 @@ def split_pairs(folder: Path, n: int, seed: int) -> tuple[Path, Path]:
     if not pairs.exists():
         rows = reviews.rows("preference", round(1.3 * n) + 60, seed)
         train, others = held_out(build(rows, reviews.tokenizer(), "preference", 512, 1024)[0], 0.1)
-        write(held, [(e.where, e.row) for e in others])
-        write(pairs, [(e.where, e.row) for e in train[:n]])
+        write(held, [e.row for e in others])
+        write(pairs, [e.row for e in train[:n]])
     return pairs, held
 
 
