@@ -146,7 +146,7 @@ class Args:
     lr: float | None = None
     """learning rate of the policy's AdamW at the start, > 0; falls linearly to 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
-    """that of the critic; default 5e-6 (embedded: 1e-3)"""
+    """that of the critic; default 5 times --lr (embedded: 10/3 times)"""
     adam_eps: float = 1e-5
     """AdamW's epsilon, > 0; with 1e-8 the first updates are several times larger (Huang et al. 2024)"""
     max_grad_norm: float = 1.0
@@ -284,6 +284,8 @@ def main(a: Args) -> dict[str, float]:
     tokenizer = reviews.tokenizer() if to_make else models.load_tokenizer(a.model, a.trust_remote_code)
     embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
     defaults = DEFAULTS["reviews" if embedded else "any"]
+    if a.lr is not None:  # the critic's rate keeps its ratio to the policy's
+        defaults = defaults | {"critic_lr": defaults["critic_lr"] * a.lr / defaults["lr"]}
     a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
     check(a)
     check_flags(a)

@@ -10,7 +10,7 @@ The rows are GSM8K's (Cobbe et al. 2021, arXiv 2110.14168), whose solutions end 
 import re
 from collections.abc import Sequence
 
-NUMBER = re.compile(r"(?:(?<![\d)])-)?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def last_number(text: str) -> float | None:

@@ -540,6 +540,12 @@ def test_the_rates_fall_linearly(go):
     assert {row["kl_coef"] for row in run.metrics} == {0.3}  # fixed without a target
 
 
+def test_the_critics_rate_keeps_its_ratio_to_the_policys(go):
+    """With the embedded tokenizer 10/3 of it."""
+    for rate, critics in ((6e-4, 2e-3), (None, 1e-3)):
+        assert go(**CHEAP | {"advantage": "gae", "lr": rate, "critic_lr": None}).a.critic_lr == pytest.approx(critics)
+
+
 @pytest.mark.parametrize(
     "target, horizon, share", [(0.5, 0.5, 0.5), pytest.param(1e4, 1e-6, 1.0, marks=pytest.mark.slow)]
 )

@@ -41,6 +41,20 @@ WANTED = {
     "runs/tldr-sft-6.7b": {"lr": 2.83e-5, "batch_size": 128, "epochs": 1},
     "runs/tldr-rm-6.7b": {"lr": 5e-6, "batch_size": 64, "epochs": 1, "max_prompt_length": 512},
     "runs/tldr-ppo-6.7b": TLDR_PPO | {"lr": 7e-6, "critic_lr": 7e-6, "batch_size": 256, "max_steps": 1_000_000 // 256},
+    "runs/n-plus-sft": {"lr": 3e-6, "batch_size": 16 * 8, "epochs": 1, "warmup": 0, "max_length": 562},
+    "runs/n-plus-rm": {"lr": 3e-6, "batch_size": 8 * 8, "epochs": 1, "warmup": 0, "max_length": 638},
+    "runs/n-plus-ppo": PPO
+    | {
+        "lr": 3e-6,
+        "critic_lr": 3e-6,
+        "kl_coef": 0.05,
+        "lam": 0.95,
+        "clip_range": 0.2,
+        "value_clip": 0.2,
+        "minibatches": 1,
+    }
+    | {"batch_size": 512, "max_steps": 1_000_000 // 512, "epochs_per_rollout": 4, "adam_eps": 1e-5, "temperature": 0.7}
+    | {"missing_eos": "replace", "missing_eos_value": -1, "max_new_tokens": 53, "whiten_rewards": "no"},
     "runs/instruct-baseline": {"lr": 9.65e-6, "batch_size": 32, "epochs": 16, "warmup": 0},
     "runs/instruct-rm": {"lr": 9e-6, "batch_size": 64, "epochs": 1, "loss": "pairwise", "max_length": 2048},
     "runs/instruct-sft": {"lr": 5e-6, "batch_size": 32, "epochs": 2},

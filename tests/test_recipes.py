@@ -25,6 +25,8 @@ ROW = {"prompt": "48 and 24?", "completion": "48 + 24 = <<48+24=72>>72\n#### 72"
         ("-72", 0.0),
         ("100-28=72 so 100-72", 1.0),
         ("seventy-two", 0.0),
+        ("7,2", 0.0),
+        ("the factors are 8,9,72", 1.0),
         ("", 0.0),
     ],
 )
@@ -39,8 +41,11 @@ def test_forms_of_numbers_and_of_rows():
         {"completion": "#### 0.5"},
         {"completion": "#### 7", "ended": False},
         {"completion": "#### 7", "ended": True},
+        {"answer": "#### 1,234,567.5"},
+        {"answer": "#### 12345"},
     ]
-    assert correct(["q"] * 5, ["1234", "x = -3", ".5 is 0.50", "7", "7"], rows) == [1.0, 1.0, 1.0, 0.0, 1.0]
+    said = ["1234", "x = -3", ".5 is 0.50", "7", "7", "1234567.50", "12,345"]
+    assert correct(["q"] * 7, said, rows) == [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_a_row_without_a_solution_is_named():
