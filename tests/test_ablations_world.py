@@ -258,3 +258,26 @@ def test_the_unweighted_loss_has_the_gradient_of_dpo_at_the_start():
 def test_repeated_by_hand():
     assert grad_weight.repeated([1, 2, 1, 2, 1, 2], 4) == pytest.approx(1 / 3)  # 1212, 2121, 1212
     assert grad_weight.repeated([1, 2, 3], 4) == 0.0
+
+
+def test_grad_weight_clauses_by_hand(tmp_path):
+    """DPO's gold is KL / 8, that of the others 0.1 less at each KL; the run goes to 9 nats, and its best is before."""
+    results = common.Results(tmp_path / "results.csv")
+    ends = {"DPO": (1.5, 3.0, 0.0), "weight 1/2": (0.5, 4.0, 0.4), "Unlikelihood": (1.7, 2.5, 0.1)}
+    for setting, (entropy, ref_nll, repeated) in ends.items():
+        for seed in (0, 1):
+            for step, kl in enumerate((0.0, 1.0, 5.0, 9.0)):
+                values = dict.fromkeys(grad_weight.COLUMNS, 0.5) | {"kl": kl, "entropy": entropy, "ref_nll": ref_nll}
+                values["gold"] = kl / 8 - (0.1 if setting != "DPO" and step else 0)
+                values |= {"readable": step * (4 - step) + 0.2 * seed, "repeated_4": repeated if step else 0.0}
+                results.add(setting, seed, values, step)
+            results.add(setting, seed, values)
+    assert grad_weight.matched(results, "DPO", "gold", 4.0) == pytest.approx({0: 0.5, 1: 0.5})
+    assert grad_weight.most(results, "weight 1/2", "readable") == {0: (4.0, 2), 1: (4.2, 2)}
+    judged = [mean for mean, _ in grad_weight.clauses(results).values()]
+    assert judged == pytest.approx([1, 1, 0.1, 0.1, 0.1])
+    reported = [mean for mean, _ in grad_weight.differences(results, "Unlikelihood").values()]
+    assert reported == pytest.approx([-0.2, -0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    table, verdict, _ = grad_weight.report(results)
+    assert verdict == "reproduced", "Unlikelihood is not judged"
+    assert "| weight 1/2 | 4.10 +- 1.27 | 2 +- 0 | 0.40 +- 0.00 | 0.40 | 9 +- 0 | 9 |" in table
