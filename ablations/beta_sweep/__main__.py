@@ -232,12 +232,15 @@ def report(results: common.Results) -> tuple[str, str, str]:
     of_betas = t_interval([correlation(last["accuracy"][s], last["gold test"][s]) for s in seeds])
     along = [[series(results, settings[0], s, n)[1:] for n in ("accuracy", "gold test")] for s in seeds]
     of_epochs = t_interval([correlation(*both) for both in along])
+    ranks = [spearman(results, seed) for seed in seeds]
+    differences.append(["Spearman correlation of beta and KL, all seeds", show(t_interval(ranks)), "not judged"])
     differences.append(["correlation of accuracy and gold, over betas at the end", show(of_betas), "not judged"])
     differences.append([f"the same, over epochs at beta {settings[0]}", show(of_epochs), "not judged"])
     parts = [markdown(header, rows), markdown(["above 0 by the claim", "mean", ""], differences)]
     start = t_interval([series(results, settings[0], s, "gold test")[0] for s in seeds])
     fall = next(x for name, x in found.items() if name.startswith("fall"))
     effect = (
+        f"Spearman correlation of beta and the last KL {show(t_interval(ranks))}, in the worst world {max(ranks):.2f}. "
         f"At beta {settings[0]} gold reward goes from {show(start, 3)} to {rows[0][2]} at epoch {rows[0][1]} of "
         f"{max(results.steps(settings[0]))}, and falls by {show(fall, 3)} from there; accuracy and gold correlate by "
         f"{show(of_betas)} over betas."
