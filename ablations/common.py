@@ -294,13 +294,17 @@ def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example
 
 
 def measured(model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int) -> dict[str, list[float]]:
-    """Of one sampled answer to each prompt, of so many tokens at most: length, ended, gold reward, grammatical (0, 1),
-    readable (gold where it is grammatical, else 0), and the exact KL to the reference, nats an answer. The models are
-    run directories."""
+    """`of_answers` of one sampled answer to each prompt, of so many tokens at most. The models are run directories."""
     tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
     answers = answer(policy, tokenizer, asked, tokens, seed)
+    return of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)
+
+
+def of_answers(policy, reference, tokenizer, answers: Sequence[Example]) -> dict[str, list[float]]:
+    """Of each answer: length, ended, gold reward, grammatical (0, 1), readable (gold where it is grammatical, else 0),
+    the exact KL to the reference, nats an answer, and the reference's negative log-likelihood, nats a token."""
     found = facts(answers, end_ids(policy, tokenizer), embedded=True)
     found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
     how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
-    found["kl"] = evaluate.against_reference(how, policy, models.load_model(ref, "cpu"), answers, "tree", pad)["kl"]
-    return found
+    exact = evaluate.against_reference(how, policy, reference, answers, "tree", pad)
+    return found | {"kl": exact["kl"], "ref_nll": [-x for x in exact["ref_logp"]]}

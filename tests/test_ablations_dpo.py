@@ -24,17 +24,17 @@ def test_noise_regret_is_the_kl_to_the_optimum(modules):
     """J(pi*) - J(pi) = beta KL(pi || pi*), here at beta 1, and 0 at pi* itself, where direction and scale are 1."""
     noise = modules["noise"]
     features, ref, rewards, _ = (x[None] for x in noise.draw_world(3, "BT", 10, 0.0))
-    theta = torch.randn(1, 1, 2, noise.FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.randn(1, 2, noise.FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     optimum = torch.linalg.lstsq(features[0].flatten(0, 1), rewards[0].flatten()).solution
-    theta[0, 0, 1] = optimum
+    theta[0, 1] = optimum
     both = (torch.cat([x, x]) for x in (features, ref, rewards))
     found = noise.measure(theta, *both, noise.TEST)
     part = slice(noise.TEST * noise.PROMPTS, None)
     best = (ref + rewards)[0, part].log_softmax(1)
-    logps = (ref[0] + features[0] @ theta[0, 0, 0])[part].log_softmax(1)
+    logps = (ref[0] + features[0] @ theta[0, 0])[part].log_softmax(1)
     kl = (logps.exp() * (logps - best)).sum(1).mean()
-    assert found["regret"][0, 0].tolist() == pytest.approx([kl.item(), 0.0], abs=1e-9)
-    assert found["cosine"][0, 0, 1].item() == pytest.approx(1) == found["scale"][0, 0, 1].item()
+    assert found["regret"][0].tolist() == pytest.approx([kl.item(), 0.0], abs=1e-9)
+    assert found["cosine"][0, 1].item() == pytest.approx(1) == found["scale"][0, 1].item()
 
 
 def test_noise_labels_are_right_but_for_the_flips(modules):
@@ -49,11 +49,39 @@ def test_noise_labels_are_right_but_for_the_flips(modules):
 def test_noise_scaled_to_a_kl(modules):
     noise = modules["noise"]
     world = [x[None] for x in noise.draw_world(1, "BT", 10, 0.0)[:3]]
-    theta = torch.randn(2, 1, 1, noise.FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    of = lambda theta, part: noise.measure(theta, *world, part)  # noqa: E731
-    scaled = noise.at_kl(theta, of)
-    assert of(scaled, noise.TEST)["kl"].flatten().tolist() == pytest.approx([noise.MATCHED] * 2, abs=1e-9)
+    theta = torch.randn(2, 1, noise.FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scaled = noise.at_kl(theta, *world)
+    kl = noise.measure(scaled, *world, noise.TEST)["kl"]
+    assert kl.flatten().tolist() == pytest.approx([noise.MATCHED] * 2, abs=1e-9)
     assert torch.nn.functional.cosine_similarity(scaled, theta, dim=-1).min() > 1 - 1e-12
+
+
+def test_noise_best_scale(modules):
+    """Of the true direction the best scale is the true one; of another, where the slope of the regret is 0."""
+    noise = modules["noise"]
+    world = [x[None] for x in noise.draw_world(1, "BT", 10, 0.0)[:3]]
+    optimum = torch.linalg.lstsq(world[0][0].flatten(0, 1), world[2][0].flatten()).solution
+    other = torch.randn(noise.FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = noise.best_scale(torch.stack([40 * optimum, 0.02 * (optimum + 0.3 * other)])[:, None], *world)
+    assert torch.allclose(found[0, 0], optimum, rtol=1e-4)
+    near = torch.stack([found[1, 0] * x for x in (0.999, 1.0, 1.001)])[:, None]
+    low, least, high = noise.measure(near, *world, noise.VALIDATION)["regret"].flatten().tolist()
+    assert least < min(low, high)
+
+
+def test_noise_gains_by_hand(modules, tmp_path):
+    noise, results = modules["noise"], common.Results(tmp_path / "results.csv")
+    for name, (method, _, share) in noise.SETTINGS.items():
+        for seed in (0, 1):
+            x = {"DPO": 0.5, "robust": 0.1}.get(method, 0.2) + 0.01 * seed * (method == "robust" and share == 0.4)
+            results.add(name, seed, dict.fromkeys(("final", "stopped", "tuned", "matched", "cosine", "scale"), x))
+    found = noise.clauses(results)
+    assert {share: mean for share, (mean, _) in found.items()} == pytest.approx({0.2: 0.4, 0.3: 0.4, 0.4: 0.395})
+    assert found[0.4][1] == pytest.approx(12.706 * 0.005)
+    assert noise.gain(results, "matched", noise.MAIN, 0.2, "robust")[0] == pytest.approx(-0.4), "more reward is better"
+    assert noise.gain(results, "tuned", noise.MAIN, 0.2, "IPO", "robust")[0] == pytest.approx(-0.1)
+    table, verdict, _ = noise.report(results)
+    assert verdict == "reproduced" and "| BT 4000 | 0.2 | 0.4000 +- 0.0000 | 0.3000 +- 0.0000 |" in table
 
 
 # --------------------------------------------------------------------------------------------------------------- length

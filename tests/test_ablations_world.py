@@ -234,8 +234,26 @@ def test_beta_sweep_clauses_by_hand(tmp_path):
     assert beta_sweep.spearman(results, 1) == -1
     assert beta_sweep.best_epoch(results, "0.01", 0) == 1  # 2 d - 4 d^2 is largest at d = 1/4
     found = [mean for mean, _ in beta_sweep.clauses(results).values()]
-    assert found == pytest.approx([0.1, 4, 3, 2, 0.25 - -2, 0.5 - 0.25], rel=1e-3)
-    assert beta_sweep.report(results)[1] == "reproduced"
+    # 2 d - c d^2 is best at epochs 1, 3 and 4 of 4: 2 / 4 - 4 / 16 against 2 - 4, 6 / 8 - 27 / 64 against 1 - 3 / 4, 0
+    assert found == pytest.approx([0.1, 4, 3, 2, 0.25 - -2, 0.328125 - 0.25, 0, 0.5 - 0.25], rel=1e-3)
+    table, verdict, _ = beta_sweep.report(results)
+    assert verdict == "not resolved" and "the worst seed | 0.100 | reproduced |" in table
+
+
+def test_accuracy_over_all_pairs_of_answers():
+    draw = torch.Generator().manual_seed(0)
+    ref, margins = (torch.randn(3, 77, generator=draw, dtype=torch.float64) for _ in range(2))
+    ref, r = ref.log_softmax(1), torch.randint(9, (3, 77), generator=draw).double() + 1e-12 * margins  # with ties
+    margins[2] = -r.round()[2] - 1e-3 * margins[2]  # every pair is wrong
+    found = beta_sweep.accuracy(ref, margins, r)
+    for q, m, true, x in zip(ref.exp(), margins, r.round(), found, strict=True):
+        product, weight = (m[:, None] - m) * (true[:, None] - true), q[:, None] * q
+        assert x.item() == pytest.approx((weight[product > 0].sum() / weight[product != 0].sum()).item(), abs=1e-12)
+    assert found[0] > 0.3 and found[2] == 0
+
+
+def test_the_rate_stays_after_its_warm_up():
+    assert [beta_sweep.constant(step, 20, 0.2) for step in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------- grad_weight
@@ -258,3 +276,26 @@ def test_the_unweighted_loss_has_the_gradient_of_dpo_at_the_start():
 def test_repeated_by_hand():
     assert grad_weight.repeated([1, 2, 1, 2, 1, 2], 4) == pytest.approx(1 / 3)  # 1212, 2121, 1212
     assert grad_weight.repeated([1, 2, 3], 4) == 0.0
+
+
+def test_grad_weight_clauses_by_hand(tmp_path):
+    """DPO's gold is KL / 8, that of the others 0.1 less at each KL; the run goes to 9 nats, and its best is before."""
+    results = common.Results(tmp_path / "results.csv")
+    ends = {"DPO": (1.5, 3.0, 0.0), "weight 1/2": (0.5, 4.0, 0.4), "Unlikelihood": (1.7, 2.5, 0.1)}
+    for setting, (entropy, ref_nll, repeated) in ends.items():
+        for seed in (0, 1):
+            for step, kl in enumerate((0.0, 1.0, 5.0, 9.0)):
+                values = dict.fromkeys(grad_weight.COLUMNS, 0.5) | {"kl": kl, "entropy": entropy, "ref_nll": ref_nll}
+                values["gold"] = kl / 8 - (0.1 if setting != "DPO" and step else 0)
+                values |= {"readable": step * (4 - step) + 0.2 * seed, "repeated_4": repeated if step else 0.0}
+                results.add(setting, seed, values, step)
+            results.add(setting, seed, values)
+    assert grad_weight.matched(results, "DPO", "gold", 4.0) == pytest.approx({0: 0.5, 1: 0.5})
+    assert grad_weight.most(results, "weight 1/2", "readable") == {0: (4.0, 2), 1: (4.2, 2)}
+    judged = [mean for mean, _ in grad_weight.clauses(results).values()]
+    assert judged == pytest.approx([1, 1, 0.1, 0.1, 0.1])
+    reported = [mean for mean, _ in grad_weight.differences(results, "Unlikelihood").values()]
+    assert reported == pytest.approx([-0.2, -0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    table, verdict, _ = grad_weight.report(results)
+    assert verdict == "reproduced", "Unlikelihood is not judged"
+    assert "| weight 1/2 | 4.10 +- 1.27 | 2 +- 0 | 0.40 +- 0.00 | 0.40 | 9 +- 0 | 9 |" in table

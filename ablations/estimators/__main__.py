@@ -8,20 +8,25 @@ random policies, references and rewards over a few responses. `off` is |found - 
 Criterion, written before the full run. Reproduced: all of these hold in every world, up to rounding (1e-9). Else
 contradicted.
 
-    KL           of N(0, 1) to N(m, 1), m = 0.1 and 1: bias / KL and deviation / KL of k1, k2 and k3 round to Schulman's
-                 table (2020, joschu.net/blog/kl-approx.html), deviations within 2 %
+    KL           of N(0, 1) to N(m, 1), m = 0.1 and 1: bias / KL of k1, k2 and k3 is within 0.0005 of Schulman's table
+                 (2020, joschu.net/blog/kl-approx.html), which has 3 digits, and deviation / KL within 2 %
     gradients    as a loss k1 has mean gradient 0, k2 that of KL(pi || ref), k3 that of KL(ref || pi), and k1 as a
                  reward that of KL(pi || ref) (Tang and Munos 2025, arXiv 2506.09477); k3 as a loss and k2 and k3 as
                  rewards are off by more than 1 %
+    training     gradient ascent on E[r] less 0.5 times the estimator, from ref on: k1 as a reward and k2 as a loss end
+                 at ref exp(r / 0.5) / Z, k3 as a loss at 0.5 ref / (l - r), the best by KL(ref || pi), within 1e-6 of
+                 each chance; and there E[r] - 0.5 KL(pi || ref) is lower by more than 1 % of what is to be gained
     groups       mean over all groups of k: RLOO (Kool et al. 2019) and ReMax (Li et al. 2023, arXiv 2310.10505) are the
                  exact gradient, Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is (k - 1) / k of it, GRPO's (Shao et al.
                  2024, arXiv 2402.03300) division by the group's deviation turns it: cosine below 0.999
     Best-of-n    KL to the policy is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879), and within 1 %
-                 of it where rewards are distinct and no response has more chance than 1 / (20 n)
+                 of it where rewards are distinct and no response has more chance than 1 / (20 n); wins against one
+                 response of the policy, a tie being half a win, are at most n / (n + 1)
 """
 
 import itertools
 import math
+import statistics
 import time
 
 import torch
@@ -46,6 +51,8 @@ BLOG = {  # Schulman's table: (shift, estimator) -> bias / KL, deviation / KL
 }
 RESPONSES, GROUPS = 4, (2, 4, 8)
 LENGTHS = (1, 2, 4, 8)  # tokens of the responses
+BETA, STEPS = 0.5, 4000  # of gradient ascent, at a rate of 1
+PLACES = ("k1 reward", "k2 loss", "k3 loss")
 METHODS = ("no baseline", "RLOO", "ReMax", "Dr. GRPO", "GRPO", "Dr. GRPO / length")
 CHANCES = (0.02, 0.1, 0.5)
 DRAWN = (2, 4, 8, 16, 32, 64)  # n of Best-of-n
@@ -55,10 +62,12 @@ LAWS = {  # responses: equally likely, but for the last
     "50 responses": 50,
     "5000 responses": 5000,
     "5000 of random chance": 5000,
+    "5000, reward 0 or 1": 5000,
 }
 SETTINGS = {
     "normals": {"shift": SHIFTS},
     "gradients": {"responses": RESPONSES},
+    "training": {"responses": RESPONSES, "beta": BETA, "steps": STEPS},
     "groups": {"responses": RESPONSES, "k": GROUPS},
     "best of n": {"n": DRAWN},
 }
@@ -69,12 +78,12 @@ def main(a: common.Args) -> None:
     """Computes what results.csv does not have, and writes table and figure."""
     results = common.results(NAME, a)
     for seed in range(a.seeds):
-        for setting, of_world in zip(SETTINGS, (normals, gradients, groups, best_of_n), strict=True):
+        for setting, of_world in zip(SETTINGS, (normals, gradients, training, groups, best_of_n), strict=True):
             if results.done(setting, seed) or (setting == "normals" and seed):  # which has no world
                 continue
-            began = time.perf_counter()
+            began = time.process_time()
             found = of_world(torch.Generator().manual_seed(seed))
-            results.add(setting, seed, found | {"seconds": time.perf_counter() - began})
+            results.add(setting, seed, found | {"seconds": time.process_time() - began})
     plot.finish(NAME, a, results, report, draw)
 
 
@@ -118,6 +127,32 @@ def gradients(world: torch.Generator) -> dict[str, float]:
         found[f"{name} loss off KL(pi, ref)"] = off(loss, backward)
         found[f"{name} loss off KL(ref, pi)"] = off(loss, forward)
         found[f"{name} reward off KL(pi, ref)"] = off(reward, backward)
+    return found
+
+
+def training(world: torch.Generator) -> dict[str, float]:
+    """Where mean gradients lead, of E[r] less BETA times an estimator as a loss or as a reward that is paid for: the
+    distance of the chances to their closed form, KL to the reference, and what of J = E[r] - BETA KL is gained."""
+    ref, rewards, found = random_logits(world).log_softmax(0), random_logits(world), {}
+    optimum = (ref + rewards / BETA).log_softmax(0)
+    low, high = rewards.max(), rewards.max() + BETA  # of l, at which the chances BETA ref / (l - r) add up to 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (BETA * ref.exp() / (middle - rewards)).sum() > 1 else (low, middle)
+    wanted = {"k1 reward": optimum.exp(), "k2 loss": optimum.exp(), "k3 loss": BETA * ref.exp() / (high - rewards)}
+    objective = lambda logp: logp.exp() @ (rewards - BETA * (logp - ref))  # noqa: E731
+    for name, place in (x.split() for x in PLACES):
+        logits = ref.clone().requires_grad_()
+        for _ in range(STEPS):
+            logp = logits.log_softmax(0)
+            estimate = BETA * advantages.kl_estimate(logp - ref, name)
+            paid = (rewards - estimate.detach()) * logp if place == "reward" else rewards * logp - estimate
+            [gradient] = torch.autograd.grad(logp.exp().detach() @ paid, logits)
+            logits.data += gradient
+        logp = logits.detach().log_softmax(0)
+        share = (objective(logp) - objective(ref)) / (objective(optimum) - objective(ref))
+        found[f"{name} {place} off"] = (logp.exp() - wanted[f"{name} {place}"]).abs().max().item()
+        found |= {f"{name} {place} KL": (logp.exp() @ (logp - ref)).item(), f"{name} {place} share": share.item()}
     return found
 
 
@@ -174,11 +209,17 @@ def best_of_n(world: torch.Generator) -> dict[str, float]:
         if "random" in name:
             p = (random_logits(world, size) / 2).softmax(0)
         rewards = torch.randperm(size, generator=world)
+        if "0 or 1" in name:
+            rewards = rewards % 2
+        levels, which = rewards.unique(return_inverse=True)
+        chance = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)  # of a reward
+        beaten = (chance.cumsum(0) - chance / 2)[which]  # the chance of a lower one, and half that of the same
         found[f"{name} largest chance"] = p.max().item()
         for n in DRAWN:
             best = law(p, rewards, n)
             kl = torch.xlogy(best, best / p).sum().item()
             found |= {f"{name} {n} kl": kl, f"{name} {n} above": kl - bound(n)}
+            found[f"{name} {n} wins above"] = (best @ beaten).item() - n / (n + 1)
     p, rewards, n = random_logits(world, 5).softmax(0), torch.tensor([0, 1, 1, 2, 2]), 4
     drawn = torch.tensor([*itertools.product(range(5), repeat=n)])
     is_best = (rewards[drawn] == rewards[drawn].amax(1, keepdim=True)).double()
@@ -224,6 +265,13 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
     small(part, "gradients", "k1 reward off KL(pi, ref)", "k1 as a reward: off KL(pi, ref)")
     for name in ("k2", "k3"):
         large(part, "gradients", f"{name} reward off KL(pi, ref)", f"{name} as a reward: off KL(pi, ref)")
+    for name in PLACES:
+        x = worst(results, "training", f"{name} off")
+        rows.append(
+            ("training", f"{name.replace(' ', ' as a ')}: chances off their closed form", f"{x:.1g}", "0", x < 1e-6)
+        )
+    x = worst(results, "training", "k3 loss share")
+    rows.append(("training", "k3 as a loss: share of the gain in J", f"at most {x:.3f}", "< 0.99", x < 0.99))
     for k in GROUPS:
         for name in ("RLOO", "ReMax"):
             small("groups", "groups", f"{name} {k} off", f"{name}, k = {k}: off")
@@ -232,10 +280,14 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
         rows.append(("groups", f"GRPO, k = {k}: cosine", f"at most {x:.4f}", "< 0.999", x < 0.999))
     above = max(worst(results, "best of n", f"{name} {n} above") for name in LAWS for n in DRAWN)
     rows.append(("Best-of-n", "KL - formula, everywhere", f"at most {above:.0e}", "<= 0", above <= TINY))
-    fine = [(x, n) for x in LAWS for n in DRAWN if worst(results, "best of n", f"{x} largest chance") < 1 / (20 * n)]
+    distinct = [x for x in LAWS if "0 or 1" not in x]
+    chance = {x: worst(results, "best of n", f"{x} largest chance") for x in distinct}
+    fine = [(x, n) for x in distinct for n in DRAWN if chance[x] < 1 / (20 * n)]
     gap = max(1 - worst(results, "best of n", f"{name} {n} kl", most=False) / bound(n) for name, n in fine)
     what = f"1 - KL / formula, no chance above 1 / (20 n) ({len(fine)} cases)"
     rows.append(("Best-of-n", what, f"at most {gap:.1g}", "< 0.01", gap < 0.01))
+    above = max(worst(results, "best of n", f"{name} {n} wins above") for name in LAWS for n in DRAWN)
+    rows.append(("Best-of-n", "wins - n / (n + 1), everywhere", f"at most {above:.0e}", "<= 0", above <= TINY))
     small("Best-of-n", "best of n", "law - enumeration", "exact law less all draws of 4 from 5, with ties")
     return rows
 
@@ -248,10 +300,19 @@ def report(results: common.Results) -> tuple[str, str, str]:
     for name in METHODS:
         for k in GROUPS:
             of = lambda metric, name=name, k=k: [*results.values("groups", f"{name} {k} {metric}").values()]  # noqa: E731
-            mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
-            cells = f"{mean(of('share')):.3f}", f"{min(of('cosine')):.4f}", f"{sum(of('turned')):.0f}"
-            of_groups.append([name, str(k), *cells, f"{mean(of('noise')):.2f}"])
+            cells = f"{statistics.fmean(of('share')):.3f}", f"{min(of('cosine')):.4f}", f"{sum(of('turned')):.0f}"
+            of_groups.append([name, str(k), *cells, f"{statistics.fmean(of('noise')):.2f}"])
     header = ["method", "k", "share of the exact gradient", "lowest cosine", "components turned", "variance / mean^2"]
+    mean = lambda metric: statistics.fmean(results.values("training", metric).values())  # noqa: E731
+    trained = [
+        [
+            x,
+            f"{mean(f'{x} KL'):.3f}",
+            f"{mean(f'{x} share'):.3f}",
+            f"{worst(results, 'training', f'{x} share', False):.3f}",
+        ]
+        for x in PLACES
+    ]
     of_chance = [
         [f"{x:g}", *(f"{worst(results, 'groups', f'GRPO {k} share at {x:g}'):.3f}" for k in GROUPS)] for x in CHANCES
     ]
@@ -259,7 +320,11 @@ def report(results: common.Results) -> tuple[str, str, str]:
         [str(n), f"{bound(n):.4f}", *(f"{worst(results, 'best of n', f'{name} {n} kl'):.4f}" for name in LAWS)]
         for n in DRAWN
     ]
-    parts = [first, markdown(header, of_groups)]
+    parts = [first]
+    parts.append(
+        markdown(["estimator", "KL(pi, ref) at the end, nats", "share of the gain in J", "in the worst world"], trained)
+    )
+    parts.append(markdown(header, of_groups))
     parts.append(markdown(["chance of a right answer", *(f"GRPO's share, k = {k}" for k in GROUPS)], of_chance))
     parts.append(markdown(["n", "log n - (n - 1) / n", *LAWS], of_n))
     reproduced = all(row[4] for row in rows)
