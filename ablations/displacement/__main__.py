@@ -17,20 +17,31 @@ one or the other by turns ("mixed"). D_w is log pi(w) - log ref(w) after the tra
 CHES is Razin et al.'s measure of how alike two answers are, by length: <S_w, S_l> / (n_w n_l) - |S_w|^2 / n_w^2, with S
 the sum over an answer's n tokens of the SFT model's last hidden states that predict them.
 
+The preferred answers are samples of the grammar that the SFT model learnt, and the mean of log pi - log ref over such
+samples is about -KL(ref || pi): below 0 for any policy that moves at all (Rafailov et al. 2024, arXiv 2406.02900). So
+D_w is compared with that mean itself, over other answers of the grammar to the same prompts ("fresh"). And a loss that
+hardly moves hardly lowers anything. So the losses are compared at one margin too: where, on its way, a run first has
+the mean margin D_w - D_l at which the less far of the two ends, between two checkpoints on the line. The strength of
+each loss (beta, or the coefficient of its own term) is that of three with the most gold reward on validation prompts,
+of trials with pairs of their own.
+
 Criterion, written before the full run. Paired by seed, 95 % t-intervals. Reproduced: all of these are above 0.
 Contradicted: one is below 0. Else not resolved. That D_w is higher need not mean more gold reward, which is reported.
 
-    by hand    share of one-pair problems in which log pi(w) never falls - 0.999: of a table
-               share in which it falls: of W h with like rows of w and l, and that - the share with unlike rows
-    displaces  - mean D_w of DPO, edit 1
-    alike      mean D_w of DPO: random - edit 1; and - Spearman's correlation of CHES and D_w, mixed
-    fixed      mean D_w, edit 1: DPO-positive - DPO, DPO with NLL - DPO, NCA - DPO
+    by hand    share of one-pair problems whose D_w ends below 0: rows of w and l alike - unlike
+    displaces  - mean D_w of DPO, edit 1; and the mean of fresh answers - that D_w
+    alike      mean D_w of DPO, random - edit 1: of pairs trained on, and of held-out ones
+               - Spearman's correlation of CHES and D_w, mixed
+    hold       mean D_w of DPO-positive, of DPO with NLL, of NCA, edit 1, at the end
+    at margin  mean D_w, edit 1, at one margin: DPO-positive - DPO, DPO with NLL - DPO, NCA - DPO
 """
 
 import itertools
 import random
+import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,29 +51,37 @@ from torch import Tensor
 
 import train_dpo
 from ablations import common, plot
-from ablations.common import markdown, paired, show, t_interval, trained
+from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from ablations.displacement import tier_s
 from rlhf import losses, models, reviews
 from rlhf.data import Example, build, held_out, read_rows
 from rlhf.runs import cli
+from train_rm import correlation, ranks_of
 
 NAME = "displacement"
-CLAIM = "DPO lowers the log-prob of the preferred answer where both are alike; DPOP, an NLL term and NCA do not"
-METHODS = {"DPO": "dpo", "DPO-positive": "dpop", "DPO with NLL": "dpo_nll", "NCA": "nca"}
-KINDS = ("edit 1", "random")
-RUNS = {f"{m}, {kind}": (loss, kind) for m, loss in METHODS.items() for kind in KINDS} | {
-    "DPO, mixed": ("dpo", "mixed")
+CLAIM = "DPO lowers the log-prob of the preferred answer, most where both are alike; DPOP, an NLL term and NCA do not"
+METHODS = {  # loss, flag and its three trials
+    "DPO": ("dpo", "beta", (0.03, 0.1, 0.3)),
+    "DPO-positive": ("dpop", "dpop_lambda", (0.5, 5.0, 50.0)),
+    "DPO with NLL": ("dpo_nll", "nll_coef", (0.1, 0.3, 1.0)),
+    "NCA": ("nca", "beta", (0.03, 0.1, 0.3)),
 }
+TRIALS = {f"{m} {flag} {x:g}": (m, x) for m, (_, flag, values) in METHODS.items() for x in values}
+TRIAL_SEED = 1000  # of the trials' pairs and answers; in results.csv they are of seed 0
+KINDS = ("edit 1", "random")
+RUNS = {f"{m}, {kind}": (m, kind) for m in METHODS for kind in KINDS} | {"DPO, mixed": ("DPO", "mixed")}
 BY_HAND = ("table", "unlike rows", "like rows")
 SETTINGS = dict.fromkeys((*BY_HAND, "SFT", *RUNS))
 PROBLEMS, WORDS, WIDTH = 500, 8, 4  # by hand
 LIKE = 0.3  # deviation of W_l from W_w in like rows; that of an entry of W is 1
-BETA = 0.1
-PAIRS = 1800  # a tenth of them held out
-MEASURED = 512  # of the pairs trained on
-PROMPTS, TEST = 6000, 256  # prompts; of the tenth that is held out
-FULL = {"batch_size": 32, "max_steps": 50}
+BETA = 0.1  # but where it is tried
+PAIRS, HELD = 2100, 0.25  # and the share of them that is held out
+MEASURED = 512  # of the pairs trained on, and of those held out
+FRESH = 2  # other answers to the prompt of each
+PROMPTS, TEST = 6000, 256  # prompts; of the tenth that is held out, as many more for the trials
+FULL = {"batch_size": 32, "max_steps": 50, "epochs": 2}
 SMOKE = {"batch_size": 4, "max_steps": 2}
+EVERY = 7  # steps between two looks at a run
 OF_KIND = {symbol: " ".join(levels.values()).split() for symbol, levels in reviews.OPINIONS.items()}
 SYMBOL = {word: symbol for symbol, words in OF_KIND.items() for word in words}
 MASS = ("preferred", "other", "kind", "opposite", "else")  # words at the place where an edit differs
@@ -108,6 +127,7 @@ def by_hand(setting: str, seed: int) -> dict[str, float]:
     moved = now - before
     return {
         "fell": fell.double().mean().item(),
+        "below 0": (moved[:, 0] < 0).double().mean().item(),
         "D_w": moved[:, 0].mean().item(),
         "margin": (moved[:, 0] - moved[:, 1]).mean().item(),
         "formula off": off,
@@ -132,15 +152,38 @@ def main(a: Args) -> None:
             values = by_hand(setting, seed)
             results.add(setting, seed, values | {"seconds": time.process_time() - began})
     pairs, prompts, steps = (60, 100, SMOKE) if a.smoke else (PAIRS, PROMPTS, FULL)
-    names, tasks = ["SFT", *("DPO, edit 1", "DPO, random", "DPO, mixed")] if a.smoke else ["SFT", *RUNS], []
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
-    for seed, setting in itertools.product(seeds, names):
-        if not results.done(setting, seed):
-            of = data(folder, seed, RUNS[setting][1], pairs) if setting in RUNS else ""
-            tasks.append((setting, seed, of, common.sft_model(folder, a.smoke), folder, prompts, steps))
-    for (setting, seed, *_), values, seconds in common.each(run, tasks, 2, folder):
-        results.add(setting, seed, values | {"seconds": seconds})
+
+    def go(tasks: Sequence[tuple[str, int, str, dict]]) -> None:
+        """Those of (setting, seed, kind of pairs, flags) that are not there yet; without flags it is the SFT model."""
+        given = []
+        for setting, seed, kind, flags in tasks:
+            if not results.done(setting, seed):
+                drawn = TRIAL_SEED if setting in TRIALS else seed
+                if flags:
+                    flags = {"data": data(folder, drawn, kind, pairs), "beta": BETA} | steps | flags
+                given.append((setting, seed, drawn, common.sft_model(folder, a.smoke), flags, folder, prompts))
+        for (setting, seed, *_), (along, end), seconds in common.each(run, given, 1 if a.smoke else 2, folder):
+            for step, values in along.items():
+                results.add(setting, seed, values, step)
+            results.add(setting, seed, end | {"seconds": seconds})
+
+    tried = [*TRIALS][:1] if a.smoke else [*TRIALS]
+    flags = lambda m, x: {"loss": METHODS[m][0], METHODS[m][1]: x}  # noqa: E731
+    go([(name, 0, "edit 1", flags(*TRIALS[name])) for name in tried])
+    chosen, looks = strengths(results), {"save_every": 1 if a.smoke else EVERY}
+    settings = [x for x in RUNS if x.startswith("DPO,")] if a.smoke else [*RUNS]
+    every = [(seed, x, *RUNS[x]) for seed, x in itertools.product(seeds, settings)]
+    runs = [(x, seed, kind, flags(m, chosen[m]) | looks) for seed, x, m, kind in every if m in chosen]
+    go([("SFT", seed, "", {}) for seed in seeds] + runs)
     plot.finish(NAME, a, results, report, draw)
+
+
+def strengths(results: common.Results) -> dict[str, float]:
+    """Method -> the value of its flag whose trial has the most gold reward."""
+    gold = {name: results.values(name, "gold")[0] for name in TRIALS if results.done(name, 0)}
+    best = {TRIALS[name][0]: TRIALS[name][1] for name in sorted(gold, key=lambda name: gold[name])}
+    return {m: best[m] for m in METHODS if m in best}
 
 
 def edited(prompt: str, text: str, rng: random.Random) -> tuple[str, int] | None:
@@ -176,24 +219,55 @@ def data(folder: Path, seed: int, kind: str, pairs: int) -> str:
     return str(path)
 
 
-def run(setting: str, seed: int, data: str, sft: str, folder: Path, prompts: int, steps: dict) -> dict[str, float]:
-    """One run of DPO (none for "SFT") -> what is measured at its end."""
-    policy, out = sft, folder / f"{setting}-{seed}".replace(" ", "-").replace(",", "")
-    if data:
-        flags = {"data": data, "loss": RUNS[setting][0], "beta": BETA, "eval_fraction": 0.1, "seed": seed, **steps}
-        policy = trained(train_dpo, out, model=sft, ref_cache=str(folder / "ref_cache"), eval_prompts=0, **flags)
-    measured = common.measured(policy, sft, common.prompts(prompts)[1][:TEST], seed, 64)
-    values = {name: statistics.fmean(measured[name]) for name in ("gold", "kl", "grammatical", "length")}
-    if data:
-        tokenizer, after, before = models.load_tokenizer(sft), *(models.load_model(x, "cpu") for x in (policy, sft))
-        rows = build(read_rows(data)[0], tokenizer, "preference", 512, 1024, False, [])[0]
-        train, held = held_out(rows, 0.1)
-        values |= measure(after, before, tokenizer, train[:MEASURED])
-        values["D_w held out"] = measure(after, before, tokenizer, held)["D_w"]
-    return values
+def run(
+    setting: str, seed: int, drawn: int, sft: str, flags: dict, folder: Path, prompts: int
+) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+    """One run of DPO with these flags (none for "SFT"), of the seed `drawn` -> what became of the pairs at its steps,
+    and all that is measured at its end."""
+    asked = common.prompts(prompts)[1]
+    half = len(asked) // 2
+    asked = (asked[half:] if setting in TRIALS else asked[:half])[:TEST]
+
+    def answers(model: str) -> dict[str, float]:
+        found = common.measured(model, sft, asked, drawn, 64)
+        return {name: statistics.fmean(found[name]) for name in ("gold", "kl", "grammatical", "length")}
+
+    if not flags:
+        return {}, answers(sft)
+    tokenizer, policy, reference = models.load_tokenizer(sft), *(models.load_model(sft, "cpu") for _ in range(2))
+    rows = build(read_rows(flags["data"])[0], tokenizer, "preference", 512, 1024)[0]
+    pairs, held = (part[:MEASURED] for part in held_out(rows, HELD))
+    others = fresh(pairs, tokenizer, drawn)
+    pad = models.pad_id(tokenizer)
+    score = lambda model, x: torch.cat(models.score(model, x, "tree", pad, 2048, torch.float32))  # noqa: E731
+    before, other_before = score(reference, pairs), score(reference, others)
+    along: dict[int, dict[str, float]] = {}
+
+    def look(step: int, weights: dict) -> None:
+        policy.load_state_dict(weights)
+        D_w, D_l = (score(policy, pairs) - before).unflatten(0, (-1, 2)).mean(0).tolist()
+        along[step] = {"D_w": D_w, "D_l": D_l, "fresh": (score(policy, others) - other_before).mean().item()}
+
+    out = folder / f"{setting}-{seed}".replace(" ", "-").replace(",", "")
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+    flags = {"eval_fraction": HELD, "eval_prompts": 0, "device": "cpu", "seed": drawn} | flags
+    with at_checkpoints(look):
+        train_dpo.main(train_dpo.Args(model=sft, out=str(out), ref_cache=str(folder / "ref_cache"), **flags))
+    end = along[max(along)] | answers(str(out)) | measure(policy, reference, tokenizer, pairs)
+    not_seen = measure(policy, reference, tokenizer, held)
+    shutil.rmtree(out)
+    return along, end | {f"{name} held out": not_seen[name] for name in ("D_w", "below 0")}
 
 
-def measure(policy, reference, tokenizer, pairs: list[Example]) -> dict[str, float]:
+def fresh(pairs: Sequence[Example], tokenizer, seed: int) -> list[Example]:
+    """Other answers of the grammar to the prompts of these pairs, FRESH to each."""
+    rng = random.Random(f"fresh {seed}")
+    found = [(e.prompt_text, text) for e in pairs for text in reviews.continuations(e.prompt_text, FRESH, rng)]
+    rows = [("fresh", {"prompt": prompt, "completion": text}) for prompt, text in found]
+    return build(rows, tokenizer, "sft", 512, 1024)[0]
+
+
+def measure(policy, reference, tokenizer, pairs: Sequence[Example]) -> dict[str, float]:
     """What became of pairs: log-probs, by place of the edit too; where the mass went; CHES and its correlation."""
     pad, lengths = models.pad_id(tokenizer), [len(r) for e in pairs for r in e.responses]
     targets = torch.tensor([t for e in pairs for r in e.responses for t in r])
@@ -211,7 +285,7 @@ def measure(policy, reference, tokenizer, pairs: list[Example]) -> dict[str, flo
 
     means = torch.stack([x.mean(0) for x in states["reference"].split(lengths)]).unflatten(0, (-1, 2))
     ches = (means[:, 0] * means[:, 1]).sum(1) - means[:, 0].square().sum(1)
-    values |= {"ches": ches.mean().item(), "spearman": spearman(ches, D[:, 0])}
+    values |= {"ches": ches.mean().item(), "spearman": correlation(ranks_of(ches), ranks_of(D[:, 0]))}
 
     places = [e.row["place"] for e in pairs]
     edits = [i for i, place in enumerate(places) if place >= 0]
@@ -237,94 +311,140 @@ def mass(moved: Tensor, pair: Example, tokenizer) -> dict[str, float]:
     return dict(zip(MASS, [*found, -sum(found)], strict=True))
 
 
-def spearman(x: Tensor, y: Tensor) -> float:
-    """Correlation of ranks, in [-1, 1]; ties in the order that they come in."""
-    ranks = torch.stack([x, y]).double().argsort(1).argsort(1)
-    return torch.corrcoef(ranks.double())[0, 1].item()
-
-
 # ----------------------------------------------------------------------------------------------------- table and figure
+
+
+def excess(results: common.Results, setting: str) -> dict[int, float]:
+    """Seed -> D_w less the mean of fresh answers."""
+    usual = results.values(setting, "fresh")
+    return {seed: x - usual[seed] for seed, x in results.values(setting, "D_w").items()}
+
+
+def path(results: common.Results, setting: str, seed: int) -> list[dict[str, float]]:
+    """Margin, D_w and D_w less the mean of fresh answers at the start of a run and whenever it was looked at."""
+    points = [{"margin": 0.0, "D_w": 0.0, "excess": 0.0}]
+    for step in results.steps(setting):
+        D_w, D_l, usual = (results.values_of[setting, seed, step, name] for name in ("D_w", "D_l", "fresh"))
+        points.append({"margin": D_w - D_l, "D_w": D_w, "excess": D_w - usual})
+    return points
+
+
+def at_one_margin(results: common.Results, m: str, kind: str) -> dict[str, dict[int, float]]:
+    """ "margin", "D_w METHOD", "excess METHOD" of DPO and another method -> seed -> the value where both first have the
+    margin at which the less far of the two ends."""
+    found: dict[str, dict[int, float]] = {}
+    for seed in results.values(f"{m}, {kind}", "D_w"):
+        paths = {x: path(results, f"{x}, {kind}", seed) for x in ("DPO", m)}
+        least = min(points[-1]["margin"] for points in paths.values())
+        found.setdefault("margin", {})[seed] = least
+        for x, points in paths.items():
+            for name in ("D_w", "excess"):
+                at = between([(point["margin"], point[name]) for point in points], least)
+                found.setdefault(f"{name} {x}", {})[seed] = at
+    return found
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
     """The differences of the criterion, with half their intervals."""
     of = results.values
-    minus = lambda values: {seed: -x for seed, x in values.items()}  # noqa: E731
-    alone = lambda values, less=0.0: t_interval([x - less for x in values.values()])  # noqa: E731
-    edit = {m: of(f"{m}, edit 1", "D_w") for m in METHODS}
-    never = {seed: 1 - x for seed, x in of("table", "fell").items()}
+    alone = lambda values, sign=1: t_interval([sign * x for x in values.values()])  # noqa: E731
     found = {
-        "by hand, a table: share that never falls - 0.999": alone(never, 0.999),
-        "by hand, like rows: share that falls": alone(of("like rows", "fell")),
-        "by hand: share that falls, like rows - unlike rows": paired(
-            of("like rows", "fell"), of("unlike rows", "fell")
+        "by hand, share with D_w < 0: like rows - unlike rows": paired(
+            of("like rows", "below 0"), of("unlike rows", "below 0")
         ),
-        "- D_w of DPO, edit 1": alone(minus(edit["DPO"])),
-        "D_w of DPO: random - edit 1": paired(of("DPO, random", "D_w"), edit["DPO"]),
-        "- Spearman(CHES, D_w), mixed": alone(minus(of("DPO, mixed", "spearman"))),
+        "- D_w of DPO, edit 1": alone(of("DPO, edit 1", "D_w"), -1),
+        "fresh - D_w of DPO, edit 1": alone(excess(results, "DPO, edit 1"), -1),
     }
-    for m in METHODS:
-        if m != "DPO" and edit[m]:
-            found[f"D_w, edit 1: {m} - DPO"] = paired(edit[m], edit["DPO"])
+    for name in ("D_w", "D_w held out"):
+        found[f"{name} of DPO: random - edit 1"] = paired(of("DPO, random", name), of("DPO, edit 1", name))
+    found["- Spearman(CHES, D_w), mixed"] = alone(of("DPO, mixed", "spearman"), -1)
+    for m in [m for m in METHODS if m != "DPO" and of(f"{m}, edit 1", "D_w")]:
+        both = at_one_margin(results, m, "edit 1")
+        found[f"D_w, edit 1: {m}"] = alone(of(f"{m}, edit 1", "D_w"))
+        found[f"D_w, edit 1, at one margin: {m} - DPO"] = paired(both[f"D_w {m}"], both["D_w DPO"])
     return found
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
-    """Table, verdict, effect."""
-    cell = lambda setting, name, digits=2: show(t_interval([*results.values(setting, name).values()]), digits)  # noqa: E731
-    hand = [[x, cell(x, "fell", 3), cell(x, "D_w"), cell(x, "margin")] for x in BY_HAND]
+    """Tables, verdict, effect."""
+    all_of = lambda values, digits=2: show(t_interval([*values.values()]), digits) if values else ""  # noqa: E731
+    cell = lambda setting, name, digits=2: all_of(results.values(setting, name), digits)  # noqa: E731
+    hand = [[x, cell(x, "fell", 3), cell(x, "below 0", 3), cell(x, "D_w"), cell(x, "margin")] for x in BY_HAND]
     off = max(x for setting in BY_HAND for x in results.values(setting, "formula off").values())
-    columns = ("D_w", "D_l", "below 0", "D_w held out", "ches", "spearman", "gold", "kl", "grammatical", "length")
-    runs, edits = [], []
-    for x in ("SFT", *RUNS):
-        if results.values(x, "gold"):
-            runs.append([x, *(cell(x, n) if results.values(x, n) else "" for n in columns)])
+    columns = ("D_w", "D_l", "fresh", "below 0", "D_w held out", "below 0 held out", "ches", "spearman")
+    of_answers = ("gold", "kl", "grammatical", "length")
+    runs, edits, sampled, at_one = [], [], [], []
+    for x in [x for x in ("SFT", *RUNS) if results.values(x, "gold")]:
+        sampled.append([x, *(cell(x, n) for n in of_answers)])
+        if x in RUNS:
+            runs.append([x, *(cell(x, n) for n in columns), all_of(excess(results, x))])
         if results.values(x, "mass else"):
             where = [cell(x, f"D_w {n}") for n in ("before", "at the edit", "after")]
             edits.append([x, *where, *(cell(x, f"mass {n}", 3) for n in MASS)])
+    for m, kind in itertools.product(METHODS, KINDS):
+        if m != "DPO" and results.values(f"{m}, {kind}", "D_w"):
+            both = at_one_margin(results, m, kind)
+            cells = [all_of(both[n]) for n in ("margin", "D_w DPO", f"D_w {m}")]
+            differences = [show(paired(both[f"{n} {m}"], both[f"{n} DPO"]), 3) for n in ("D_w", "excess")]
+            end = show(paired(*(results.values(f"{x}, {kind}", "D_w") for x in (m, "DPO"))), 3)
+            at_one.append([f"{m}, {kind}", *cells, *differences, end])
+    trials = []
+    for name in [x for x in TRIALS if results.done(x, 0)]:
+        trials.append([name, *(cell(name, n) for n in ("gold", "kl", "D_w", "D_l"))])
     found = clauses(results)
-    differences = [[name, show(x, 3), common.verdict([x])] for name, x in found.items()]
+    lines = [[name, show(x, 3), common.verdict([x])] for name, x in found.items()]
+    taken = "; ".join(f"{m}: {METHODS[m][1]} {x:g}" for m, x in strengths(results).items())
     parts = [
-        markdown(["by hand", "log pi(w) falls", "D_w", "margin"], hand),
+        markdown(["by hand", "log pi(w) falls at some step", "ends below", "D_w", "margin"], hand),
         f"By hand, the formula's change of log pi(w) and autograd's differ by {off:.0e} at most.",
-        markdown(["run", *columns], runs),
+        markdown(["pairs", *columns, "D_w - fresh"], runs),
+        markdown(["answers", *of_answers], sampled),
         markdown(["run", "D_w before the edit", "at it", "after it", *(f"mass: {n}" for n in MASS)], edits),
-        markdown(["difference, above 0 by the claim", "mean", ""], differences),
+        markdown(["difference, above 0 by the claim", "mean", ""], lines),
+    ]
+    if at_one:
+        header = ["at one margin", "margin", "D_w of DPO", "D_w of it", "D_w: it - DPO", "D_w - fresh: it - DPO"]
+        parts.append(markdown([*header, "at the end, D_w: it - DPO"], at_one))
+    parts += [
+        f"The trials, edit 1, on validation prompts, with what was taken from them ({taken}):",
+        markdown(["trial", "gold", "kl", "D_w", "D_l"], trials),
     ]
     real = common.Results(results.path.with_name("tier_s.csv"))
     if real.values_of:
         parts.append(tier_s.report(real))
     effect = (
         f"D_w of DPO, edit 1: {cell('DPO, edit 1', 'D_w')} nats, random: {cell('DPO, random', 'D_w')}; "
+        f"of fresh answers, edit 1: {cell('DPO, edit 1', 'fresh')}; "
         f"Spearman with CHES, mixed: {cell('DPO, mixed', 'spearman')}."
     )
     return "\n\n".join(parts), common.verdict([*found.values()]), effect
 
 
 def draw(results: common.Results, page) -> None:
-    """D_w and D_l by run; gold reward against D_w."""
+    """D_w, that of fresh answers and D_l by run; D_w against the margin on the way, with edits."""
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     runs = [x for x in RUNS if results.values(x, "D_w")]
-    bar = lambda half: half if half < float("inf") else 0.0  # noqa: E731
-    for shift, name, colour in ((-0.2, "D_w", "tab:blue"), (0.2, "D_l", "tab:orange")):
+    for i, (name, colour) in enumerate({"D_w": "tab:blue", "fresh": "gray", "D_l": "tab:orange"}.items()):
         points = [t_interval([*results.values(x, name).values()]) for x in runs]
-        xs = [i + shift for i in range(len(runs))]
-        bars = [bar(half) for _, half in points]
-        left.bar(xs, [mean for mean, _ in points], 0.4, yerr=bars, color=colour, capsize=2, label=name)
+        bars = [half if half < float("inf") else 0.0 for _, half in points]
+        xs = [j + 0.27 * (i - 1) for j in range(len(runs))]
+        left.bar(xs, [mean for mean, _ in points], 0.27, yerr=bars, color=colour, capsize=2, label=name)
     left.axhline(0, color="black", lw=0.8)
     left.set_xticks(range(len(runs)), runs, rotation=40, ha="right")
     left.set_title("log-prob moved from the SFT model, nats", fontsize=9)
-    left.legend(fontsize=7)
-    for x in runs:
-        (mean, half), (gold, its_half) = (t_interval([*results.values(x, n).values()]) for n in ("D_w", "gold"))
-        right.errorbar([mean], [gold], [bar(its_half)], [bar(half)], marker="o", markersize=4, capsize=2, label=x)
-    right.axhline(statistics.fmean(results.values("SFT", "gold").values()), color="gray", lw=0.8)
-    right.set_xlabel("D_w, nats", fontsize=8)
-    right.set_title("gold reward (line: SFT)", fontsize=9)
-    right.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    for m in [m for m in METHODS if f"{m}, edit 1" in runs]:
+        of = lambda name, step, m=m: statistics.fmean(results.values(f"{m}, edit 1", name, step).values())  # noqa: E731
+        points = [(0.0, 0.0)]
+        for step in results.steps(f"{m}, edit 1"):
+            points.append((of("D_w", step) - of("D_l", step), of("D_w", step)))
+        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=m)
+    right.axhline(0, color="black", lw=0.8)
+    right.set_xlabel("margin D_w - D_l, nats", fontsize=8)
+    right.set_title("D_w on the way, edit 1", fontsize=9)
     for axes in (left, right):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":
