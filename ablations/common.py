@@ -36,6 +36,7 @@ import train_sft
 from rlhf import models, reviews
 from rlhf.data import Example, build, held_out
 from rlhf.generate import answer, end_ids, facts
+from rlhf.rewards import load_reward
 from rlhf.runs import Run, mean_interval, processor
 
 ROOT = Path(__file__).parent
@@ -293,14 +294,19 @@ def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example
     return held_out([*{e.prompt_text: e for e in examples}.values()], 0.1)
 
 
-def measured(model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int) -> dict[str, list[float]]:
+def measured(
+    model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int, reward: str = ""
+) -> dict[str, list[float]]:
     """Of one sampled answer to each prompt, of so many tokens at most: length, ended, gold reward, grammatical (0, 1),
-    readable (gold where it is grammatical, else 0), and the exact KL to the reference, nats an answer. The models are
-    run directories."""
+    readable (gold where it is grammatical, else 0), the exact KL to the reference, nats an answer, and where a reward
+    model is given, its reward (proxy). The models are run directories."""
     tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
     answers = answer(policy, tokenizer, asked, tokens, seed)
     found = facts(answers, end_ids(policy, tokenizer), embedded=True)
     found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
+    if reward:
+        texts = zip(*((e.prompt_text, e.response_texts[0]) for e in answers), strict=True)
+        found["proxy"] = load_reward(reward)(*texts, [{"ended": bool(x)} for x in found["ended"]])
     how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
     found["kl"] = evaluate.against_reference(how, policy, models.load_model(ref, "cpu"), answers, "tree", pad)["kl"]
     return found
