@@ -65,9 +65,9 @@ FLIPPED = 0.25
 RATES = {16: 1e-2, 64: 6e-3, 128: 4e-3}  # of the SFT models, by width
 REWARD_MODEL = {"batch_size": 16, "epochs": 8, "max_steps": 400}  # all pairs 8, 4, 2 times and once
 TEST, VALIDATION = 256, 128  # held-out prompts
-FULL = {"pool": (24, 512), "tokens": 48, "sft": 700, "rollouts": 24, "prompts": 32, "every": 2, "lr": 1.5e-4}
+FULL = {"pool": (24, 512), "tokens": 48, "sft": 700, "rollouts": 32, "prompts": 32, "every": 2}
 QUICK = FULL | {"pool": (16, 128), "sft": 300, "rollouts": 12}
-SMOKE = {"pool": (2, 8), "tokens": 8, "sft": 2, "rollouts": 2, "prompts": 4, "every": 1, "lr": 1.5e-4}
+SMOKE = {"pool": (2, 8), "tokens": 8, "sft": 2, "rollouts": 2, "prompts": 4, "every": 1}
 
 
 @dataclass
@@ -173,7 +173,7 @@ def ppo(folder: Path, proxy: str, seed: int, size: dict):
     look(0, policy.state_dict())
     flags = {"model": sft, "reward": proxy, "data": asked, "out": str(out), "seed": seed, "device": "cpu"}
     flags |= {"batch_size": size["prompts"], "max_steps": size["rollouts"], "max_new_tokens": size["tokens"]}
-    flags |= {"lr": size["lr"], "kl_coef": 0.0, "eval_prompts": 0, "save_every": size["every"]}
+    flags |= {"kl_coef": 0.0, "eval_prompts": 0, "save_every": size["every"]}
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     with common.at_checkpoints(look):
         train_ppo.main(train_ppo.Args(**flags))
