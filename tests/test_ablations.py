@@ -331,7 +331,7 @@ def test_overopt_clauses_by_hand(swapped, modules, tmp_path):
     assert found["-Spearman(b / a, pairs): BoN"] == pytest.approx((1 + 0.8) / 2 if swapped else 1)
     assert found["Spearman(share, pairs): BoN"] == pytest.approx((1 + 0.8) / 2 if swapped else 1)
     assert found["c, readable gold: PPO 800"] == pytest.approx(0.3, abs=1e-4)
-    assert found["peak - end, gold: PPO 800"] == pytest.approx(0, abs=1e-4)
+    assert found["readable's peak - end, gold: PPO 800"] == pytest.approx(0, abs=1e-4)
     assert found["b, readable gold: PPO 800"] == pytest.approx(0.04, abs=1e-4)
     assert found["AICc, readable gold: PPO 800"] > 10
     assert found["b / a: BoN 3200, 16 wide - 128"] == pytest.approx(0.05, abs=1e-4)

@@ -53,9 +53,7 @@ from rlhf.rewards import load_reward
 from rlhf.runs import cli
 
 NAME = "overopt"
-CLAIM = (
-    "gold keeps ever less of what the proxy promises; it follows d (a - b d) or d (a - b log d), b less with more pairs"
-)
+CLAIM = "gold keeps ever less of what the proxy promises: d (a - b d) or d (a - b log d), and b falls with more pairs"
 PAIRS, WIDTHS = (800, 1600, 3200, 6400), (16, 64)
 SETTINGS = {f"BoN {n}": ("BoN", 128, n) for n in PAIRS}
 SETTINGS |= {f"BoN 3200, {width} wide": ("BoN", width, 3200) for width in WIDTHS}
@@ -255,16 +253,8 @@ def by_seed(results: common.Results, setting: str, y: str = "gold") -> dict[str,
         chosen = [x for _, x in points(results, setting, seed, "readable_validation")]
         d, peak = own[chosen.index(max(chosen))]
         a, b, explained, gain = fit(kind, own)
-        values = {
-            "a": a,
-            "b": b,
-            "b / a": b / a if a else math.nan,
-            "R^2": explained,
-            "AICc": gain,
-            "peak": peak,
-            "at d": d,
-        }
-        values |= {"end": own[-1][1], "fall": peak - own[-1][1]}
+        values = {"a": a, "b": b, "R^2": explained, "AICc": gain, "peak": peak, "at d": d, "end": own[-1][1]}
+        values |= {"b / a": b / a if a else math.nan, "fall": peak - own[-1][1]}
         values["c"] = fit("BoN", points(results, setting, seed, y, "proxy"))[1]
         if kind == "BoN":
             best = points(results, setting, seed, "best")
@@ -294,7 +284,7 @@ def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], boo
         found[f"{name}, readable gold: {PPO}"] = mean(PPO, name, "readable"), True
     there = [x for x in SETTINGS if seeds_of(results, x)]
     for x in (x for x in there if x.startswith("PPO")):
-        found |= {f"peak - end, {y}: {x}": (mean(x, "fall", y), False) for y in ("readable", "gold")}
+        found |= {f"readable's peak - end, {y}: {x}": (mean(x, "fall", y), False) for y in ("readable", "gold")}
     for x in (x for x in there if "wide" in x):
         narrow, wide = by_seed(results, x), by_seed(results, x.split(",")[0])
         found[f"b / a: {x} - 128"] = paired(narrow["b / a"], wide["b / a"]), False
@@ -308,11 +298,10 @@ def report(results: common.Results) -> tuple[str, str, str]:
     cell = lambda values: show(t_interval([*values.values()]))  # noqa: E731
     for x in (x for x in SETTINGS if seeds_of(results, x)):
         last, of = max(results.steps(x)), {y: by_seed(results, x, y) for y in ("gold", "readable")}
-        at_end = [cell(results.values(x, name, last)) for name in ("d", "proxy", "gold")]
-        shares = [cell(of["gold"][name]) if name in of["gold"] else "" for name in ("share at 2", "share")]
-        row = [cell(results.values(x, "correlation")), *at_end, *shares]
-        row += [cell(of["readable"][name]) for name in ("end", "peak", "at d")]
-        ends.append([x, *row, cell(results.values(x, "grammatical", last))])
+        row = [results.values(x, "correlation"), *(results.values(x, name, last) for name in ("d", "proxy", "gold"))]
+        row += [of["gold"].get(name) for name in ("share at 2", "share")]
+        row += [*(of["readable"][name] for name in ("end", "peak", "at d")), results.values(x, "grammatical", last)]
+        ends.append([x, *(cell(values) if values else "" for values in row)])
         for y in ("gold",) if x.startswith("BoN") else ("gold", "readable"):
             forms.append([x, y, *(cell(of[y][name]) for name in ("a", "b", "b / a", "R^2", "AICc", "c"))])
     a, b, explained, gain = fit("BoN", points(results, FEW, seeds_of(results, FEW)[0], "best"))
@@ -342,9 +331,10 @@ def draw(results: common.Results, page) -> None:
             ys = [d * (a - b * (d if kind == "BoN" else math.log(d))) for d in ds]
             axes.plot(ds, ys, color=colour, label=x.removeprefix(f"{kind} "), linewidth=1)
             steps, at = results.steps(x), lambda n, step, x=x: statistics.fmean(results.values(x, n, step).values())
-            for name, line in (("proxy", "--"), ("best", "k:")) if x == FEW else (("proxy", "--"),):
-                style = {"color": colour} if name == "proxy" else {"label": "by gold itself"}
-                axes.plot(*[[at(n, s) for s in steps] for n in ("d", name)], line, linewidth=0.8, **style)
+            ds = [at("d", step) for step in steps]
+            axes.plot(ds, [at("proxy", step) for step in steps], "--", color=colour, linewidth=0.8)
+        if kind == "BoN":
+            axes.plot(ds, [at("best", step) for step in steps], "k:", linewidth=0.8, label="gold itself")
         axes.set_title(f"{kind}, {'readable ' * (y == 'readable')}gold", fontsize=9)
         axes.set_xlabel("d = sqrt(KL)", fontsize=8)
         axes.tick_params(labelsize=7)
