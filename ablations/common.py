@@ -36,6 +36,7 @@ import train_sft
 from rlhf import models, reviews
 from rlhf.data import Example, build, held_out
 from rlhf.generate import answer, end_ids, facts
+from rlhf.rewards import load_reward
 from rlhf.runs import Run, mean_interval, processor
 
 ROOT = Path(__file__).parent
@@ -293,11 +294,18 @@ def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example
     return held_out([*{e.prompt_text: e for e in examples}.values()], 0.1)
 
 
-def measured(model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int) -> dict[str, list[float]]:
-    """`of_answers` of one sampled answer to each prompt, of so many tokens at most. The models are run directories."""
+def measured(
+    model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int, reward: str = ""
+) -> dict[str, list[float]]:
+    """`of_answers` of one sampled answer to each prompt, of so many tokens at most; where a reward model is given, its
+    reward too (proxy). The models are run directories."""
     tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
     answers = answer(policy, tokenizer, asked, tokens, seed)
-    return of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)
+    found = of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)
+    if reward:
+        texts = zip(*((e.prompt_text, e.response_texts[0]) for e in answers), strict=True)
+        found["proxy"] = load_reward(reward)(*texts, [{"ended": bool(x)} for x in found["ended"]])
+    return found
 
 
 def of_answers(policy, reference, tokenizer, answers: Sequence[Example]) -> dict[str, list[float]]:
