@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from ablations import common, plot, world
 from ablations.displacement import tier_s
 from rlhf import BadInput, models, reviews
+from rlhf.data import build
 
 
 @pytest.fixture(scope="module")
@@ -74,35 +76,74 @@ def test_length_beta_at_a_kl(modules):
     assert at_kl({1.0: 0.2, 4.0: 0.1}, 0.4) == 1.0, "the nearest where none is above"
 
 
-def test_length_clauses_by_hand(modules, tmp_path):
-    length, results = modules["length"], common.Results(tmp_path / "results.csv")
+@pytest.fixture
+def lengths(modules, tmp_path):
+    """Two seeds of SFT answers of 10 and 11 tokens, and runs of three checkpoints, whose KL at each is that here, and
+    whose length rises evenly over them to the ratio."""
+    results = common.Results(tmp_path / "results.csv")
     ratios = {
         "DPO": (1.0, 1.25, 1.5),
         "DPO per token": (1.0, 1.05, 1.1),
         "SimPO": (1.2, 1.3, 1.4),
         "R-DPO": (1.0, 1.1, 1.3),
     }
+    kls = {"DPO": (0.2, 0.4, 0.8), "DPO per token": (0.1, 0.2, 0.4), "SimPO": (0.4, 0.8, 1.6), "R-DPO": (0.2, 0.5, 0.6)}
     for seed in (0, 1):
-        results.add("SFT", seed, {"length": 10.0 + seed})
+        results.add("SFT", seed, {"length": 10.0 + seed, "gold": 0.0})
         for m, found in ratios.items():
-            for bias, ratio in zip(length.BIASES, found, strict=True):
-                results.add(f"{m} {bias:.0%}", seed, {"length": ratio * (10.0 + seed)})
-    found = length.clauses(results)
-    assert found["slope of DPO"] == pytest.approx((0.25, 0), abs=1e-9)
-    assert found["slope: DPO - R-DPO"] == pytest.approx((0.1, 0), abs=1e-9)
-    assert found["at 60 %: DPO - 1.2"] == pytest.approx((0.05, 0), abs=1e-9)
-    assert found["at 60 %: 1.1 - DPO per token"] == pytest.approx((0.05, 0), abs=1e-9)
-    assert found["at 50 %: 1.1 - SimPO"] == pytest.approx((-0.1, 0), abs=1e-9)
-    assert common.verdict([*found.values()]) == "contradicted"
+            for bias, ratio in zip(modules["length"].BIASES, found, strict=True):
+                for step, kl in enumerate(kls[m], 1):
+                    values = {"length": (10.0 + seed) * (1 + (ratio - 1) * step / 3), "gold": 0.3 * step, "kl": kl}
+                    results.add(f"{m} {bias:.0%}", seed, values, step)
+                results.add(f"{m} {bias:.0%}", seed, values)
+    return results
 
 
-def test_length_at_one_kl_by_hand(modules, tmp_path):
+def test_length_clauses_by_hand(modules, lengths):
+    found = modules["length"].clauses(lengths)
+    assert found["slope of DPO, at the end"] == pytest.approx((0.25, 0), abs=1e-4)
+    assert found["slope, at the end: DPO - R-DPO"] == pytest.approx((0.1, 0), abs=1e-4)
+    assert found["at 60 %: DPO - 1.2"] == pytest.approx((0.05, 0), abs=1e-4)
+    assert found["at 60 %: 1.1 - DPO per token"] == pytest.approx((0.05, 0), abs=1e-4)
+    assert found["at 50 %: 1.1 - SimPO"] == pytest.approx((-0.1, 0), abs=1e-4)
+    # at a KL of 0.4: DPO two thirds of its way, SimPO a third, DPO per token all, R-DPO 5/9
+    assert found["slope, at one KL: DPO - SimPO"] == pytest.approx((0.5 / 3 - 0.1 / 3, 0), abs=1e-4)
+    assert found["slope, at one KL: DPO - DPO per token"] == pytest.approx((0.5 / 3 - 0.05, 0), abs=1e-4)
+    assert found["slope, at one KL: DPO - R-DPO"] == pytest.approx((0.5 / 3 - 0.75 / 9, 0), abs=1e-4)
+    assert len(found) == 13 and common.verdict([*found.values()]) == "contradicted"
+
+
+def test_length_at_one_kl_by_hand(modules, lengths):
+    length = modules["length"]
+    assert length.one_kl(lengths, "60%") == {0: 0.4, 1: 0.4}, "where DPO per token, which goes least far, ends"
+    assert length.at_one_kl(lengths, "DPO 60%", "gold") == pytest.approx({0: 0.6, 1: 0.6})
+    assert length.at_one_kl(lengths, "R-DPO 60%", "gold") == pytest.approx({0: 0.5, 1: 0.5})
+    assert length.at_one_kl(lengths, "DPO 70%", "length")[0] == pytest.approx(10 * (1 + 0.5 * 2 / 3), abs=1e-3)
+    assert length.one_kl(lengths, "80%") == {} == length.at_one_kl(lengths, "DPO 80%", "gold")
+
+
+def test_length_strengths_are_those_of_the_trials(modules, tmp_path):
     length, results = modules["length"], common.Results(tmp_path / "results.csv")
-    results.add("SFT", 0, {"length": 10.0})
-    for bias, kl, tokens in ((0.5, 0.2, 10.0), (0.6, 0.4, 12.0), (0.7, 0.8, 16.0)):
-        results.add(f"DPO {bias:.0%}", 0, {"length": tokens, "kl": kl})
-    assert length.at_one_kl(results, "DPO", 0.6) == {0: pytest.approx(1.4)}
-    assert length.at_one_kl(results, "DPO", 0.9) == {} == length.at_one_kl(results, "SimPO")
+    results.add(length.OF_TRIALS, 0, {"length": 12.0})
+    for beta, kl in ((0.05, 1.6), (0.2, 0.8), (0.8, 0.2)):
+        results.add(f"DPO beta {beta:g}", 0, {"kl": kl, "length": 12.0})
+    assert length.strengths(results) == {"DPO": {"beta": 0.4}}
+    for penalty, tokens in ((0.02, 13.0), (0.05, 11.5), (0.1, 10.0)):
+        results.add(f"R-DPO length_penalty {penalty:g}", 0, {"kl": 0.4, "length": tokens})
+    assert length.strengths(results)["R-DPO"] == {"beta": 0.4, "length_penalty": 0.05}
+
+
+def test_length_line_of_the_reward(modules, monkeypatch):
+    """log pi - log ref of 0, 1 and 5 nats at lengths of 2, 3 and 4: slope 2.5, R^2 = 2.5^2 * (2/3) / (14/3) = 25/28."""
+    length = modules["length"]
+    given = {
+        "policy": [torch.tensor([0.0, 2.0]), torch.tensor([7.0])],
+        "ref": [torch.tensor([0.0, 1.0]), torch.tensor([2.0])],
+    }
+    monkeypatch.setattr(length.models, "score", lambda model, *_: given[model])
+    tokenizer = reviews.tokenizer()
+    examples = [SimpleNamespace(responses=[[1] * 2, [1] * 3]), SimpleNamespace(responses=[[1] * 4])]
+    assert length.on_length("policy", "ref", tokenizer, examples) == pytest.approx((2.5, 25 / 28))
 
 
 # --------------------------------------------------------------------------------------------------------- displacement
@@ -136,16 +177,82 @@ def test_displacement_data_share_prompts_and_preferred_answers(modules, tmp_path
 
 def test_displacement_by_hand_a_table_never_falls(modules):
     found = {x: modules["displacement"].by_hand(x, 7) for x in modules["displacement"].BY_HAND}
-    assert found["table"]["fell"] == 0 and found["table"]["D_w"] > 0
+    assert found["table"]["fell"] == 0 == found["table"]["below 0"] and found["table"]["D_w"] > 0
+    assert all(x["below 0"] <= x["fell"] for x in found.values()), "what ends below 0 has fallen at some step"
     assert found["like rows"]["fell"] > found["unlike rows"]["fell"] > 0.2
     assert all(x["margin"] > 0 and x["formula off"] < 1e-12 for x in found.values())
 
 
-def test_displacement_spearman_by_hand(modules):
-    spearman = modules["displacement"].spearman
-    # ranks 0 1 2 3 and 1 0 3 2: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6
-    assert spearman(torch.tensor([1.0, 2.0, 5.0, 9.0]), torch.tensor([0.2, 0.1, 7.0, 6.0])) == pytest.approx(0.6)
-    assert spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3.0, 2.0, -9.0])) == pytest.approx(-1)
+def test_displacement_fresh_answers_are_the_grammar_s_own(modules):
+    tokenizer = reviews.tokenizer()
+    prompt = reviews.prompts(1, 0)[0]
+    row = {"prompt": prompt, "chosen": "is good .", "rejected": "is bad ."}
+    pairs = build([("", row)], tokenizer, "preference", 512, 1024)[0]
+    found = modules["displacement"].fresh(pairs * 20, tokenizer, 0)
+    assert len(found) == 20 * modules["displacement"].FRESH and len({*(e.response_texts[0] for e in found)}) > 20
+    for example in found:
+        assert example.prompt == pairs[0].prompt and example.prompt_text == prompt
+        assert reviews.log_prob(f"{prompt} {example.response_texts[0]}") > -math.inf
+
+
+@pytest.fixture
+def moved(modules, tmp_path):
+    """Runs of two checkpoints with edits: DPO falls, DPO-positive hardly moves, NCA keeps what it has at half."""
+    results = common.Results(tmp_path / "results.csv")
+    ends = {
+        "DPO, edit 1": (-0.3, -1.3, -0.5),
+        "DPO, random": (-0.1, -0.9, -0.4),
+        "DPO, mixed": (-0.2, -1.0, -0.4),
+        "DPO-positive, edit 1": (0.1, -0.1, 0.0),
+        "NCA, edit 1": (-0.1, -0.7, -0.2),
+    }
+    for seed in (0, 1):
+        for x, below in {"table": 0.0, "unlike rows": 0.3, "like rows": 0.7}.items():
+            results.add(x, seed, {"below 0": below})
+        for x, (D_w, D_l, usual) in ends.items():
+            for step, share in ((7, 0.25), (14, 1.0)):
+                now = share**2 * D_w
+                values = {"D_w": now, "D_l": now - share * (D_w - D_l), "fresh": share * usual}
+                results.add(x, seed, values, step)
+            results.add(x, seed, {"D_w": D_w, "D_l": D_l, "fresh": usual, "D_w held out": 2 * D_w, "spearman": -0.1})
+    return results
+
+
+def test_displacement_clauses_by_hand(modules, moved):
+    found = modules["displacement"].clauses(moved)
+    wanted = {
+        "by hand, share with D_w < 0: like rows - unlike rows": 0.4,
+        "- D_w of DPO, edit 1": 0.3,
+        "fresh - D_w of DPO, edit 1": -0.2,
+        "D_w of DPO: random - edit 1": 0.2,
+        "D_w held out of DPO: random - edit 1": 0.4,
+        "- Spearman(CHES, D_w), mixed": 0.1,
+        "D_w, edit 1: DPO-positive": 0.1,
+        "D_w, edit 1, at one margin: DPO-positive - DPO": 0.115,
+        "D_w, edit 1: NCA": -0.1,
+        "D_w, edit 1, at one margin: NCA - DPO": 0.05,
+    }
+    assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(wanted, abs=1e-6)
+    assert common.verdict([*found.values()]) == "contradicted"
+
+
+def test_displacement_at_one_margin_by_hand(modules, moved):
+    """The margin rises evenly, D_w with its square: DPO has 0.2 at four fifths of the way to its first checkpoint."""
+    usual, other = "DPO, edit 1", "DPO-positive, edit 1"
+    found = modules["displacement"].at_one_margin(moved, usual, other)
+    wanted = {usual: {"margin": 0.2, "D_w": -0.015, "excess": 0.085}, other: {"margin": 0.2, "D_w": 0.1, "excess": 0.1}}
+    assert {x: {name: values[1] for name, values in at.items()} for x, at in found.items()} == {
+        x: pytest.approx(at, abs=1e-6) for x, at in wanted.items()
+    }
+    nothing = modules["displacement"].at_one_margin(moved, "NCA, random", usual)
+    assert nothing[usual] == {"margin": {}, "D_w": {}, "excess": {}}
+
+
+def test_displacement_strengths_have_the_most_gold(modules, tmp_path):
+    displacement, results = modules["displacement"], common.Results(tmp_path / "results.csv")
+    for name, gold in {"NCA beta 0.03": 0.1, "NCA beta 0.1": 0.3, "NCA beta 0.3": 0.2, "DPO beta 0.3": -1.0}.items():
+        results.add(name, 0, {"gold": gold})
+    assert displacement.strengths(results) == {"DPO": 0.3, "NCA": 0.1}
 
 
 @pytest.fixture

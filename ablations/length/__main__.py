@@ -278,8 +278,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
         if one_kl(results, bias) and results.values(x := f"{m} {bias}", "length"):
             mine, of_dpo = (over_sft(results, at_one_kl(results, y, "length")) for y in (x, f"DPO {bias}"))
             difference = "" if m == "DPO" else show(paired(of_dpo, mine), 3)
-            gold = of(at_one_kl(results, x, "gold"))
-            at_one.append([x, of(one_kl(results, bias)), of(mine, 3), difference, gold])
+            gold, its = (at_one_kl(results, y, "gold") for y in (f"DPO {bias}", x))
+            golds = [of(its), "" if m == "DPO" else show(paired(gold, its), 3)]
+            at_one.append([x, of(one_kl(results, bias)), of(mine, 3), difference, *golds])
             names = [(f"{n}, {y}", digits) for y in ANSWERS for n, digits in (("reward a token", 3), ("R2", 2))]
             rewards.append([x, *(of(results.values(x, name), digits) for name, digits in names)])
     trials = []
@@ -294,7 +295,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown([setting, "ratio", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["difference, above 0 by the claim", "mean", ""], differences),
         "At one KL, on the way of each run:",
-        markdown([setting, "KL, nats", "ratio", "ratio: DPO - it", "gold reward"], at_one),
+        markdown([setting, "KL, nats", "ratio", "DPO - it", "gold reward", "DPO - it"], at_one),
         "The implicit reward, log pi - log ref, as a line in the length: nats a token, and R^2:",
         markdown([setting, *(f"{titles[x]}: {n}" for x in ANSWERS for n in ("slope", "R^2"))], rewards),
         f"The trials, on validation prompts, with what was taken from them ({taken}):",
