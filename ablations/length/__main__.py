@@ -80,7 +80,7 @@ def main(a: common.Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds = range(1 if a.smoke else 2 if a.quick else a.seeds)
-    methods = ["DPO", "R-DPO"] if a.smoke else [*METHODS]
+    methods = ["DPO", "SimPO"] if a.smoke else [*METHODS]
     torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     pairs, prompts, steps = (40, 200, SMOKE) if a.smoke else (PAIRS, PROMPTS, FULL)
 
@@ -108,7 +108,7 @@ def main(a: common.Args) -> None:
 
     plain = [("SFT", seed, 0.5, {}) for seed in seeds] + [(OF_TRIALS, 0, 0.5, {})]
     go(plain + trials([m for m in methods if m != "R-DPO"], 0.5, {}))
-    go(trials(["R-DPO"], 0.6, strengths(results)["DPO"]))
+    go(trials([m for m in methods if m == "R-DPO"], 0.6, strengths(results)["DPO"]))
     chosen = strengths(results)
     biases = (0.5, 0.7) if a.smoke or a.quick else BIASES
     looks = {"save_every": 1 if a.smoke else EVERY}
