@@ -266,16 +266,14 @@ def test_displacement_clauses_by_hand(modules, moved):
 
 def test_displacement_at_one_margin_by_hand(modules, moved):
     """The margin rises evenly, D_w with its square: DPO has 0.2 at four fifths of the way to its first checkpoint."""
-    found = modules["displacement"].at_one_margin(moved, "DPO-positive", "edit 1")
-    wanted = {
-        "margin": 0.2,
-        "D_w DPO": -0.015,
-        "D_w DPO-positive": 0.1,
-        "excess DPO": 0.085,
-        "excess DPO-positive": 0.1,
+    usual, other = "DPO, edit 1", "DPO-positive, edit 1"
+    found = modules["displacement"].at_one_margin(moved, usual, other)
+    wanted = {usual: {"margin": 0.2, "D_w": -0.015, "excess": 0.085}, other: {"margin": 0.2, "D_w": 0.1, "excess": 0.1}}
+    assert {x: {name: values[1] for name, values in at.items()} for x, at in found.items()} == {
+        x: pytest.approx(at, abs=1e-6) for x, at in wanted.items()
     }
-    assert {name: values[1] for name, values in found.items()} == pytest.approx(wanted, abs=1e-6)
-    assert modules["displacement"].at_one_margin(moved, "NCA", "random") == {}
+    nothing = modules["displacement"].at_one_margin(moved, "NCA, random", usual)
+    assert nothing[usual] == {"margin": {}, "D_w": {}, "excess": {}}
 
 
 def test_displacement_strengths_have_the_most_gold(modules, tmp_path):

@@ -329,18 +329,16 @@ def path(results: common.Results, setting: str, seed: int) -> list[dict[str, flo
     return points
 
 
-def at_one_margin(results: common.Results, m: str, kind: str) -> dict[str, dict[int, float]]:
-    """ "margin", "D_w METHOD", "excess METHOD" of DPO and another method -> seed -> the value where both first have the
-    margin at which the less far of the two ends."""
-    found: dict[str, dict[int, float]] = {}
-    for seed in results.values(f"{m}, {kind}", "D_w"):
-        paths = {x: path(results, f"{x}, {kind}", seed) for x in ("DPO", m)}
+def at_one_margin(results: common.Results, *settings: str) -> dict[str, dict[str, dict[int, float]]]:
+    """Setting -> margin, D_w and excess (`path`) -> seed -> the value where all first have the margin at which the
+    least far of them ends."""
+    found: dict[str, dict[str, dict[int, float]]] = {x: {"margin": {}, "D_w": {}, "excess": {}} for x in settings}
+    for seed in results.values(settings[0], "D_w"):
+        paths = {x: path(results, x, seed) for x in settings}
         least = min(points[-1]["margin"] for points in paths.values())
-        found.setdefault("margin", {})[seed] = least
         for x, points in paths.items():
-            for name in ("D_w", "excess"):
-                at = between([(point["margin"], point[name]) for point in points], least)
-                found.setdefault(f"{name} {x}", {})[seed] = at
+            for name, values in found[x].items():
+                values[seed] = between([(point["margin"], point[name]) for point in points], least)
     return found
 
 
@@ -359,9 +357,9 @@ def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
         found[f"{name} of DPO: random - edit 1"] = paired(of("DPO, random", name), of("DPO, edit 1", name))
     found["- Spearman(CHES, D_w), mixed"] = alone(of("DPO, mixed", "spearman"), -1)
     for m in [m for m in METHODS if m != "DPO" and of(f"{m}, edit 1", "D_w")]:
-        both = at_one_margin(results, m, "edit 1")
+        usual, mine = (x["D_w"] for x in at_one_margin(results, "DPO, edit 1", f"{m}, edit 1").values())
         found[f"D_w, edit 1: {m}"] = alone(of(f"{m}, edit 1", "D_w"))
-        found[f"D_w, edit 1, at one margin: {m} - DPO"] = paired(both[f"D_w {m}"], both["D_w DPO"])
+        found[f"D_w, edit 1, at one margin: {m} - DPO"] = paired(mine, usual)
     return found
 
 
@@ -381,13 +379,12 @@ def report(results: common.Results) -> tuple[str, str, str]:
         if results.values(x, "mass else"):
             where = [cell(x, f"D_w {n}") for n in ("before", "at the edit", "after")]
             edits.append([x, *where, *(cell(x, f"mass {n}", 3) for n in MASS)])
-    for m, kind in itertools.product(METHODS, KINDS):
-        if m != "DPO" and results.values(f"{m}, {kind}", "D_w"):
-            both = at_one_margin(results, m, kind)
-            cells = [all_of(both[n]) for n in ("margin", "D_w DPO", f"D_w {m}")]
-            differences = [show(paired(both[f"{n} {m}"], both[f"{n} DPO"]), 3) for n in ("D_w", "excess")]
-            end = show(paired(*(results.values(f"{x}, {kind}", "D_w") for x in (m, "DPO"))), 3)
-            at_one.append([f"{m}, {kind}", *cells, *differences, end])
+    against = {x: f"DPO, {kind}" for x, (m, kind) in RUNS.items() if m != "DPO"} | {"DPO, random": "DPO, edit 1"}
+    for x, y in [(x, y) for x, y in against.items() if all(results.values(z, "D_w") for z in (x, y))]:
+        usual, mine = at_one_margin(results, y, x).values()
+        differences = [show(paired(mine[n], usual[n]), 3) for n in ("D_w", "excess")]
+        differences += [show(paired(results.values(x, n), results.values(y, n)), 3) for n in ("D_w", "gold")]
+        at_one.append([f"{x} - {y}", all_of(mine["margin"]), all_of(usual["D_w"]), all_of(mine["D_w"]), *differences])
     trials = []
     for name in [x for x in TRIALS if results.done(x, 0)]:
         trials.append([name, *(cell(name, n) for n in ("gold", "kl", "D_w", "D_l"))])
@@ -403,8 +400,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["difference, above 0 by the claim", "mean", ""], lines),
     ]
     if at_one:
-        header = ["at one margin", "margin", "D_w of DPO", "D_w of it", "D_w: it - DPO", "D_w - fresh: it - DPO"]
-        parts.append(markdown([*header, "at the end, D_w: it - DPO"], at_one))
+        header = ["at one margin", "margin", "D_w of the second", "D_w of the first", "D_w", "D_w - fresh"]
+        parts.append(markdown([*header, "at the end: D_w", "at the end: gold"], at_one))
     parts += [
         f"The trials, edit 1, on validation prompts, with what was taken from them ({taken}):",
         markdown(["trial", "gold", "kl", "D_w", "D_l"], trials),
