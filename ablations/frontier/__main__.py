@@ -29,6 +29,7 @@ Judged apart, since the paper does not claim it: the exact law of Best-of-n has 
 has at its KL, for each n from 2 to 64. Reported and not judged: PPO on a learned reward, PPO on the gold reward, and
 the same objective, E r - beta KL, by its exact gradient, a sum over all answers to 8 prompts: what this model learns in
 as many updates when nothing is sampled. PPO on the gold reward should come near that, which is a check of the code.
+"DPO slow", DPO at the learning rate of Unlikelihood, was added after the results.
 """
 
 import random
@@ -65,10 +66,12 @@ SETTINGS = {  # method: script, and the flags that are its own
     **{f"Exact gradient {x:g}": (None, {"kl_coef": x}) for x in GOLD_COEFS[::2]},
     "Best-of-n": (None, {}),
     "optimum": (None, {}),
+    **{f"DPO slow {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
 }
-METHODS = ("DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-gold", "Exact gradient")
+METHODS = ("DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-gold", "Exact gradient", "DPO slow")
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of learning rates, for --tune
 RATES = {"DPO": 3e-3, "Unlikelihood": 1e-3, "Preferred-FT": 1e-2, "PPO": 3e-4, "PPO-gold": 3e-3, "Exact gradient": 1e-2}
+RATES["DPO slow"] = RATES["Unlikelihood"]
 CRITIC_RATE = 3e-3
 NATS = (0.25, 0.5, 1.0, 2.0)  # where methods are compared
 CURVE = (0.05, 0.1, *NATS, 3.0, 4.0, 6.0)  # and the optimum is drawn
@@ -133,8 +136,8 @@ def tune(folder: Path, updates: int, jobs: int) -> None:
     """Prints for each method and learning rate the mean, over the four KL, of its reward on validation prompts."""
     results = common.Results(folder / "results.csv")
     prepare(TUNED_IN, folder, updates)
-    settings = {method: [x for x in SETTINGS if method_of(x) == method] for method in METHODS}
-    for method in METHODS[2:]:  # whose KL hardly depends on the rate: one is enough
+    settings = {method: [x for x in SETTINGS if method_of(x) == method] for method in METHODS[:-1]}
+    for method in METHODS[2:-1]:  # whose KL hardly depends on the rate: one is enough
         settings[method] = settings[method][1:2]
     named = {f"{x} at {rate:g}": (x, rate) for found in settings.values() for x in found for rate in GRID}
     named["optimum"] = ("optimum", 0.0)
@@ -424,7 +427,11 @@ def draw(results: common.Results, page) -> None:
     start = starts(results)
     seed = min(start)
     colours = dict(
-        zip(METHODS, ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green", "tab:purple"), strict=True)
+        zip(
+            METHODS,
+            ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green", "tab:purple", "tab:cyan"),
+            strict=True,
+        )
     )
     best = [(0.0, start[seed]), *((x, results.values("optimum", f"{x:g}")[seed]) for x in CURVE)]
     best += [tuple(results.values("Best-of-n", f"{n} {name}")[seed] for name in ("kl", "optimum")) for n in DRAWN]
