@@ -390,6 +390,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
         differences.append(
             [f"DPO - {other}", *cells, common.verdict(judged[other]) if other in judged else "not judged"]
         )
+    slow = [paired(matched(results, "DPO slow", x), matched(results, "Unlikelihood", x)) for x in NATS]
+    differences.append(["DPO slow - Unlikelihood", *(show(x, 3) for x in slow), "not judged"])
     margin = found["optimum"][""]
     count = sum(metric == "room" for (*_, metric) in results.values_of)
     least = f"{margin[0] - ROUNDING:.2g}"
@@ -426,13 +428,7 @@ def draw(results: common.Results, page) -> None:
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     start = starts(results)
     seed = min(start)
-    colours = dict(
-        zip(
-            METHODS,
-            ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green", "tab:purple", "tab:cyan"),
-            strict=True,
-        )
-    )
+    colours = dict(zip(METHODS, (f"C{i}" for i in range(len(METHODS))), strict=True))
     best = [(0.0, start[seed]), *((x, results.values("optimum", f"{x:g}")[seed]) for x in CURVE)]
     best += [tuple(results.values("Best-of-n", f"{n} {name}")[seed] for name in ("kl", "optimum")) for n in DRAWN]
     left.plot(*zip(*sorted(best), strict=True), color="black", linewidth=1, label="optimum")
