@@ -12,9 +12,10 @@ Leading axis p: prompts. Axis s: the answers, those of l words and EOS for l = 0
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,6 @@ from torch import Tensor
 
 import train_sft
 from ablations.common import write
-from ablations.estimators.__main__ import law
 from rlhf import models
 
 WORDS, EOS, PAD = "abcdefg", 0, 8  # a word's id is its place, from 1 on; EOS stands in front of a prompt too
@@ -158,9 +158,8 @@ def args(script: ModuleType, **flags):
 # --------------------------------------------------------------------------------------------------- policies, exactly
 
 
-@torch.no_grad()
-def answer_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
-    """The log-prob of every answer to each prompt, float64: their chances add up to 1.
+def differentiable_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
+    """The log-prob of every answer to each prompt, float64, with gradient: their chances add up to 1.
 
     By the library's own cached forward, a level of the tree of answers at a time.
     """
@@ -176,6 +175,17 @@ def answer_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
             cache.batch_repeat_interleave(7)
             ids = torch.arange(1, 8).repeat(path.numel() // 7)[:, None]
     return torch.cat([*ended, path], 1)
+
+
+@torch.no_grad()
+def answer_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
+    """`differentiable_logps` without gradient."""
+    return differentiable_logps(model, asked)
+
+
+def held(model, seed: int, parts: Mapping[str, Sequence[str]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For the prompts of each part: the model's log-probs of all answers, and their gold rewards, [p s] each."""
+    return {part: (answer_logps(model, asked), rewards(seed, asked)) for part, asked in parts.items()}
 
 
 def kl(logps: Float[Tensor, "p s"], ref: Float[Tensor, "p s"]) -> float:
@@ -208,6 +218,21 @@ def optimum(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], nats: float) -> 
         low, high = (beta, high) if tilted(ref, r, beta)[0] > nats else (low, beta)
     at, most = tilted(ref, r, high)
     return most + high * (nats - at)
+
+
+def law(p: Float[Tensor, " s"], rewards: Float[Tensor, " s"], n: int) -> Float[Tensor, " s"]:
+    """Chance of each answer to be the best of n, ties broken at random: ((F + q)^n - F^n) p / q, where q is the
+    chance of its reward and F that of a lower one."""
+    levels, which = rewards.unique(return_inverse=True)
+    q = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
+    upto = q.cumsum(0) / q.sum()
+    below = torch.cat([upto.new_zeros(1), upto[:-1]])
+    return ((upto**n - below**n) / q)[which] * p
+
+
+def bound(n: int) -> float:
+    """KL of the best of n to the policy, nats, at most (Beirami et al. 2024, arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def best_of(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], n: int) -> Float[Tensor, "p s"]:

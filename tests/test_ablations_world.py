@@ -132,6 +132,21 @@ def test_rankings_are_by_gold_reward_and_a_flip_turns_a_pair_round(reference):
     assert abs(wrong - 0.25) < 4 * (0.25 * 0.75 / 600) ** 0.5
 
 
+def test_held_has_the_log_probs_and_rewards_of_each_part(untrained, reference):
+    asked, logps, r = reference
+    found = world.held(untrained[0], SEED, {"one": asked[:1], "two": asked[1:]})
+    assert torch.equal(found["one"][1], r[:1]) and torch.equal(found["two"][1], r[1:])
+    assert torch.allclose(found["two"][0], logps[1:], rtol=0, atol=1e-5)
+    assert not found["one"][0].requires_grad and world.differentiable_logps(untrained[0], asked[:1]).requires_grad
+
+
+def test_the_formula_of_best_of_n():
+    assert world.bound(2) == pytest.approx(0.193147, abs=1e-6)
+    p = torch.full((4000,), 1 / 4000, dtype=torch.float64)
+    best = world.law(p, torch.arange(4000), 2)  # where no answer has much chance, its KL is the formula
+    assert torch.xlogy(best, best / p).sum().item() == pytest.approx(world.bound(2), abs=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------------- at matched KL
 
 
@@ -158,16 +173,26 @@ def test_the_least_clear_is_left_out():
 def made_up(tmp_path):
     """Two worlds in which a method's reward is its share of sqrt(KL) / 4, which the optimum has all of."""
     results = common.Results(tmp_path / "results.csv")
-    share = {"DPO": 0.9, "Unlikelihood": 0.8, "Preferred-FT": 0.3, "PPO": 0.7, "PPO-gold": 0.95}
+    share = {
+        "DPO": 0.9,
+        "Unlikelihood": 0.8,
+        "Preferred-FT": 0.3,
+        "PPO": 0.7,
+        "PPO-gold": 0.95,
+        "Exact gradient": 0.96,
+        "DPO slow": 0.9,
+    }
     for seed in (0, 1):
         for setting in frontier.SETTINGS:
-            method = setting.rsplit(" ", 1)[0]
+            method = frontier.method_of(setting)
             if method in share:
-                for step, nats in ((1, 0.25), (2, 0.5), (3, 1.0), (4, 2.0), (5, 4.0)):
+                places = ((1, 0.25), (2, 0.5), (3, 1.0), (4, 2.0), (5, 4.0))
+                for step, nats in places[: 1 if method == "Preferred-FT" else 5]:
                     gold = (share[method] + 0.01 * seed * (method == "DPO")) * nats**0.5 / 4
                     values = {f"{n} {part}": x for part in frontier.PARTS for n, x in (("kl", nats), ("reward", gold))}
                     results.add(setting, seed, values | {"room": nats**0.5 / 4 - gold}, step)
-                results.add(setting, seed, {"seconds": 1.0})
+                last = {"kl test": 4.0, "share test": share[method], "share training": share[method] + 0.01}
+                results.add(setting, seed, last | {"seconds": 1.0})
         best = {
             f"{n} {name}": x for n in frontier.DRAWN for name, x in (("kl", 1.0), ("reward", 0.24), ("optimum", 0.25))
         }
@@ -175,21 +200,33 @@ def made_up(tmp_path):
         results.add(
             "optimum",
             seed,
-            {f"{x:g}": x**0.5 / 4 for x in frontier.CURVE} | {"start test": 0.0, "start validation": 0.0},
+            {f"{x:g}": x**0.5 / 4 for x in frontier.CURVE}
+            | {f"kl at {x:g}": 3.5 for x in frontier.GOLD_COEFS}
+            | {"start test": 0.0, "start validation": 0.0},
         )
     return results
 
 
 def test_frontier_clauses_by_hand(made_up):
     found = frontier.clauses(made_up)
-    # at 1 nat: 0.9 and 0.91 of 1/4, less 0.3 of it: 0.15 and 0.1525, half 12.706 * 0.00125
-    assert found["Preferred-FT"]["1"] == pytest.approx((0.15125, 12.706 * 0.00125), rel=1e-4)
-    assert found["Unlikelihood"]["1"][0] == pytest.approx(0.02625 + 0.02 * 0.25, rel=1e-4)
-    assert found["optimum"][""][0] == pytest.approx((1 - 0.95) * 0.25**0.5 / 4 + 1e-6, rel=1e-4)
+    # at 1 nat: 0.9 and 0.91 of 1/4, less 0.3 of 1/8, where Preferred-FT ends: 0.1875 and 0.19, half 12.706 * 0.00125
+    assert found["Preferred-FT"]["1"] == pytest.approx((0.18875, 12.706 * 0.00125), rel=1e-4)
+    assert found["Unlikelihood"]["1"] == pytest.approx((0.02625, 12.706 * 0.00125), rel=1e-4)
+    assert found["optimum"][""][0] == pytest.approx((1 - 0.96) * 0.25**0.5 / 4 + 1e-6, rel=1e-4)
     assert found["Best-of-n"]["8"] == pytest.approx((0.96 - 0.95, 0), abs=1e-9)
     table, verdict, effect = frontier.report(made_up)
     assert verdict == "reproduced" and "0.91 +- 0.06 of the optimum's gain" in effect
     assert "| Preferred-FT | 0.037 +- 0.000 |" in table
+    # at Preferred-FT's own KL of 1/4: 0.9 and 0.91 of 1/8, less 0.3 of it
+    assert "| DPO - Preferred-FT |  | 0.076 +- 0.008 |" in table
+    assert "| PPO-gold 0.08 | 4.00 +- 0.00 | 3.50 +- 0.00 | 0.95 +- 0.00 | 0.96 +- 0.00 |" in table
+
+
+def test_frontier_is_not_resolved_by_a_method_that_is_as_good(made_up):
+    for (setting, seed, step, metric), value in [*made_up.values_of.items()]:
+        if frontier.method_of(setting) == "DPO":  # the first world's share is Unlikelihood's, the second's is better
+            made_up.values_of[setting, seed, step, metric] = value * (8 / 9 if metric.startswith("reward") else 1)
+    assert frontier.report(made_up)[1] == "not resolved"
 
 
 def test_frontier_is_contradicted_by_a_policy_above_the_optimum(made_up):
@@ -202,14 +239,34 @@ def test_the_loss_of_unlikelihood_by_hand():
     assert frontier.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
 
 
+def test_the_exact_gradient_raises_its_objective_and_keeps_its_checkpoints(untrained, tmp_path):
+    model, tokenizer = untrained
+    models.save(model, tokenizer, tmp_path / "sft")
+    asked, seen = world.prompts(SEED)["train"][:8], {}
+    ref, r = world.held(model, SEED, {"train": asked})["train"]
+
+    def look(step, weights):
+        other = models.load_model(str(tmp_path / "sft"), "cpu")
+        other.load_state_dict(weights)
+        logps = world.answer_logps(other, asked)
+        seen[step] = world.expected(logps, r) - 0.3 * world.kl(logps, ref)
+
+    frontier.exact_gradient(SEED, str(tmp_path / "sft"), 0.3, 3e-4, 16, look)
+    best = world.tilted(ref, r, 0.3)
+    assert [*seen] == [4, 8, 12, 16]
+    assert world.expected(ref, r) < seen[4] < seen[16] < best[1] - 0.3 * best[0]
+
+
 @pytest.mark.slow
 def test_tier_s_runs_with_a_small_model(tmp_path, monkeypatch):
     """Every kind of run, from the embedded task's untrained model in the place of a real one, on a CPU."""
     monkeypatch.chdir(tmp_path)
-    names = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "optimum"]
+    names = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.4", "PPO-gold 0.08", "Exact gradient 0.08"]
     monkeypatch.setattr(train_dpo, "LOSSES", train_dpo.LOSSES | frontier.LOSSES)
     found = tier_s.main({x: frontier.SETTINGS[x] for x in names}, "reviews", smoke=True)
     assert [Path(x).name for x in found["models"]] == ["sft", *(x.replace(" ", "-") for x in names[:-1])]
+    prompts, held = ({*map(str, open(f"runs/ablations/frontier/tier-s-smoke/{x}.jsonl"))} for x in ("prompts", "held"))
+    assert len(held) == 8 and not held & prompts
     kl = [numbers["kl"]["value"] for numbers in found["models"].values()]
     assert kl[0] == 0 and all(x > 0 for x in kl[1:])
     assert all(math.isfinite(numbers["reward"]["low"]) for numbers in found["models"].values())

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ablations import common, plot
 from ablations.common import markdown
+from ablations.world import bound, law
 from rlhf import advantages
 from rlhf.runs import cli
 
@@ -191,16 +192,6 @@ def groups(world: torch.Generator) -> dict[str, float]:
     return found
 
 
-def law(p: Tensor, rewards: Tensor, n: int) -> Tensor:
-    """Chance of each response to be the best of n, ties broken at random: ((F + q)^n - F^n) p / q, where q is the
-    chance of its reward and F that of a lower one."""
-    levels, which = rewards.unique(return_inverse=True)
-    q = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
-    upto = q.cumsum(0) / q.sum()
-    below = torch.cat([upto.new_zeros(1), upto[:-1]])
-    return ((upto**n - below**n) / q)[which] * p
-
-
 def best_of_n(world: torch.Generator) -> dict[str, float]:
     """KL of the best of n to the policy, and how far it is above its formula."""
     found = {}
@@ -234,10 +225,6 @@ def best_of_n(world: torch.Generator) -> dict[str, float]:
 def worst(results: common.Results, setting: str, metric: str, most: bool = True) -> float:
     """The largest (or smallest) value over the worlds."""
     return (max if most else min)(results.values(setting, metric).values())
-
-
-def bound(n: int) -> float:
-    return math.log(n) - (n - 1) / n
 
 
 def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:

@@ -1,14 +1,14 @@
 """The frontier of reward and KL: DPO and its rivals on a world where the best that any policy can do is known exactly.
 
     python -m ablations.frontier                    --quick, --smoke, --seeds, --jobs
+    python -m ablations.frontier --tune             the learning rates, in a world that is not among the seeds
     python -m ablations.frontier --tier s           a real model on film reviews, on a GPU (README.md)
 
 Claim (Rafailov et al. 2023, section 6.1 and figure 2 left, arXiv 2305.18290): at every KL to the reference, DPO has the
 most reward. A seed is a world of its own (ablations/world.py): a source, a gold reward in [0, 1), an SFT model, and
 rankings of 4 of its answers by gold reward, as sure as in the paper, which all methods share. Every method has four
-settings, the paper's where it says which, as many updates, checkpoints at four places along each run, and a learning
-rate from the same four, chosen in a world that is not among the seeds. KL and reward of every checkpoint are sums
-over all answers to 32 test prompts; 16 others are for validation.
+settings, as many updates, checkpoints at four places along each run, and a learning rate from the same five. KL and
+reward of every checkpoint are sums over all answers to 32 test prompts; 16 others are for validation.
 
 At matched KL: of a method's checkpoints (and its start) those on the upper concave hull of its points on the validation
 prompts are kept. On the test prompts its reward at a KL is that of a coin that picks between the two neighbours, whose
@@ -18,16 +18,23 @@ Criterion, written before the full run. Differences at KL 0.25, 0.5, 1 and 2 nat
 t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
 
     Preferred-FT    reward of DPO - Preferred-FT, at three of the four KL (the least clear one is left out)
-    Unlikelihood    DPO is not worse: DPO - Unlikelihood + 2 % of the optimum's gain at that KL, at three of the four
+    Unlikelihood    reward of DPO - Unlikelihood, at three of the four KL, likewise
     optimum         the exact frontier + 1e-6 - reward, of every checkpoint of every run
 
+Preferred-FT has a ceiling: what it learns from is the better of two answers, so it goes to the law of Best-of-2, of at
+most ln 2 - 1/2 = 0.193 nats. At each of the four KL it stands at its end. So DPO and Preferred-FT are compared at
+Preferred-FT's own KL too, where the claim is harder; that is reported and not judged.
+
 Judged apart, since the paper does not claim it: the exact law of Best-of-n has within 5 % of the gain that the frontier
-has at its KL, for each n from 2 to 64. Reported and not judged: PPO on the gold reward, which is the frontier where it
-converges, and PPO on a learned reward.
+has at its KL, for each n from 2 to 64. Reported and not judged: PPO on a learned reward, PPO on the gold reward, and
+the same objective, E r - beta KL, by its exact gradient, a sum over all answers to 8 prompts: what this model learns in
+as many updates when nothing is sampled. PPO on the gold reward should come near that, which is a check of the code.
+"DPO slow", DPO at the learning rate of Unlikelihood, was added after the results.
 """
 
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,23 +55,33 @@ from rlhf.runs import cli
 NAME = "frontier"
 CLAIM = "at the same KL DPO has more reward than Preferred-FT, and no less than Unlikelihood; none is above the optimum"
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)  # the paper's
+COEFS, GOLD_COEFS = (0.4, 0.8, 1.3, 2.0), (0.08, 0.17, 0.28, 0.4)
+# at these pi* has about 2, 1, 0.5 and 0.25 nats in the world of --tune, by the learned and by the gold reward
 SETTINGS = {  # method: script, and the flags that are its own
     **{f"DPO {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
     **{f"Unlikelihood {x:g}": (train_dpo, {"loss": f"unlikelihood {x:g}"}) for x in ALPHAS},
     **{f"Preferred-FT {x}": (train_sft, {"seed": x}) for x in range(4)},
-    **{f"PPO {x:g}": (train_ppo, {"kl_coef": x}) for x in (0.1, 0.3, 1.0, 3.0)},
-    **{f"PPO-gold {x:g}": (train_ppo, {"kl_coef": x}) for x in (0.02, 0.05, 0.1, 0.3)},
+    **{f"PPO {x:g}": (train_ppo, {"kl_coef": x}) for x in COEFS},
+    **{f"PPO-gold {x:g}": (train_ppo, {"kl_coef": x}) for x in GOLD_COEFS},
+    **{f"Exact gradient {x:g}": (None, {"kl_coef": x}) for x in GOLD_COEFS[::2]},
     "Best-of-n": (None, {}),
     "optimum": (None, {}),
+    **{f"DPO slow {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
 }
-METHODS = ("DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-gold")
-RATES = {"DPO": 1e-3, "Unlikelihood": 1e-3, "Preferred-FT": 1e-2, "PPO": 1e-3, "PPO-gold": 1e-3}
+METHODS = ("DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-gold", "Exact gradient", "DPO slow")
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of learning rates, for --tune
+RATES = {"DPO": 3e-3, "Unlikelihood": 1e-3, "Preferred-FT": 1e-2, "PPO": 3e-4, "PPO-gold": 3e-3, "Exact gradient": 1e-2}
+RATES["DPO slow"] = RATES["Unlikelihood"]
+CRITIC_RATE = 3e-3
 NATS = (0.25, 0.5, 1.0, 2.0)  # where methods are compared
 CURVE = (0.05, 0.1, *NATS, 3.0, 4.0, 6.0)  # and the optimum is drawn
 DRAWN = (2, 4, 8, 16, 32, 64)  # n of Best-of-n
 PARTS = ("validation", "test")
-MARGIN, NEAR, ROUNDING = 0.02, 0.05, 1e-6
-UPDATES, BATCH, POINTS = 64, 32, 4  # of prompts with 4 answers each, and checkpoints along a run
+ENDS = ("kl", "reward", "share")  # of a run's end: the last is of the optimum's gain at its KL
+NEAR, ROUNDING = 0.05, 1e-6
+UPDATES, BATCH, POINTS = 128, 32, 4  # of prompts with 4 answers each, and checkpoints along a run
+WHOLE = 8  # prompts of an update by the exact gradient
+TUNED_IN = 100  # world
 LOSSES = {  # of its own, for train_dpo.py: -log pi(chosen) + alpha log pi(rejected)
     f"unlikelihood {alpha:g}": lambda a, x, alpha=alpha: -x.chosen_logps + alpha * x.rejected_logps for alpha in ALPHAS
 }
@@ -76,6 +93,8 @@ class Args(common.Args):
     """e: the enumerable world; s: a real model on film reviews, on a GPU, one seed and no verdict (tier_s.py)"""
     model: str = "HuggingFaceTB/SmolLM2-135M"
     """of --tier s: a causal language model, as a local folder or a hub id"""
+    tune: bool = False
+    """instead, each method at each learning rate of a grid, in a world that is not among the seeds"""
     jobs: int = 2
     """processes, one thread each, >= 1; the results do not depend on it"""
 
@@ -89,13 +108,21 @@ def main(a: Args) -> None:
         with mock.patch.dict(train_dpo.LOSSES, LOSSES):
             tier_s.main(SETTINGS, a.model, a.smoke)
         return
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    updates = 8 if a.smoke else UPDATES
+    if a.tune:
+        tune(Path("runs/ablations", NAME, "tune"), updates, a.jobs)
+        return
     results, folder = common.results(NAME, a), common.work(NAME, a)
     settings, seeds = list(SETTINGS), range(min(a.seeds, 1 if a.smoke or a.quick else a.seeds))
     if a.smoke:
-        settings = ["DPO 0.1", "Unlikelihood 0.1", "Preferred-FT 0", "PPO 0.3", "PPO-gold 0.1", "Best-of-n", "optimum"]
-    updates = 8 if a.smoke else UPDATES
-    tasks = [(x, seed, folder, updates) for seed in seeds for x in settings if not results.done(x, seed)]
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+        settings = [*list(SETTINGS)[:24:4], "Best-of-n", "optimum"]  # the first of each method
+    tasks = [
+        (x, seed, folder, updates, RATES.get(method_of(x), 0.0))
+        for seed in seeds
+        for x in settings
+        if not results.done(x, seed)
+    ]
     for seed in sorted({seed for _, seed, *_ in tasks}):
         prepare(seed, folder, updates)
     for (setting, seed, *_), (along, end), seconds in common.each(run, tasks, a.jobs, folder):
@@ -103,6 +130,42 @@ def main(a: Args) -> None:
             results.add(setting, seed, values, step)
         results.add(setting, seed, end | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
+
+
+def tune(folder: Path, updates: int, jobs: int) -> None:
+    """Prints for each method and learning rate the mean, over the four KL, of its reward on validation prompts."""
+    results = common.Results(folder / "results.csv")
+    prepare(TUNED_IN, folder, updates)
+    settings = {method: [x for x in SETTINGS if method_of(x) == method] for method in METHODS[:-1]}
+    for method in METHODS[2:-1]:  # whose KL hardly depends on the rate: one is enough
+        settings[method] = settings[method][1:2]
+    named = {f"{x} at {rate:g}": (x, rate) for found in settings.values() for x in found for rate in GRID}
+    named["optimum"] = ("optimum", 0.0)
+    tasks = [
+        (x, TUNED_IN, folder, updates, rate) for name, (x, rate) in named.items() if not results.done(name, TUNED_IN)
+    ]
+    for (setting, seed, *_, rate), (along, end), _ in common.each(run, tasks, jobs, folder):
+        name = setting if setting == "optimum" else f"{setting} at {rate:g}"
+        for step, values in along.items():
+            results.add(name, seed, values, step)
+        results.add(name, seed, end)
+    start, rows = results.values("optimum", "start validation")[TUNED_IN], []
+    for method, of_method in settings.items():
+        rows.append([method])
+        for rate in GRID:
+            points = [(0.0, start)] + [
+                tuple(results.values_of[name, TUNED_IN, step, f"{x} validation"] for x in ("kl", "reward"))
+                for name in (f"{x} at {rate:g}" for x in of_method)
+                for step in results.steps(name)
+            ]
+            line = [points[i] for i in hull(points)]
+            rows[-1].append(f"{sum(between(line, nats) for nats in NATS) / len(NATS):.3f}")
+    print(markdown(["validation reward at learning rate", *(f"{rate:g}" for rate in GRID)], rows))
+
+
+def method_of(setting: str) -> str:
+    """A setting's name without its last word."""
+    return setting.rsplit(" ", 1)[0]
 
 
 def prepare(seed: int, folder: Path, updates: int) -> None:
@@ -122,15 +185,17 @@ def prepare(seed: int, folder: Path, updates: int) -> None:
         train_rm.main(world.args(train_rm, lr=3e-3, batch_size=BATCH, **flags))
 
 
-def run(setting: str, seed: int, folder: Path, updates: int) -> tuple[dict, dict]:
+def run(setting: str, seed: int, folder: Path, updates: int, rate: float) -> tuple[dict, dict]:
     """One setting in one world -> {step: values} of its checkpoints, and its last values."""
     own, asked = folder / f"world-{seed}", world.prompts(seed)
+    parts = {part: asked[part] for part in PARTS} | {"training": asked["train"][: world.TEST]}
     model = models.load_model(str(own / "sft"), "cpu")
-    held = {part: (world.answer_logps(model, asked[part]), world.rewards(seed, asked[part])) for part in PARTS}
+    held = world.held(model, seed, parts)
     ref, r = held["test"]
     if setting == "optimum":
-        starts = {f"start {part}": world.expected(*found) for part, found in held.items()}
-        return {}, {f"{x:g}": world.optimum(ref, r, x) for x in CURVE} | starts
+        starts = {f"start {part}": world.expected(*held[part]) for part in PARTS}
+        of_coefs = {f"kl at {x:g}": world.tilted(ref, r, x)[0] for x in GOLD_COEFS}
+        return {}, {f"{x:g}": world.optimum(ref, r, x) for x in CURVE} | of_coefs | starts
     if setting == "Best-of-n":
         laws = {n: world.best_of(ref, r, n) for n in DRAWN}
         found = {n: (world.kl(x, ref), world.expected(x, r)) for n, x in laws.items()}
@@ -140,36 +205,67 @@ def run(setting: str, seed: int, folder: Path, updates: int) -> tuple[dict, dict
             for name, value in (("kl", nats), ("reward", most), ("optimum", world.optimum(ref, r, nats)))
         }
 
+    def measure(part: str) -> dict[str, float]:
+        (ref, r), logps = held[part], world.answer_logps(model, parts[part])
+        return {f"kl {part}": world.kl(logps, ref), f"reward {part}": world.expected(logps, r)}
+
     along: dict[int, dict[str, float]] = {}
 
     def look(step: int, weights: dict) -> None:
         model.load_state_dict(weights)
-        values = {}
-        for part, (ref, r) in held.items():
-            logps = world.answer_logps(model, asked[part])
-            values |= {f"kl {part}": world.kl(logps, ref), f"reward {part}": world.expected(logps, r)}
+        values = measure("validation") | measure("test")
         along[step] = values | {"room": world.optimum(ref, r, values["kl test"]) - values["reward test"]}
 
     script, flags = SETTINGS[setting]
-    out = folder / f"{setting.replace(' ', '-')}-{seed}"
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-    shared = {"model": str(own / "sft"), "out": str(out), "lr": RATES[setting.split()[0]], "seed": seed}
-    with at_checkpoints(look), mock.patch.dict(train_dpo.LOSSES, LOSSES):
-        script.main(world.args(script, **shared | flags_of(setting, own, updates) | flags))
-    shutil.rmtree(out)
-    return along, {name: along[max(along)][name] for name in ("kl test", "reward test")}
+    if script:
+        out = folder / f"{setting}-{seed}-{rate:g}".replace(" ", "-")
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+        shared = {"model": str(own / "sft"), "out": str(out), "lr": rate, "seed": seed}
+        with at_checkpoints(look), mock.patch.dict(train_dpo.LOSSES, LOSSES):
+            script.main(world.args(script, **shared | flags_of(setting, own, updates) | flags))
+        shutil.rmtree(out)
+    else:
+        exact_gradient(seed, str(own / "sft"), flags["kl_coef"], rate, updates, look)
+
+    end = along[max(along)] | measure("training")
+    for part in ("test", "training"):
+        start, nats = world.expected(*held[part]), end[f"kl {part}"]
+        end[f"share {part}"] = (end[f"reward {part}"] - start) / (world.optimum(*held[part], nats) - start)
+    return along, {f"{name} {part}": end[f"{name} {part}"] for part in ("test", "training") for name in ENDS}
+
+
+def exact_gradient(seed: int, sft: str, coef: float, rate: float, updates: int, look: Callable) -> None:
+    """Ascent of E r - coef KL, the sum over all answers to a few training prompts at a time, as the scripts step."""
+    policy, asked = models.load_model(sft, "cpu"), world.prompts(seed)["train"]
+    ref, r = world.held(policy, seed, {"train": asked})["train"]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
+    rng = random.Random(f"exact gradient {seed}")
+    for step in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / updates)
+        places = rng.sample(range(len(asked)), WHOLE)
+        logps = world.differentiable_logps(policy, [asked[i] for i in places])
+        loss = -(logps.exp() * (r[places] - coef * (logps - ref[places]))).sum(1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % (updates // POINTS) == 0:
+            look(step + 1, policy.state_dict())
 
 
 def flags_of(setting: str, own: Path, updates: int) -> dict:
-    """Data and sizes of a run, so that every method makes as many updates, of as many answers."""
-    if setting.startswith("PPO"):  # a rollout is 8 updates: 4 passes of 2 minibatches
-        gold = {"reward": "ablations.world:gold", "value_init": "policy"}
+    """Data and sizes of a run, so that every method makes as many updates, of 4 answers to each of 32 prompts."""
+    if setting.startswith("PPO"):  # each update is on new answers: a rollout is one pass of 4 minibatches
+        gold = {"reward": "ablations.world:gold", "value_init": "zero"}
         learned = {"reward": str(own / "rm"), "value_init": "reward"}
-        size = {"batch_size": 2 * BATCH, "max_steps": updates // 8, "save_every": max(updates // 8 // POINTS, 1)}
-        return size | {"data": str(own / "prompts.jsonl")} | (gold if "gold" in setting else learned)
+        size = {"batch_size": 4 * BATCH, "minibatches": 4, "epochs_per_rollout": 1, "critic_lr": CRITIC_RATE}
+        rollouts = updates // 4
+        size |= {"data": str(own / "prompts.jsonl"), "max_steps": rollouts, "save_every": max(rollouts // POINTS, 1)}
+        return size | (gold if "gold" in setting else learned)
     size = {"batch_size": BATCH, "max_steps": updates, "save_every": updates // POINTS}
-    if setting.startswith("Preferred-FT"):  # whose answers are half of those in as many pairs
-        return size | {"data": str(own / "chosen.jsonl"), "batch_size": 4 * BATCH}
+    if setting.startswith("Preferred-FT"):  # a batch is the preferred answers of the 6 pairs of each ranking
+        return size | {"data": str(own / "chosen.jsonl"), "batch_size": 6 * BATCH}
     return size | {"data": str(own / "rankings.jsonl"), "ref_cache": str(own / "ref_cache")}
 
 
@@ -194,7 +290,7 @@ def hull(points: Sequence[tuple[float, float]]) -> list[int]:
 def path(results: common.Results, method: str, seed: int) -> list[tuple[float, float]]:
     """A method's points (KL, reward) on the test prompts, of its hull on the validation prompts; its start first."""
     found = {part: [] for part in PARTS}
-    for setting in (x for x in SETTINGS if x.rsplit(" ", 1)[0] == method):
+    for setting in (x for x in SETTINGS if method_of(x) == method):
         for step in results.steps(setting):
             for part, points in found.items():
                 points.append(tuple(results.values_of[setting, seed, step, f"{x} {part}"] for x in ("kl", "reward")))
@@ -231,10 +327,7 @@ def clauses(results: common.Results) -> dict[str, dict[str, tuple[float, float]]
     for other in METHODS[1:]:
         found[other] = {}
         for nats in NATS:
-            mine, best = matched(results, "DPO", nats), results.values("optimum", f"{nats:g}")
-            if other == "Unlikelihood":
-                mine = {seed: x + MARGIN * (best[seed] - start[seed]) for seed, x in mine.items()}
-            found[other][f"{nats:g}"] = paired(mine, matched(results, other, nats))
+            found[other][f"{nats:g}"] = paired(matched(results, "DPO", nats), matched(results, other, nats))
     rooms = [x for (*_, metric), x in results.values_of.items() if metric == "room"]
     found["optimum"] = {"": (min(rooms) + ROUNDING, 0.0)}
     found["Best-of-n"] = {}
@@ -251,44 +344,75 @@ def without_the_least_clear(differences: Sequence[tuple[float, float]]) -> list[
     return sorted(differences, key=lambda x: x[0] - x[1])[1:]
 
 
+def at_the_end_of_preferred(results: common.Results) -> list[list[str]]:
+    """Rows: Preferred-FT at its largest KL, DPO at that same KL in each world, and the law that the former goes to."""
+    last = {seed: max(path(results, "Preferred-FT", seed)) for seed in starts(results)}
+    nats, rewards = ({seed: point[i] for seed, point in last.items()} for i in (0, 1))
+    dpo = {seed: between(path(results, "DPO", seed), x) for seed, x in nats.items()}
+    two = [show(t_interval([*results.values("Best-of-n", f"2 {x}").values()]), 3) for x in ("kl", "reward")]
+    same = show(t_interval([*nats.values()]), 3)
+    return [
+        ["Preferred-FT", same, show(t_interval([*rewards.values()]), 3)],
+        ["DPO", same, show(t_interval([*dpo.values()]), 3)],
+        ["DPO - Preferred-FT", "", show(paired(dpo, rewards), 3)],
+        ["Best-of-2", *two],
+    ]
+
+
+def ends(results: common.Results) -> list[list[str]]:
+    """Rows of settings: KL where a run ends, that of the objective's optimum, and the share of the exact frontier's
+    gain at its own KL, on test prompts and on prompts that it learned from."""
+    rows = []
+    for setting in (x for x in SETTINGS if method_of(x) in ("DPO", "PPO-gold", "Exact gradient")):
+        cells = [[*results.values(setting, x).values()] for x in ("kl test", "share test", "share training")]
+        kl, test, training = (show(t_interval(x)) for x in cells)
+        best = results.values("optimum", f"kl at {setting.rsplit(' ', 1)[1]}") if "DPO" not in setting else {}
+        rows.append([setting, kl, show(t_interval([*best.values()])) if best else "", test, training])
+    return rows
+
+
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
     found = clauses(results)
     start = starts(results)
     rows = [["optimum", *(show(t_interval([*results.values("optimum", f"{x:g}").values()]), 3) for x in NATS), ""]]
     for method in METHODS:
-        ends = [max(path(results, method, seed))[0] for seed in start]
+        last = [max(path(results, method, seed))[0] for seed in start]
         cells = [show(t_interval([*matched(results, method, x).values()]), 3) for x in NATS]
-        rows.append([method, *cells, show(t_interval(ends), 2)])
+        rows.append([method, *cells, show(t_interval(last), 2)])
     rows.append(["reference", show(t_interval([*start.values()]), 3) + " (KL 0)", "", "", "", ""])
     header = ["reward on test prompts", *(f"KL {x:g}" for x in NATS), "largest KL of the hull"]
 
-    judged = {
-        "Preferred-FT": ("DPO - Preferred-FT", without_the_least_clear([*found["Preferred-FT"].values()])),
-        "Unlikelihood": (
-            f"DPO - Unlikelihood + {MARGIN:.0%} of the optimum's gain",
-            without_the_least_clear([*found["Unlikelihood"].values()]),
-        ),
-    }
+    judged = {x: without_the_least_clear([*found[x].values()]) for x in ("Preferred-FT", "Unlikelihood")}
     differences = []
     for other in METHODS[1:]:
-        title, kept = judged.get(other, (f"DPO - {other}", []))
         cells = [show(x, 3) for x in found[other].values()]
-        differences.append([title, *cells, common.verdict(kept) if kept else "not judged"])
+        differences.append(
+            [f"DPO - {other}", *cells, common.verdict(judged[other]) if other in judged else "not judged"]
+        )
+    slow = [paired(matched(results, "DPO slow", x), matched(results, "Unlikelihood", x)) for x in NATS]
+    differences.append(["DPO slow - Unlikelihood", *(show(x, 3) for x in slow), "not judged"])
     margin = found["optimum"][""]
     count = sum(metric == "room" for (*_, metric) in results.values_of)
     least = f"{margin[0] - ROUNDING:.2g}"
     differences.append([f"optimum - reward, least of {count} checkpoints", least, "", "", "", common.verdict([margin])])
     of_n = [["share of the frontier's gain at its KL"]]
     of_n[0] += [show((mean + 1 - NEAR, half), 3) for mean, half in found["Best-of-n"].values()]
+    of_n.append(
+        ["reward", *(show(t_interval([*results.values("Best-of-n", f"{n} reward").values()]), 3) for n in DRAWN)]
+    )
     of_n.append(["KL, nats", *(show(t_interval([*results.values("Best-of-n", f"{n} kl").values()])) for n in DRAWN)])
     of_n.append(["within 5 %", *(common.verdict([x]) for x in found["Best-of-n"].values())])
     parts = [
         markdown(header, rows),
         markdown(["difference", *(f"KL {x:g}" for x in NATS), ""], differences),
+        markdown(["at Preferred-FT's own KL", "KL, nats", "reward"], at_the_end_of_preferred(results)),
         markdown(["Best-of-n", *(f"n = {n}" for n in DRAWN)], of_n),
+        markdown(
+            ["at the end of a run", "KL", "KL of pi*", "share, test prompts", "share, training prompts"], ends(results)
+        ),
     ]
-    verdict = common.verdict([x for _, kept in judged.values() for x in kept] + [margin])
+    verdict = common.verdict([x for kept in judged.values() for x in kept] + [margin])
     less = [show(paired(matched(results, "DPO", 1.0), matched(results, other, 1.0)), 3) for other in METHODS[1:]]
     effect = (
         f"At 1 nat DPO has {show(shares(results, 'DPO')[NATS.index(1.0)])} of the optimum's gain; DPO less "
@@ -304,7 +428,7 @@ def draw(results: common.Results, page) -> None:
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     start = starts(results)
     seed = min(start)
-    colours = dict(zip(METHODS, ("tab:blue", "tab:red", "tab:gray", "tab:orange", "tab:green"), strict=True))
+    colours = dict(zip(METHODS, (f"C{i}" for i in range(len(METHODS))), strict=True))
     best = [(0.0, start[seed]), *((x, results.values("optimum", f"{x:g}")[seed]) for x in CURVE)]
     best += [tuple(results.values("Best-of-n", f"{n} {name}")[seed] for name in ("kl", "optimum")) for n in DRAWN]
     left.plot(*zip(*sorted(best), strict=True), color="black", linewidth=1, label="optimum")
@@ -312,7 +436,7 @@ def draw(results: common.Results, page) -> None:
         points = [
             [results.values_of[setting, seed, step, f"{name} test"] for name in ("kl", "reward")]
             for setting in SETTINGS
-            if setting.rsplit(" ", 1)[0] == method
+            if method_of(setting) == method
             for step in results.steps(setting)
         ]
         left.plot(*zip(*points, strict=True), ".", color=colours[method], markersize=3)
