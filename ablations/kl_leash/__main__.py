@@ -196,10 +196,13 @@ def without_leash(results: common.Results, seed: int) -> list[tuple[float, float
 
 
 def early_stopping(results: common.Results) -> dict[str, tuple[float, float]]:
-    """Not judged. Gao et al. 2022: gold at each coefficient's end less that without a penalty at the same KL, and a and
-    b of gold = d (a - b log d) and the slope through 0 of proxy - gold in d, both along the run without a penalty."""
-    paths = {seed: without_leash(results, seed) for seed in results.values("0", "gold")}
-    found = {}
+    """Not judged. Readable gold of the best coefficient less the others'. Gao et al. 2022: gold at a coefficient's
+    end less that without a penalty at the same KL; and along the run without one, a and b of gold = d (a - b log d),
+    and the slope through 0 of proxy - gold in d."""
+    paths, best = {seed: without_leash(results, seed) for seed in results.values("0", "gold")}, best_of(results)
+    of = lambda x: results.values(x, "readable")  # noqa: E731
+    others = [x for x in settings_of(results)[1:-1] if x != best]
+    found = {f"readable gold: {best} - {x}": paired(of(best), of(x)) for x in others}
     for x in settings_of(results)[1:-1]:
         ends = {seed: [results.values(x, n)[seed] for n in ("kl", "gold")] for seed in paths}
         at = {seed: common.between([point[:2] for point in paths[seed]], ends[seed][0] ** 0.5) for seed in paths}
@@ -228,7 +231,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
     ]
     if results.steps("0"):
         rows = [[name, show(x, 3)] for name, x in early_stopping(results).items()]
-        parts.append(markdown(["against early stopping (not judged)", "mean"], rows))
+        parts.append(markdown(["not judged: the peak, and against early stopping", "mean"], rows))
     holds = sum(verdict == "reproduced" for *_, verdict in differences)
     main_ones = [f"{name}, {value}" for name, value, _ in differences if name.endswith(" - 0") and "gold" in name]
     effect = f"{holds} of {len(found)} differences are above 0; in deviations of SFT answers {'; '.join(main_ones)}."

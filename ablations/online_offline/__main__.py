@@ -1,6 +1,6 @@
 """Online against offline DPO, where the best answers are likely under the reference, and where they are not.
 
-    python -m ablations.online_offline            --quick, --smoke, --seeds
+    python -m ablations.online_offline            --quick, --smoke, --seeds, --jobs
 
 Claim (Tajwar et al. 2024, arXiv 2404.14367; Tang et al. 2024, arXiv 2405.08448; Guo et al. 2024, arXiv 2402.04792):
 with the same loss and as many labels, DPO on pairs that the policy has just sampled itself beats DPO on pairs that were
@@ -27,7 +27,10 @@ KLs on the path, linear in KL); how often the implicit reward agrees with the an
 import json
 import shutil
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import annotate
 import sample
@@ -45,7 +48,7 @@ FAR = -0.5  # gold reward below which a review is in the far reference's data
 FULL = {"rounds": 10, "prompts": 320, "held": 256, "tokens": 48, "sft": 500, "rows": 24_000}
 QUICK = FULL | {"rounds": 3, "held": 128}
 SMOKE = {"rounds": 2, "prompts": 16, "held": 8, "tokens": 8, "sft": 2, "rows": 400}
-DPO = {"beta": 0.3, "lr": 3e-4, "batch_size": 32, "max_steps": 10, "epochs": 10, "eval_prompts": 0}
+DPO = {"beta": 0.3, "lr": 3e-4, "batch_size": 32, "max_steps": 20, "epochs": 10, "eval_prompts": 0}
 COLUMNS = {  # of the table: digits
     "gold": ("gold reward", 2),
     "readable": ("readable gold", 2),
@@ -55,14 +58,23 @@ COLUMNS = {  # of the table: digits
 }
 
 
-def main(a: common.Args) -> None:
+@dataclass
+class Args(common.Args):
+    jobs: int = 2
+    """processes, one thread each, >= 1; the results do not depend on it"""
+
+
+def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds, size = (
         (range(1), SMOKE) if a.smoke else (range(min(a.seeds, 2)), QUICK) if a.quick else (range(a.seeds), FULL)
     )
     tasks = [(x, seed, folder, size) for seed in seeds for x in SETTINGS if not results.done(x, seed)]
-    for (setting, seed, *_), along, seconds in common.each(run, tasks, 1, folder):
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    for cell in ("near", "far") if tasks else ():
+        held_pairs(folder, cell, make_reference(folder, cell, size), size)
+    for (setting, seed, *_), along, seconds in common.each(run, tasks, 1 if a.smoke else a.jobs, folder):
         for step, values in along.items():
             results.add(setting, seed, values, step)
         results.add(setting, seed, along[max(along)] | {"seconds": seconds})
@@ -209,4 +221,4 @@ def draw(results: common.Results, page) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, common.Args)
+    cli(main, Args)
