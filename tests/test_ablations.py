@@ -200,6 +200,22 @@ def test_leash_clauses_by_hand(leash, modules):
     assert "| 0.1 | 1.31 +- 0.06 | 1.20 +- 0.00 |" in table
 
 
+def test_leash_against_early_stopping(leash, modules):
+    """Without a penalty gold is d (0.9 - 0.2 log d) and the proxy 0.25 d ahead of it, by construction."""
+    module = modules["kl_leash"]
+    gold = lambda d: d * (0.9 - 0.2 * math.log(d))  # noqa: E731
+    for step, d in enumerate((0.5, 1.0, 2.0, 4.0), 1):
+        for seed in (0, 1):
+            leash.add("0", seed, {"kl": d * d, "gold": gold(d), "proxy": gold(d) + 0.25 * d}, step)
+    found = module.early_stopping(leash)
+    assert found["gold reward: 0.1 - 0 at its KL"][0] == pytest.approx(1.305 - gold(2.0), abs=1e-5)  # 4 nats
+    between = gold(1.0) + (gold(2.0) - gold(1.0)) * (2**0.5 - 1)  # 2 nats
+    assert found["gold reward: 0.3 - 0 at its KL"][0] == pytest.approx(1.0 - between, abs=1e-5)
+    assert found["a of gold = d (a - b log d) at 0"][0] == pytest.approx(0.9, abs=1e-5)
+    assert found["b of gold = d (a - b log d) at 0"][0] == pytest.approx(0.2, abs=1e-5)
+    assert found["slope in d of proxy - gold at 0"][0] == pytest.approx(0.25, abs=1e-5)
+
+
 def test_leash_is_contradicted_where_gold_is_highest_without_it(leash, modules):
     for seed in (0, 1):
         leash.add("0", seed, {"gold": 2.0})
@@ -257,9 +273,9 @@ def test_online_offline_clauses_by_hand(modules, tmp_path):
     module, results = modules["online_offline"], common.Results(tmp_path / "results.csv")
     paths = {  # KL and gold after rounds 0, 1 and 2
         "online, far": ([0, 1, 4], [-1.0, 0.0, 1.5]),
-        "offline, far": ([0, 1, 2], [-1.0, -0.5, 0.0]),
-        "online, near": ([0, 2, 3], [0.0, 1.0, 1.2]),
-        "offline, near": ([0, 2, 3], [0.0, 0.9, 1.1]),
+        "offline, far": ([0, 1, 2.25], [-1.0, -0.5, 0.0]),
+        "online, near": ([0, 9, 4], [0.0, 1.0, 2.0]),  # goes further than where it ends
+        "offline, near": ([0, 4, 16], [0.0, 0.9, 1.1]),
     }
     for setting, (kls, golds) in paths.items():
         for seed in (0, 1):
@@ -267,10 +283,14 @@ def test_online_offline_clauses_by_hand(modules, tmp_path):
             for step, (kl, gold) in enumerate(zip(kls, golds, strict=True)):
                 results.add(setting, seed, {"kl": kl, "gold": gold} | other, step)
             results.add(setting, seed, {"kl": kls[-1], "gold": golds[-1]} | other)
-    assert module.gold_at(results, "online, far", 0, 2.0) == pytest.approx(0.5)
-    found = {name: mean for name, (mean, _) in module.clauses(results).items()}
-    wanted = {"far": 1.5, "far, at KL": 0.5, "near": 0.1, "near, at KL": 0.1, "difference": 1.4}
-    assert found == pytest.approx(wanted)
+    found = module.clauses(results)
+    assert {name for name, (_, judged) in found.items() if judged} == {"far", "far, at KL", "difference"}
+    wanted = {"far": 1.5, "near": 0.9, "difference": 0.6}
+    wanted["far, at KL"] = 0.5 * (0.0 + 1.5)  # sqrt(2.25) is half-way between sqrt(1) and sqrt(4)
+    wanted["near, at KL"] = 2.0 - 0.9  # at 4 nats, where online ends
+    wanted["far, at KL by the former rule"] = 1.5 * 1.25 / 3  # 2.25 nats, linear between 1 and 4
+    wanted["near, at KL by the former rule"] = 1.0 - (0.9 + 0.2 * 5 / 12)  # 9 nats, the most of online
+    assert {name: mean for name, ((mean, _), _) in found.items()} == pytest.approx(wanted)
     assert module.report(results)[1] == "reproduced"
 
 
@@ -362,14 +382,31 @@ def test_a_quarter_of_the_proxys_labels_is_flipped(modules):
 
 def test_ppo_tricks_clauses_by_hand(modules, tmp_path):
     module, results = modules["ppo_tricks"], common.Results(tmp_path / "results.csv")
+    changed = {
+        "rewards whitened, scale": {"gold": 0.7, "length": 0.5},
+        "rewards whitened, shift": {"gold": 1.2},
+        "lambda 0": {"objective": 0.25},
+        "lambda 1": {"objective": 1.1},
+        "KL coefficient 0": {"utility": 0.5},
+        "KL coefficient 10": {"utility": 0.9},
+    }
     same = dict.fromkeys(module.COLUMNS, 1.0) | {"clipped": 0.01}
     for setting in module.SETTINGS:
         for seed in (0, 1):
-            changed = {"rewards whitened, shift": {"gold": 0.7, "length": 0.5}, "lambda 0": {"objective": 0.25}}
             results.add(setting, seed, same | changed.get(setting, {}))
-    wanted = [("gold reward: baseline - rewards whitened", 0.3), ("length: baseline - rewards whitened", 0.5)]
-    wanted += [("0.05 - share clipped", 0.04), ("objective: lambda 1 - lambda 0", 0.75)]
-    assert {name: mean for name, (mean, _) in module.clauses(results).items()} == pytest.approx(dict(wanted))
+    found = module.clauses(results)
+    assert {name: mean for name, ((mean, _), judged) in found.items() if judged} == pytest.approx(
+        {
+            "gold reward: baseline - rewards whitened, scale": 0.3,
+            "length: baseline - rewards whitened, scale": 0.5,
+            "0.05 - share clipped": 0.04,
+            "objective: lambda 1 - lambda 0": 0.85,
+            "utility: baseline - KL coefficient 0": 0.5,
+            "utility: baseline - KL coefficient 10": 0.1,
+        }
+    )
+    assert found["gold reward: baseline - rewards whitened, shift"][0][0] == pytest.approx(-0.2)
+    assert found["objective: lambda 1 - lambda 0.95"][0][0] == pytest.approx(0.1)
     table, verdict, _ = module.report(results)
     assert verdict == "reproduced" and "| lambda 0 | **-0.75 +- 0.00** | 0.00 +- 0.00 |" in table
 

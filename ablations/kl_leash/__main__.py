@@ -189,6 +189,34 @@ def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
     return found
 
 
+def without_leash(results: common.Results, seed: int) -> list[tuple[float, float, float]]:
+    """(d, gold, proxy) along the run without a penalty, d = sqrt(KL), from the SFT model on."""
+    steps = [[results.values("0", n, step)[seed] for n in ("kl", "gold", "proxy")] for step in results.steps("0")]
+    return [(0.0, 0.0, 0.0), *((max(kl, 0.0) ** 0.5, gold, proxy) for kl, gold, proxy in steps)]
+
+
+def early_stopping(results: common.Results) -> dict[str, tuple[float, float]]:
+    """Not judged. Readable gold of the best coefficient less the others'. Gao et al. 2022: gold at a coefficient's
+    end less that without a penalty at the same KL; and along the run without one, a and b of gold = d (a - b log d),
+    and the slope through 0 of proxy - gold in d."""
+    paths, best = {seed: without_leash(results, seed) for seed in results.values("0", "gold")}, best_of(results)
+    of = lambda x: results.values(x, "readable")  # noqa: E731
+    others = [x for x in settings_of(results)[1:-1] if x != best]
+    found = {f"readable gold: {best} - {x}": paired(of(best), of(x)) for x in others}
+    for x in settings_of(results)[1:-1]:
+        ends = {seed: [results.values(x, n)[seed] for n in ("kl", "gold")] for seed in paths}
+        at = {seed: common.between([point[:2] for point in paths[seed]], ends[seed][0] ** 0.5) for seed in paths}
+        found[f"gold reward: {x} - 0 at its KL"] = t_interval([ends[seed][1] - at[seed] for seed in paths])
+    fits, slopes = [], []
+    for path in paths.values():
+        d, gold, proxy = torch.tensor([point for point in path if point[0] > 0], dtype=torch.float64).T
+        fits.append(torch.linalg.lstsq(torch.stack([d, -d * d.log()], 1), gold).solution.tolist())
+        slopes.append(((proxy - gold) @ d / (d @ d)).item())
+    for name, values in zip("ab", zip(*fits, strict=True), strict=True):
+        found[f"{name} of gold = d (a - b log d) at 0"] = t_interval(values)
+    return found | {"slope in d of proxy - gold at 0": t_interval(slopes)}
+
+
 def report(results: common.Results) -> tuple[str, str, str]:
     """Table, verdict, effect."""
     rows = []
@@ -201,6 +229,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["KL coefficient", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["difference, above 0 by the claim", "mean", ""], differences),
     ]
+    if results.steps("0"):
+        rows = [[name, show(x, 3)] for name, x in early_stopping(results).items()]
+        parts.append(markdown(["not judged: the peak, and against early stopping", "mean"], rows))
     holds = sum(verdict == "reproduced" for *_, verdict in differences)
     main_ones = [f"{name}, {value}" for name, value, _ in differences if name.endswith(" - 0") and "gold" in name]
     effect = f"{holds} of {len(found)} differences are above 0; in deviations of SFT answers {'; '.join(main_ones)}."

@@ -1,27 +1,34 @@
 """PPO's details, one at a time: a flag of train_ppo.py is changed, all else is the same.
 
-    python -m ablations.ppo_tricks            --quick, --smoke, --seeds
+    python -m ablations.ppo_tricks            --quick, --smoke, --seeds, --jobs
 
 Claims. Huang et al. 2024 (arXiv 2403.17031, detail 24): whitened rewards make answers that are less preferred, and
 shorter. Ahmadian et al. 2024 (RLOO, arXiv 2402.14740): the clip hardly ever acts, and the bias that a GAE
-lambda below 1 brings does not pay. For each seed a reward model learns from noisy rankings of its own; PPO is run
-against it with each change. The objective is the reward model's score less the baseline's coefficient times the KL,
-whatever the run itself maximises; gold reward is of answers to held-out prompts.
+lambda below 1 brings does not pay. Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, appendix E.7): a KL coefficient
+of 0 and one that is too large are both poor. For each seed a reward model learns from noisy rankings of its own; PPO is
+run against it with each change. The objective is the reward model's score less 0.3, the baseline's coefficient, times
+the KL, whatever the run itself maximises; the utility is the same with gold reward, of answers to held-out prompts.
 
 Criterion, written before the full run; means paired by seed, with 95 % t-intervals. Reproduced: all of these are above
 0. Contradicted: one is below 0. Else not resolved.
 
-    whitening    gold reward, and length: baseline - rewards whitened ("shift", which takes off their mean too)
+    whitening    gold reward, and length: baseline - rewards whitened ("scale": their mean stays, as in the code of
+                 Ziegler et al. 2019, TRL and Huang et al.)
     clip         0.05 - the share of tokens that the clip acts on, in the baseline
     lambda       objective: lambda 1 - lambda 0
+    KL           utility: baseline - KL coefficient 0, and baseline - KL coefficient 10
 
-All other differences to the baseline, of objective, gold reward, KL and the critic's explained variance, are reported.
-The edits of this folder that are no flags (*.diff) are not run here.
+Reported and not judged: the same of "shift", which takes off the rewards' mean too; lambda 1 - baseline (0.95); all
+other differences to the baseline. The edits of this folder that are no flags (*.diff) are not run here.
 """
 
 import json
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import train_ppo
 import train_rm
@@ -30,61 +37,83 @@ from ablations.common import markdown, paired, show, t_interval, trained, write
 from rlhf.runs import cli
 
 NAME = "ppo_tricks"
-CLAIM = "whitened rewards lower gold reward and shorten answers, the clip hardly acts, lambda 1 beats lambda 0"
+CLAIM = (
+    "whitened rewards lower gold reward and shorten answers; the clip hardly acts; lambda 1 beats lambda 0; "
+    "both extremes of the KL coefficient lower the utility"
+)
 BASELINE = "baseline"
 SETTINGS = {
     BASELINE: {},
-    "rewards whitened, shift": {"whiten_rewards": "shift"},
     "rewards whitened, scale": {"whiten_rewards": "scale"},
+    "rewards whitened, shift": {"whiten_rewards": "shift"},
     "advantages as they are": {"whiten_advantages": False},
     "critic starts at 0": {"value_init": "zero"},
+    "critic starts as policy": {"value_init": "policy"},
     "no clip": {"clip_range": 1e6},
     "lambda 0": {"lam": 0.0},
     "lambda 1": {"lam": 1.0},
+    "KL coefficient 0": {"kl_coef": 0.0},
+    "KL coefficient 2": {"kl_coef": 2.0},
+    "KL coefficient 10": {"kl_coef": 10.0},
     "adaptive KL, to 2 nats": {"kl_target": 2.0},
 }
+SHORT = (BASELINE, "rewards whitened, scale", "lambda 0", "lambda 1")  # settings of a quick or smoke run
 KL_COEF = 0.3
-FULL = {"batch_size": 16, "max_steps": 12, "max_new_tokens": 48}
+FULL = {"batch_size": 16, "max_steps": 24, "max_new_tokens": 48}
 QUICK = FULL | {"max_steps": 6}
 SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
 COLUMNS = {  # of the table: digits
     "objective": ("objective", 2),
     "gold": ("gold reward", 2),
     "readable": ("readable gold", 2),
+    "utility": ("utility", 2),
     "kl": ("KL, nats", 2),
     "length": ("length", 1),
+    "ended": ("ended", 3),
     "explained": ("explained variance", 2),
     "clipped": ("clipped", 3),
     "entropy": ("entropy", 2),
 }
-DIFFERENCES = ("objective", "gold", "kl", "length", "explained")
+DIFFERENCES = ("objective", "gold", "utility", "kl", "length", "explained")
 
 
-def main(a: common.Args) -> None:
+@dataclass
+class Args(common.Args):
+    jobs: int = 2
+    """processes, one thread each, >= 1; the results do not depend on it"""
+
+
+def main(a: Args) -> None:
     """Runs what results.csv does not have, and writes table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds, size = (1, SMOKE) if a.smoke else (2, QUICK) if a.quick else (a.seeds, FULL)
-    settings = [BASELINE, "rewards whitened, shift", "lambda 0", "lambda 1"] if a.smoke or a.quick else [*SETTINGS]
+    settings = SHORT if a.smoke or a.quick else [*SETTINGS]
     tasks = [(x, seed, folder, size) for seed in range(seeds) for x in settings if not results.done(x, seed)]
-    for (setting, seed, *_), (end, along), seconds in common.each(run, tasks, 1, folder):
+    if tasks:
+        prepare(folder, range(seeds), a.smoke)
+    for (setting, seed, *_), (end, along), seconds in common.each(run, tasks, 1 if a.smoke else a.jobs, folder):
         for step, values in along.items():
             results.add(setting, seed, values, step)
         results.add(setting, seed, end | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
 
 
-def run(setting: str, seed: int, folder: Path, size: dict):
-    """One run of PPO -> what is measured at its end, and {rollout: objective} along it."""
-    smoke, out = size == SMOKE, folder / f"{setting}-{seed}"
+def prepare(folder: Path, seeds: Sequence[int], smoke: bool) -> None:
+    """The SFT model, and for each seed its prompts, its rankings and the reward model that learns from them."""
+    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
     short, sft = {"max_steps": 2} if smoke else {}, common.sft_model(folder, smoke)
-    rankings, asked = folder / f"rankings-{seed}.jsonl", folder / f"prompts-{seed}.jsonl"
-    if not asked.exists():
-        write(rankings, common.rows("preference", 60 if smoke else 1000, seed))
-        write(asked, common.rows("prompts", 3000, seed + 1))
-    flags = {"data": str(rankings), "batch_size": 16, "epochs": 2, "seed": seed, "eval_prompts": 0}
-    reward = trained(train_rm, folder / f"rm-{seed}", model=sft, **flags | short)
-    flags = {"data": str(asked), "kl_coef": KL_COEF, "seed": seed, "eval_prompts": 0, **size, **SETTINGS[setting]}
-    policy = trained(train_ppo, out, model=sft, reward=reward, **flags)
+    for seed in seeds:
+        write(folder / f"prompts-{seed}.jsonl", common.rows("prompts", 3000, seed + 1))
+        data = write(folder / f"rankings-{seed}.jsonl", common.rows("preference", 60 if smoke else 1000, seed))
+        flags = {"data": data, "batch_size": 16, "epochs": 2, "seed": seed, "eval_prompts": 0}
+        trained(train_rm, folder / f"rm-{seed}", model=sft, **flags | short)
+
+
+def run(setting: str, seed: int, folder: Path, size: dict):
+    """One run of PPO -> what is measured at its end, and {rollout: objective, explained variance} along it."""
+    smoke, sft, out = size == SMOKE, str(folder / "sft"), folder / f"{setting}-{seed}"
+    flags = {"data": str(folder / f"prompts-{seed}.jsonl"), "kl_coef": KL_COEF, "seed": seed, "eval_prompts": 0}
+    policy = trained(train_ppo, out, model=sft, reward=str(folder / f"rm-{seed}"), **flags | size | SETTINGS[setting])
 
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     mean = lambda name, rows: statistics.fmean(row[name] for row in rows)  # noqa: E731
@@ -92,10 +121,13 @@ def run(setting: str, seed: int, folder: Path, size: dict):
     held = common.prompts(400 if smoke else 24_000)[1][:256]
     measured = common.measured(policy, sft, held, seed, size["max_new_tokens"])
     end = {name: statistics.fmean(values) for name, values in measured.items()}
-    end |= {"objective": objective(lines[-len(lines) // 4 :]), "entropy": mean("objective/entropy", lines[-1:])}
-    end |= {"explained": mean("val/explained_variance", lines), "clipped": mean("policy/clipfrac", lines)}
-    pairs = [lines[i : i + 2] for i in range(0, len(lines), 2)]
-    return end, {part[-1]["step"]: {"objective": objective(part)} for part in pairs}
+    last = lines[-len(lines) // 4 :]
+    end |= {"utility": end["gold"] - KL_COEF * end["kl"], "objective": objective(last)}
+    end |= {"explained": mean("val/explained_variance", last), "entropy": mean("objective/entropy", lines[-1:])}
+    end["clipped"] = mean("policy/clipfrac", lines)
+    parts = [lines[i : i + 2] for i in range(0, len(lines), 2)]
+    explained = lambda part: mean("val/explained_variance", part)  # noqa: E731
+    return end, {part[-1]["step"]: {"objective": objective(part), "explained": explained(part)} for part in parts}
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -105,15 +137,23 @@ def settings_of(results: common.Results) -> list[str]:
     return [x for x in SETTINGS if results.values(x, "gold")]
 
 
-def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
-    """The differences of the criterion, with half their intervals."""
-    of, found = results.values, {}
-    for name in ("gold", "length"):
-        found[f"{COLUMNS[name][0]}: baseline - rewards whitened"] = paired(
-            of(BASELINE, name), of("rewards whitened, shift", name)
-        )
-    found["0.05 - share clipped"] = t_interval([0.05 - x for x in of(BASELINE, "clipped").values()])
-    found["objective: lambda 1 - lambda 0"] = paired(of("lambda 1", "objective"), of("lambda 0", "objective"))
+def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], bool]]:
+    """Differences with half their intervals, and whether they are in the criterion."""
+    whitened, differences = "rewards whitened", {}
+    for x in ("scale", "shift"):
+        for name in ("gold", "length"):
+            title = f"{COLUMNS[name][0]}: baseline - {whitened}, {x}"
+            differences[title] = BASELINE, f"{whitened}, {x}", name, x == "scale"
+    differences["objective: lambda 1 - lambda 0"] = "lambda 1", "lambda 0", "objective", True
+    differences["objective: lambda 1 - lambda 0.95"] = "lambda 1", BASELINE, "objective", False
+    for x in ("0", "10"):
+        differences[f"utility: baseline - KL coefficient {x}"] = BASELINE, f"KL coefficient {x}", "utility", True
+    found = {
+        "0.05 - share clipped": (t_interval([0.05 - x for x in results.values(BASELINE, "clipped").values()]), True)
+    }
+    for title, (x, y, name, judged) in differences.items():
+        if results.values(x, name) and results.values(y, name):
+            found[title] = paired(results.values(x, name), results.values(y, name)), judged
     return found
 
 
@@ -130,10 +170,14 @@ def report(results: common.Results) -> tuple[str, str, str]:
     parts = [
         markdown(["change", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["change - baseline (bold: not 0)", *(COLUMNS[n][0] for n in DIFFERENCES)], changes),
-        markdown(["criterion", "mean", "above 0?"], [[x, show(y, 3), common.verdict([y])] for x, y in found.items()]),
+        markdown(
+            ["above 0 by the claim", "mean", "above 0?", "in the criterion"],
+            [[x, show(y, 3), common.verdict([y]), "yes" if judged else ""] for x, (y, judged) in found.items()],
+        ),
     ]
-    effect = "; ".join(f"{x} {show(y, 3)}" for x, y in found.items()) + "."
-    return "\n\n".join(parts), common.verdict([*found.values()]), effect
+    criterion = {x: y for x, (y, judged) in found.items() if judged}
+    effect = "; ".join(f"{x} {show(y, 3)}" for x, y in criterion.items()) + "."
+    return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
 
 
 def draw(results: common.Results, page) -> None:
@@ -162,4 +206,4 @@ def draw(results: common.Results, page) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, common.Args)
+    cli(main, Args)
