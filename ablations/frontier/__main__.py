@@ -364,6 +364,8 @@ def ends(results: common.Results) -> list[list[str]]:
     gain at its own KL, on test prompts and on prompts that it learned from."""
     rows = []
     for setting in (x for x in SETTINGS if method_of(x) in ("DPO", "PPO-gold", "Exact gradient")):
+        if not results.values(setting, "kl test"):  # of a smoke run
+            continue
         cells = [[*results.values(setting, x).values()] for x in ("kl test", "share test", "share training")]
         kl, test, training = (show(t_interval(x)) for x in cells)
         best = results.values("optimum", f"kl at {setting.rsplit(' ', 1)[1]}") if "DPO" not in setting else {}
