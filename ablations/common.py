@@ -30,14 +30,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import evaluate
 import train_sft
 from rlhf import models, reviews
 from rlhf.data import Example, build, held_out
 from rlhf.generate import answer, end_ids, facts
+from rlhf.logprobs import token_logps
 from rlhf.rewards import load_reward
 from rlhf.runs import Run, mean_interval, processor
+from rlhf.tree import Batch
 
 ROOT = Path(__file__).parent
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
@@ -306,6 +310,19 @@ def measured(
         texts = zip(*((e.prompt_text, e.response_texts[0]) for e in answers), strict=True)
         found["proxy"] = load_reward(reward)(*texts, [{"ended": bool(x)} for x in found["ended"]])
     return found
+
+
+@torch.no_grad()
+def entropies(policy, tokenizer, answers: Sequence[Example]) -> Float[Tensor, " n"]:
+    """The policy's entropy over the vocabulary before each token of the answers, laid flat, in nats."""
+
+    def of_batch(batch: Batch) -> Tensor:
+        states = models.states(policy, batch, batch.sources, torch.float32)
+        return token_logps(states, models.output_head(policy), batch.targets, entropy=True)[1]
+
+    models.use_layout(policy, "tree")
+    budget = evaluate.Args.micro_batch_tokens
+    return models.per_token(of_batch, answers, "tree", models.pad_id(tokenizer), budget, "cpu")
 
 
 def of_answers(policy, reference, tokenizer, answers: Sequence[Example]) -> dict[str, list[float]]:

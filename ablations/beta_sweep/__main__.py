@@ -89,7 +89,7 @@ def run(setting: str, seed: int, folder: Path, epochs: int) -> dict[int, dict[st
     """DPO at one beta in one world -> {epoch: values}, from 0, the start, on."""
     own, asked = folder / f"world-{seed}", world.prompts(seed)
     model = models.load_model(str(own / "sft"), "cpu")
-    held = {part: (world.answer_logps(model, asked[part]), world.rewards(seed, asked[part])) for part in PARTS}
+    held = world.held(model, seed, {part: asked[part] for part in PARTS})
     along: dict[int, dict[str, float]] = {}
 
     def look(step: int, weights: dict) -> None:

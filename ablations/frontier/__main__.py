@@ -7,8 +7,9 @@
 Claim (Rafailov et al. 2023, section 6.1 and figure 2 left, arXiv 2305.18290): at every KL to the reference, DPO has the
 most reward. A seed is a world of its own (ablations/world.py): a source, a gold reward in [0, 1), an SFT model, and
 rankings of 4 of its answers by gold reward, as sure as in the paper, which all methods share. Every method has four
-settings, as many updates, checkpoints at four places along each run, and a learning rate from the same five. KL and
-reward of every checkpoint are sums over all answers to 32 test prompts; 16 others are for validation.
+settings (the exact gradient two), as many updates, checkpoints at four places along each run, and a learning rate from
+the same five. KL and reward of every checkpoint are sums over all answers to 32 test prompts; 16 others are for
+validation.
 
 At matched KL: of a method's checkpoints (and its start) those on the upper concave hull of its points on the validation
 prompts are kept. On the test prompts its reward at a KL is that of a coin that picks between the two neighbours, whose

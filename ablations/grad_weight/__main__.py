@@ -45,7 +45,6 @@ from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from rlhf import models
 from rlhf.generate import answer
-from rlhf.logprobs import token_logps
 from rlhf.runs import cli
 
 NAME = "grad_weight"
@@ -131,18 +130,10 @@ def measure(tokenizer, policy, reference, held, seed: int) -> dict[str, float]:
     """Of one answer to each prompt: the means of `common.of_answers`, repeated 4-grams, distinct-2, and the means over
     all tokens of the entropy and of the reference's negative log-likelihood."""
     answers = answer(policy, tokenizer, held, TOKENS, seed)
-    pad, how = models.pad_id(tokenizer), evaluate.Args(device="cpu")
     found, ids = common.of_answers(policy, reference, tokenizer, answers), [e.responses[0] for e in answers]
-
-    def entropies(batch):
-        states = models.states(policy, batch, batch.sources, torch.float32)
-        return token_logps(states, models.output_head(policy), batch.targets, entropy=True)[1]
-
-    models.use_layout(policy, "tree")
-    entropy = models.per_token(entropies, answers, "tree", pad, how.micro_batch_tokens, "cpu")
     nll = [x * n for x, n in zip(found.pop("ref_nll"), found["length"], strict=True)]
     return {name: statistics.fmean(x) for name, x in found.items()} | {
-        "entropy": entropy.mean().item(),
+        "entropy": common.entropies(policy, tokenizer, answers).mean().item(),
         "ref_nll": sum(nll) / sum(found["length"]),
         "distinct_2": evaluate.distinct(ids, 2),
         "repeated_4": statistics.fmean(repeated(x, 4) for x in ids),

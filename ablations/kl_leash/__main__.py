@@ -36,7 +36,6 @@ from ablations.common import markdown, paired, show, t_interval, trained, write
 from rlhf import models
 from rlhf.data import held_out
 from rlhf.generate import answer, end_ids, facts
-from rlhf.logprobs import token_logps
 from rlhf.runs import cli
 
 NAME = "kl_leash"
@@ -149,13 +148,7 @@ def measure(args: train_ppo.Args, tokenizer, policy, held) -> dict[str, list]:
     how = evaluate.Args(micro_batch_tokens=budget, device="cpu")
     reference = models.load_model(args.model, "cpu")
     found["kl"] = evaluate.against_reference(how, policy, reference, answers, "tree", pad)["kl"]
-
-    def entropies(batch):
-        states = models.states(policy, batch, batch.sources, torch.float32)
-        return token_logps(states, models.output_head(policy), batch.targets, entropy=True)[1]
-
-    models.use_layout(policy, "tree")
-    entropy = models.per_token(entropies, answers, "tree", pad, budget, "cpu")
+    entropy = common.entropies(policy, tokenizer, answers)
     found["entropy"] = [x.sum().item() for x in entropy.split([len(ids) for ids in found["ids"]])]
     return found
 

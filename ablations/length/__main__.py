@@ -141,19 +141,19 @@ def run(
     test = len(asked) * TEST // (TEST + VALIDATION)
     asked = asked[:test][:TEST] if setting in SETTINGS else asked[test:][:VALIDATION]
 
-    def measured(model: str) -> dict[str, float]:
-        found = common.measured(model, sft, asked, drawn, TOKENS)
+    tokenizer, policy, reference = models.load_tokenizer(sft), *(models.load_model(sft, "cpu") for _ in range(2))
+
+    def measured() -> dict[str, float]:
+        found = common.of_answers(policy, reference, tokenizer, answer(policy, tokenizer, asked, TOKENS, drawn))
         return {n: statistics.fmean(found[n]) for n in COLUMNS}
 
     if not flags:
-        return {}, measured(sft)
+        return {}, measured()
     out, along = folder / f"{setting}-{seed}".replace(" ", "-"), {}
-    tokenizer, policy, reference = models.load_tokenizer(sft), *(models.load_model(sft, "cpu") for _ in range(2))
 
     def look(step: int, weights: dict) -> None:
         policy.load_state_dict(weights)
-        models.save(policy, tokenizer, out / "now")
-        along[step] = measured(str(out / "now"))
+        along[step] = measured()
 
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     flags = {"eval_fraction": 0.1, "eval_prompts": 0, "device": "cpu", "seed": drawn} | flags

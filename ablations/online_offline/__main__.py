@@ -91,7 +91,7 @@ def run(setting: str, seed: int, folder: Path, size: dict) -> dict[int, dict[str
     flags = DPO | {
         "ref": ref,
         "seed": seed,
-        "eval_data": str(held_pairs(folder, cell, ref, size)),
+        "eval_data": held_pairs(folder, cell, ref, size),
         "eval_fraction": 0.0,
     }
     asked, n = [e.row for e in common.prompts(size["rows"] // 4, seed + 1)[0]], size["prompts"]
@@ -111,7 +111,7 @@ def rank(out: Path, name: str, model: str, prompts: str, seed: int, size: dict) 
     """Two answers of a model to each prompt, ranked."""
     samples, ranked = str(out / f"samples-{name}.jsonl"), str(out / f"ranked-{name}.jsonl")
     flags = {"k": 2, "max_new_tokens": size["tokens"], "seed": seed, "device": "cpu"}
-    sample.main(sample.Args(model=model, data=str(prompts), out=samples, **flags))
+    sample.main(sample.Args(model=model, data=prompts, out=samples, **flags))
     annotate.main(annotate.Args(samples, out=ranked, by="gold", seed=seed))
     return ranked
 
