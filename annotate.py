@@ -1,14 +1,15 @@
-"""Ranking by people, phase 2b: show the K responses to each prompt to people, and write down how they rank them.
+"""Phase 2b: people rank the K responses to each prompt in a browser, and their rankings are saved.
 
     python annotate.py runs/samples.jsonl --out preferences.jsonl     a page in your browser; nothing leaves the machine
     python annotate.py runs/samples.jsonl --overlap 2                 two people judge each prompt
-    python annotate.py --report --out preferences.jsonl               how far they agree, and what sways them
-    python annotate.py runs/samples.jsonl --by gold --noise 0.5       no people: a reward ranks, with noise
+    python annotate.py --report --out preferences.jsonl               how well they agree, and which biases they have
+    python annotate.py runs/samples.jsonl --by gold --noise 0.5       no people: a reward plus noise ranks
 
-People see one prompt at a time, its responses blind and in an order of their own. Every judgement is a line of a
-journal beside --out, on disk before the page moves on; --out holds the rankings in force, ready at any moment for
-train_rm.py and train_dpo.py. The same command goes on where it was stopped. In order below: samples, the journal and
-the queue, the server, labelling without people, the report.
+The page shows one prompt at a time, with its unlabelled responses in a different order for each annotator. It moves on
+only when the judgement is on disk, as a line of a journal beside --out. --out always holds the current rankings, so
+train_rm.py and train_dpo.py can use it at any time. After a stop, the same command resumes.
+
+This file has five parts: samples, the journal and the queue, the server, labelling without people, the report.
 """
 
 import base64
@@ -43,16 +44,16 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 from tqdm import tqdm
 
-from rlhf import BadInput, agreement, lazy_import, require
-from rlhf.data import read_rows
-from rlhf.runs import bootstrap, cli, table
-
-reviews, rewards = lazy_import("rlhf.reviews"), lazy_import("rlhf.rewards")
+from rlhf import BadInput, require
+from support import agreement, reviews, rewards
+from support.report import bootstrap, table
+from support.rows import read_rows
+from support.runs import check, cli
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-PAGE = Path(__file__).parent / "rlhf" / "annotate.html"
-HOLD = 15 * 60  # seconds for which a prompt on someone's page is kept from the others
+PAGE = Path(__file__).parent / "support" / "annotate.html"
+HOLD = 15 * 60  # seconds for which a prompt is reserved for the annotator whose page shows it
 Event = dict  # a line of the journal: id, kind (rank, skip, flag, undo), annotator, sample, ...
 
 
@@ -61,20 +62,20 @@ class Args:
     samples: tyro.conf.Positional[str] = "runs/samples.jsonl"
     """rows with a prompt and 2 to 9 responses, as sample.py writes them"""
     out: str = "runs/preferences.jsonl"
-    """the rankings, one row for each judgement in force; its journal lies beside it; an --out of people goes on"""
+    """file for the current rankings, one row each; its journal is beside it, and ranking by people resumes from it"""
 
     overlap: int = 1
-    """people who judge the same prompt, >= 1"""
+    """number of people who judge the same prompt, >= 1"""
     overlap_share: float = 1.0
-    """share of the prompts that --overlap holds for, by hash of their text, in [0, 1]; the others are judged once"""
+    """fraction of the prompts to which --overlap applies, chosen by hash, in [0, 1]; the others are judged once"""
     port: int = 8000
-    """of the page on 127.0.0.1, in [0, 65535]; 0: any free one"""
+    """port of the page on 127.0.0.1, in [0, 65535]; 0: any free port"""
     open: bool = True
     """open the page in the browser"""
     report: bool = False
-    """print agreement, position bias, length bias and time per judgement of --out, and serve nothing"""
+    """print agreement, position bias, length bias and time per judgement of --out, without serving the page"""
     dry_run: bool = False
-    """print what there is to judge and what is judged, and serve nothing"""
+    """print how many prompts there are and how many are judged, without serving the page"""
 
     by: str | None = None
     """label without people: gold (the embedded task's reward), a reward model's run directory, or
@@ -84,9 +85,9 @@ class Args:
     on for the rest (Plackett-Luce; Bradley-Terry for two); 0: by reward alone, and equal rewards tie; default 0 (gold:
     0.35, the noise of the embedded task's own annotators)"""
     resume: bool = False
-    """--by: go on with a labelling that was stopped, to the same rankings"""
+    """--by: continue a stopped labelling; the rankings are the same as without the stop"""
     seed: int = 0
-    """--by: draws of the noise"""
+    """--by: random seed of the noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """--by RUN_DIR: torch device"""
     trust_remote_code: bool = False
@@ -102,58 +103,58 @@ class Sample:
 
     where: str  # "samples.jsonl:17"
     row: dict
-    first: list[int]  # for each response, the first one identical to it: these are shown once and tie
-    distinct: list[int]  # the responses that are shown
+    first: list[int]  # for each response, the index of the first identical one; identical responses tie
+    distinct: list[int]  # indices of the distinct responses, which are the ones shown
 
 
 def identity(row: dict) -> str:
-    """What a judgement is about: a hash of prompt and responses."""
+    """Hash of prompt and responses, which identifies the sample that a judgement is about."""
     text = json.dumps([row["prompt"], row["responses"], row.get("ended")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sample_of(where: str, row: dict) -> Sample:
-    """A cut response is not identical to one that ended."""
-    shown = list(zip(row["responses"], row.get("ended") or row["responses"], strict=True))
-    first = [shown.index(response) for response in shown]
+    """Make a Sample. A truncated response and a finished one are never identical, even if their texts are."""
+    responses = list(zip(row["responses"], row.get("ended") or row["responses"], strict=True))
+    first = [responses.index(response) for response in responses]
     return Sample(where, row, first, sorted(set(first)))
 
 
 def check_row(where: str, row: dict) -> None:
-    """BadInput unless the row can be shown."""
+    """Raise BadInput if the page cannot show the row."""
     prompt, responses, ended = (row.get(name) for name in ("prompt", "responses", "ended"))
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     texts = [turn.get(name) if isinstance(turn, dict) else None for turn in turns for name in ("role", "content")]
-    fit = bool(prompt) and all(isinstance(text, str) for text in texts)
-    require(fit, f"{where}: field 'prompt' is missing or not text or messages: give every row one")
-    fit = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
-    require(fit, f"{where}: field 'responses' is missing or not a list of texts: give every row 2 to 9")
-    fit = 2 <= len(responses) <= 9
-    require(fit, f"{where}: field 'responses' has {len(responses)} entries: 2 to 9 can be ranked")
-    fit = ended is None or isinstance(ended, list) and list(map(type, ended)) == [bool] * len(responses)
-    require(fit, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
-    fit = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
-    require(fit, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
+    valid = bool(prompt) and all(isinstance(text, str) for text in texts)
+    require(valid, f"{where}: field 'prompt' is missing or not text or messages: give every row one")
+    valid = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
+    require(valid, f"{where}: field 'responses' is missing or not a list of texts: give every row 2 to 9")
+    valid = 2 <= len(responses) <= 9
+    require(valid, f"{where}: field 'responses' has {len(responses)} entries: 2 to 9 can be ranked")
+    valid = ended is None or isinstance(ended, list) and list(map(type, ended)) == [bool] * len(responses)
+    require(valid, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
+    valid = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
+    require(valid, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
 
 
 def read_samples(source: str) -> dict[str, Sample]:
-    """The samples by their identity, in the order of the file; prints which rows there is nothing to rank in."""
+    """Samples by identity, in the order of the file. Leaves out duplicates and rows with nothing to rank."""
     advice = "make it with `python sample.py`, or name a file of samples" if source == Args.samples else "no such file"
     require(Path(source).is_file(), f"{source} is missing: {advice}")
     try:
         rows, _ = read_rows(source)
     except BadInput as error:
         raise BadInput(str(error).removesuffix(" or use --skip-bad-rows")) from None
-    samples, again, same = {}, 0, 0
+    samples, duplicates, identical = {}, 0, 0
     for where, row in rows:
         check_row(where, row)
         sample, key = sample_of(where, row), identity(row)
-        again += key in samples
-        same += len(sample.distinct) == 1
+        duplicates += key in samples
+        identical += len(sample.distinct) == 1
         if len(sample.distinct) > 1:
             samples.setdefault(key, sample)
-    if again or same:
-        print(f"left out: {again} rows that are there twice, {same} whose responses are all identical")
+    if duplicates or identical:
+        print(f"left out: {duplicates} rows that are there twice, {identical} whose responses are all identical")
     require(bool(samples), f"{source}: no row has two different responses to rank")
     return samples
 
@@ -166,20 +167,20 @@ def journal_of(out: Path) -> Path:
 
 
 def read_journal(path: Path) -> tuple[list[Event], int]:
-    """The events, and how many bytes they take; what follows is a line that a killed server did not finish."""
+    """The events, and their size in bytes. Any bytes after them are a line that a killed server did not finish."""
     data = path.read_bytes() if path.exists() else b""
-    whole, events = data[: data.rfind(b"\n") + 1], []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    complete, events = data[: data.rfind(b"\n") + 1], []
+    for number, line in enumerate(complete.split(b"\n")[:-1], 1):
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
-        fit = len(events) == number and isinstance(events[-1], dict)
-        fit = fit and {"id", "kind", "annotator", "sample", "where", "note", "time"} <= events[-1].keys()
-        require(fit, f"{path}:{number}: not a line of annotate.py's journal: mend it, or name another --out")
-    return events, len(whole)
+        valid = len(events) == number and isinstance(events[-1], dict)
+        valid = valid and {"id", "kind", "annotator", "sample", "where", "note", "time"} <= events[-1].keys()
+        require(valid, f"{path}:{number}: not a line of annotate.py's journal: mend it, or name another --out")
+    return events, len(complete)
 
 
 def advance(history: dict[str, list[Event]], event: Event) -> None:
-    """Each annotator's events so far, without the undone ones."""
+    """Add an event to its annotator's history; an undo removes the last event instead."""
     if event["kind"] == "undo":
         del history[event["annotator"]][-1:]
     else:
@@ -187,12 +188,12 @@ def advance(history: dict[str, list[Event]], event: Event) -> None:
 
 
 def in_force(history: dict[str, list[Event]]) -> dict[str, dict[str, Event]]:
-    """Sample -> annotator -> the last thing that this annotator did with it."""
-    found: dict[str, dict[str, Event]] = defaultdict(dict)
+    """Sample -> annotator -> the last event of this annotator on this sample."""
+    judged: dict[str, dict[str, Event]] = defaultdict(dict)
     for annotator in sorted(history):
         for event in history[annotator]:
-            found[event["sample"]][annotator] = event
-    return found
+            judged[event["sample"]][annotator] = event
+    return judged
 
 
 def rankings(events: Iterable[Event]) -> list[Event]:
@@ -200,21 +201,22 @@ def rankings(events: Iterable[Event]) -> list[Event]:
 
 
 def pair_table(sample: Sample, rankings: Sequence[dict]) -> torch.Tensor:
-    """Coincidences of a sample's response pairs, over several annotators' `ranks` of it."""
+    """Coincidence table of a sample's response pairs, from the `ranks` of several annotators."""
     return agreement.of_rankings(tuple(tuple(x["ranks"][i] for i in sample.distinct) for x in rankings))
 
 
 class Judgements:
-    """What people did with the samples. Owns the journal, which is the truth, and keeps --out in step with it.
+    """People's judgements of the samples. The journal is authoritative, and --out is rewritten to match it.
 
-    `file` is the journal, opened and locked; None only looks. BadInput where journal or --out tell of something else.
+    `file` is the journal, opened and locked; with None nothing is written. Raises BadInput if the journal does not
+    belong to the samples, or --out does not belong to the journal.
     """
 
     def __init__(self, samples: dict[str, Sample], out: Path, file: FileIO | None, overlap: int, share: float):
         self.samples, self.out, self.file = samples, out, file
         self.history: dict[str, list[Event]] = defaultdict(list)
-        self.lines: dict[str, str] = {}  # of --out, by the event's id
-        self.held: dict[str, tuple[str, float]] = {}  # annotator -> sample on the page, and until when it is kept
+        self.lines: dict[str, str] = {}  # event id -> line of --out
+        self.reserved: dict[str, tuple[str, float]] = {}  # annotator -> sample on the page, end of its reservation
         self.wanted = {key: overlap if int(key[:8], 16) < share * 16**8 else 1 for key in samples}
         journal = journal_of(out)
         events, size = read_journal(journal)
@@ -223,11 +225,11 @@ class Judgements:
             require(event["sample"] in samples, f"{problem}: give those it was made from, or name another --out")
             advance(self.history, event)
         self.judged = in_force(self.history)
-        made = {self.key(e["sample"], e) for e in events if e["kind"] == "rank"}
+        journal_keys = {self.key(e["sample"], e) for e in events if e["kind"] == "rank"}
         for where, row in read_rows(str(out))[0] if out.exists() and out.stat().st_size else []:
-            ours = {"prompt", "responses", "ranks", "annotator", "time"} <= row.keys()
-            ours = ours and self.key(identity(row), row) in made
-            require(ours, f"{where}: was not written from {journal}: move {out} away, or name another --out")
+            valid = {"prompt", "responses", "ranks", "annotator", "time"} <= row.keys()
+            valid = valid and self.key(identity(row), row) in journal_keys
+            require(valid, f"{where}: was not written from {journal}: move {out} away, or name another --out")
         if file:
             if size < os.fstat(file.fileno()).st_size:
                 os.ftruncate(file.fileno(), size)
@@ -239,7 +241,7 @@ class Judgements:
         return sample, event["annotator"], tuple(event["ranks"]), event["time"]
 
     def add(self, event: Event) -> None:
-        """The event on disk, then in force, then in --out. An event that is there already is not written again."""
+        """Write the event to the journal, apply it, and rewrite --out. An event that was sent twice is added once."""
         if not any(e["id"] == event["id"] for e in self.history[event["annotator"]][-1:]):
             size = os.fstat(self.file.fileno()).st_size
             try:
@@ -255,7 +257,7 @@ class Judgements:
         self.write_out()
 
     def write_out(self) -> None:
-        """--out, whole or not at all."""
+        """Rewrite --out atomically."""
         partial = self.out.with_name(self.out.name + ".partial")
         with open(partial, "w", encoding="utf-8") as f:
             f.writelines(self.line(e) for key in self.samples for e in rankings(self.judged.get(key, {}).values()))
@@ -271,66 +273,66 @@ class Judgements:
             self.lines[event["id"]] = json.dumps(row, ensure_ascii=False) + "\n"
         return self.lines[event["id"]]
 
-    def missing(self, annotator: str, held: Counter[str]) -> Iterator[tuple[int, str]]:
-        """Prompts that still want a judgement which this annotator can give; before each, how many have ranked it."""
+    def missing(self, annotator: str, reserved: Counter[str]) -> Iterator[tuple[int, str]]:
+        """Prompts that still need a judgement and that this annotator can judge, each after its number of rankings."""
         for key in self.samples:
             judged = self.judged.get(key, {})
             ranked = len(rankings(judged.values()))
             flagged = any(event["kind"] == "flag" for event in judged.values())
-            if annotator not in judged and not flagged and ranked + held[key] < self.wanted[key]:
+            if annotator not in judged and not flagged and ranked + reserved[key] < self.wanted[key]:
                 yield ranked, key
 
     def next(self, annotator: str) -> str | None:
-        """The prompt for this annotator's page: the one there already, else one begun by others, else a new one."""
+        """Reserve a prompt for this annotator: the one on the page, else the one that others have ranked most often."""
         now = time.monotonic()
-        held = Counter(key for who, (key, until) in self.held.items() if who != annotator and until > now)
-        free = {key: ranked for ranked, key in self.missing(annotator, held)}
-        mine = self.held.pop(annotator, (None,))[0]
-        key = mine if mine in free else max(free, key=free.__getitem__, default=None)
+        reserved = Counter(key for name, (key, end) in self.reserved.items() if name != annotator and end > now)
+        free = {key: ranked for ranked, key in self.missing(annotator, reserved)}
+        current = self.reserved.pop(annotator, (None,))[0]
+        key = current if current in free else max(free, key=free.__getitem__, default=None)
         if key:
-            self.held[annotator] = key, now + HOLD
+            self.reserved[annotator] = key, now + HOLD
         return key
 
     def order(self, annotator: str, key: str) -> list[int]:
-        """The places of the responses in the order in which this annotator sees them: always the same."""
+        """Indices of the responses in the order in which this annotator always sees them."""
         distinct = self.samples[key].distinct
         return random.Random(f"{annotator} {key}").sample(distinct, len(distinct))
 
     def step(self, annotator: str, key: str | None, by: int) -> str | None:
-        """The prompt before or after `key` among those that this annotator judged, and past the last one a new one."""
+        """The prompt that this annotator judged before or after `key`; after the last one comes a new prompt."""
         done = list(dict.fromkeys(event["sample"] for event in reversed(self.history[annotator])))[::-1]
-        place = (done.index(key) if key in done else len(done)) + by
-        return done[max(place, 0)] if place < len(done) else self.next(annotator)
+        index = (done.index(key) if key in done else len(done)) + by
+        return done[max(index, 0)] if index < len(done) else self.next(annotator)
 
     def view(self, annotator: str, key: str | None, draft: Event | None = None) -> dict:
-        """What the page shows, which never learns the responses' places. `draft`: a ranking to start from."""
+        """The content of the page, without the indices of the responses. `draft`: a ranking to start from."""
         judged = self.judged.get(key, {}).get(annotator)
-        own = [e for events in self.judged.values() if (e := events.get(annotator))]
+        judgements = [e for events in self.judged.values() if (e := events.get(annotator))]
         todo = sum(1 for _ in self.missing(annotator, Counter()))
-        shown = {"sample": key, "done": len(own), "todo": todo, "judged": judged and judged["kind"]}
-        shown["last"] = self.history[annotator][-1]["id"] if self.history[annotator] else None
-        seconds = [e["seconds"] for e in own if e["kind"] == "rank"]
-        shown["seconds"] = statistics.median(seconds) if seconds else None
+        view = {"sample": key, "done": len(judgements), "todo": todo, "judged": judged and judged["kind"]}
+        view["last"] = self.history[annotator][-1]["id"] if self.history[annotator] else None
+        seconds = [e["seconds"] for e in judgements if e["kind"] == "rank"]
+        view["seconds"] = statistics.median(seconds) if seconds else None
         ranked = {k: rankings(events.values()) for k, events in self.judged.items()}
         tables = [pair_table(self.samples[k], events) for k, events in ranked.items() if len(events) > 1]
         total = torch.stack(tables).sum(0) if tables else torch.zeros(3, 3)
-        found = {"same": agreement.same(total), "alpha": agreement.alpha(total)}
-        shown |= {name: None if math.isnan(x) else x for name, x in found.items()} | {"prompts": len(tables)}
+        measures = {"same": agreement.same(total), "alpha": agreement.alpha(total)}
+        view |= {name: None if math.isnan(x) else x for name, x in measures.items()} | {"prompts": len(tables)}
         if key:
             row, order, draft = self.samples[key].row, self.order(annotator, key), judged or draft
             ended = row.get("ended") or [True] * len(row["responses"])
-            shown["prompt"] = row["prompt"]
-            shown["responses"] = [{"text": row["responses"][i], "cut": not ended[i]} for i in order]
-            shown["places"] = [draft["ranks"][i] for i in order] if draft and draft["kind"] == "rank" else None
-            shown["note"] = draft["note"] if draft else ""
-        return shown
+            view["prompt"] = row["prompt"]
+            view["responses"] = [{"text": row["responses"][i], "cut": not ended[i]} for i in order]
+            view["places"] = [draft["ranks"][i] for i in order] if draft and draft["kind"] == "rank" else None
+            view["note"] = draft["note"] if draft else ""
+        return view
 
 
 # -------------------------------------------------------------------------------------------------------------- server
 
 
 def text_of(body: dict, name: str, most: int) -> str:
-    """A short text that can be written down, or 400."""
+    """A field that must be a text of at most `most` valid characters; else HTTP 400."""
     text = body.get(name)
     if not isinstance(text, str) or len(text) > most or re.search(r"[\ud800-\udfff]", text):
         raise HTTPException(400, f"{name} is not a text of at most {most} characters")
@@ -338,7 +340,7 @@ def text_of(body: dict, name: str, most: int) -> str:
 
 
 def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
-    """The event that the page asks to write down, checked, or 400."""
+    """The event for a judgement that the page sends. HTTP 400 if the request is not valid."""
     key, kind, places, seconds = (body.get(name) for name in ("sample", "kind", "places", "seconds"))
     if not isinstance(key, str) or key not in judgements.samples:
         raise HTTPException(400, "this prompt is not among the samples any more: reload the page")
@@ -350,8 +352,8 @@ def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
     event["where"] = judgements.samples[key].where
     order, first = judgements.order(annotator, key), judgements.samples[key].first
     if kind == "rank":
-        whole = isinstance(places, list) and len(places) == len(order) and all(type(x) is int for x in places)
-        if not whole or set(places) != set(range(1, max(places) + 1)):
+        valid = isinstance(places, list) and len(places) == len(order) and all(type(x) is int for x in places)
+        if not valid or set(places) != set(range(1, max(places) + 1)):
             raise HTTPException(400, "places are not the ranks of all responses, from 1 and without gaps")
         event["ranks"] = [places[order.index(i)] for i in first]
     event |= {"order": order, "seconds": round(seconds, 1), "note": text_of(body, "note", 2000).strip()}
@@ -359,14 +361,14 @@ def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
 
 
 def app(judgements: Judgements, port: int) -> Starlette:
-    """The page and its four requests. Only this machine's own page can make them: everything else is 403."""
+    """The server of the page and its four actions. Requests from other pages or under other host names get HTTP 403."""
     page = PAGE.read_text("utf-8")
     inline = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1] for tag in ("style", "script")}
-    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
+    digests = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
     headers = {
         "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
         "form-action 'none'; frame-ancestors 'none'; "
-        + "; ".join(f"{tag}-src 'sha256-{found}'" for tag, found in hashes.items()),
+        + "; ".join(f"{tag}-src 'sha256-{digest}'" for tag, digest in digests.items()),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -376,15 +378,15 @@ def app(judgements: Judgements, port: int) -> Starlette:
 
     async def guard(request, answer):
         host = request.headers.get("host")
-        own = request.headers.get("origin", f"http://{host}") == f"http://{host}"
-        own = own and request.headers.get("sec-fetch-site", "same-origin") == "same-origin"
-        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        same_origin = request.headers.get("origin", f"http://{host}") == f"http://{host}"
+        same_origin = same_origin and request.headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip()
         if host not in hosts:
             advice = f"open http://{hosts[0]} (over ssh, forward the same port number: ssh -L {port}:{hosts[0]})"
             response = JSONResponse({"error": advice}, 403)
-        elif request.method not in ("GET", "HEAD") and not own:
+        elif request.method not in ("GET", "HEAD") and not same_origin:
             response = JSONResponse({"error": "a request from another page"}, 403)
-        elif request.method not in ("GET", "HEAD") and kind != "application/json":
+        elif request.method not in ("GET", "HEAD") and content_type != "application/json":
             response = JSONResponse({"error": "not application/json"}, 415)
         else:
             response = await answer(request)
@@ -407,11 +409,11 @@ def app(judgements: Judgements, port: int) -> Starlette:
             key = judgements.step(annotator, body.get("sample"), 1 if body.get("by") == 1 else -1)
         elif action == "undo":
             if not last or last[0]["id"] != body.get("last"):
-                raise HTTPException(409, "there is nothing to undo, or another page of yours went on: reload the page")
+                raise HTTPException(409, "there is nothing to undo, or you judged on another page: reload this page")
             draft, key = last[0], last[0]["sample"]
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            judgements.add(draft | {"id": f"undo {draft['id']}", "kind": "undo", "time": stamp})
-            judgements.held[annotator] = key, time.monotonic() + HOLD
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            judgements.add(draft | {"id": f"undo {draft['id']}", "kind": "undo", "time": now})
+            judgements.reserved[annotator] = key, time.monotonic() + HOLD
         elif action not in ("next", "judge"):
             raise HTTPException(404, "no such action: next, judge, undo or step")
         else:
@@ -434,7 +436,7 @@ def app(judgements: Judgements, port: int) -> Starlette:
 
 
 def serve(judgements: Judgements, port: int, browser: bool) -> None:
-    """The page on 127.0.0.1, until Ctrl-C."""
+    """Serve the page on 127.0.0.1 until Ctrl-C."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -457,30 +459,29 @@ def serve(judgements: Judgements, port: int, browser: bool) -> None:
 
 
 def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
-    """--by: every prompt ranked by a reward, with noise. What is done waits in a partial file, and --out is whole."""
+    """--by: rank every prompt by a reward plus noise. The rows go to a partial file, which becomes --out at the end."""
     noise = a.noise if a.noise is not None else reviews.NOISE if a.by == "gold" else 0.0
     partial = out.with_name(out.name + ".partial")
-    begun = partial.exists()
-    require(begun or not a.resume, f"--resume: {partial} is missing: there is no labelling to go on with")
-    require(a.resume or not begun, f"--out {out}: labelling was stopped: go on with --resume, or remove {partial}")
+    stopped = partial.exists()
+    require(stopped or not a.resume, f"--resume: {partial} is missing: there is no labelling to continue")
+    require(a.resume or not stopped, f"--out {out}: labelling was stopped: go on with --resume, or remove {partial}")
 
-    def ranked(key: str, rewards: Sequence[float]) -> list[int]:
+    def ranks_of(key: str, scores: Sequence[float]) -> list[int]:
         sample = samples[key]
-        distinct = [rewards[i] for i in sample.distinct]
-        rng = random.Random(f"annotate {a.seed} {key}")  # a prompt's own, so that going on gives the same ranks
+        distinct = [scores[i] for i in sample.distinct]
+        rng = random.Random(f"annotate {a.seed} {key}")  # one per prompt, so that --resume gives the same ranks
         ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
         return [ranks[sample.distinct.index(i)] for i in sample.first]
 
-    whole = partial.read_bytes().rpartition(b"\n")[0] if begun else b""
+    complete = partial.read_bytes().rpartition(b"\n")[0] if stopped else b""
     done = {}
-    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+    for number, line in enumerate(complete.split(b"\n") if complete else [], 1):
         row = json.loads(line)
         key = identity(row)
-        ours = key in samples and (row["annotator"], row["noise"]) == (a.by, noise)
-        ours = ours and row["ranks"] == ranked(key, row["rewards"])
-        require(
-            ours, f"--resume: {partial}:{number} was labelled with other samples or flags: give those, or remove it"
-        )
+        valid = key in samples and (row["annotator"], row["noise"]) == (a.by, noise)
+        valid = valid and row["ranks"] == ranks_of(key, row["rewards"])
+        problem = f"--resume: {partial}:{number} was labelled with other samples or flags"
+        require(valid, f"{problem}: give those, or remove it")
         done[key] = line + b"\n"
     reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
     todo = [key for key in samples if key not in done]
@@ -493,7 +494,7 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
             prompts, responses = [row["prompt"] for row, _ in sequences], [row["responses"][i] for row, i in sequences]
             rows = [row | {"ended": row["ended"][i]} if row.get("ended") else row for row, i in sequences]
             try:
-                found = iter(reward(prompts, responses, rows))
+                values = iter(reward(prompts, responses, rows))
             except BadInput:
                 f.close()
                 if not partial.stat().st_size:
@@ -501,9 +502,9 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
                 raise
             for key in group:
                 sample = samples[key]
-                seen = [next(found) for _ in sample.first]
+                scores = [next(values) for _ in sample.first]
                 row = {n: sample.row[n] for n in ("prompt", "responses", "ended", "where") if n in sample.row}
-                row |= {"ranks": ranked(key, seen), "annotator": a.by, "rewards": seen, "noise": noise}
+                row |= {"ranks": ranks_of(key, scores), "annotator": a.by, "rewards": scores, "noise": noise}
                 done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 f.write(done[key])
             f.flush()
@@ -518,20 +519,20 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
 
 
 def report(out: Path) -> dict:
-    """Prints what is known of the rankings in --out and of the people who made them, and returns it."""
+    """Print and return the statistics of the rankings in --out and of the people who made them."""
     require(out.is_file(), f"--report: {out} is missing: name the rankings with --out")
     require(out.stat().st_size > 0, f"--report: {out} holds no rankings yet")
-    prompts: dict[str, list[dict]] = defaultdict(list)  # the rankings of each
+    by_prompt: dict[str, list[dict]] = defaultdict(list)  # sample -> its rankings
     for where, row in read_rows(str(out))[0]:
         check_row(where, row)
-        fit = isinstance(row.get("ranks"), list) and list(map(type, row["ranks"])) == [int] * len(row["responses"])
-        require(fit, f"{where}: field 'ranks' is missing or not one rank for each response")
-        prompts[identity(row)].append(row)
-    rows = [row for found in prompts.values() for row in found]
+        valid = isinstance(row.get("ranks"), list) and list(map(type, row["ranks"])) == [int] * len(row["responses"])
+        require(valid, f"{where}: field 'ranks' is missing or not one rank for each response")
+        by_prompt[identity(row)].append(row)
+    rows = [row for prompt_rows in by_prompt.values() for row in prompt_rows]
     history: dict[str, list[Event]] = defaultdict(list)
     for event in read_journal(journal_of(out))[0]:
         advance(history, event)
-    events = [event for found in in_force(history).values() for event in found.values()]
+    events = [event for by_annotator in in_force(history).values() for event in by_annotator.values()]
 
     def compare(rankings: Sequence[dict]) -> torch.Tensor:
         return pair_table(sample_of("", rankings[0]), rankings)
@@ -545,59 +546,57 @@ def report(out: Path) -> dict:
 
     people = []
     for name in sorted({x["annotator"] for x in [*rows, *events] if x.get("annotator")}):
-        own = [row for row in rows if row.get("annotator") == name]
-        pairs = [compare([x, y]) for x in own for y in prompts[identity(x)] if y is not x]
-        others = agreement.same(torch.stack(pairs).sum(0)) if pairs else math.nan
+        ranked = [row for row in rows if row.get("annotator") == name]
+        pairs = [compare([x, y]) for x in ranked for y in by_prompt[identity(x)] if y is not x]
+        agreement_with_others = agreement.same(torch.stack(pairs).sum(0)) if pairs else math.nan
         kinds = Counter(event["kind"] for event in events if event["annotator"] == name)
-        counts = [str(n) for n in (len(own), kinds["skip"], kinds["flag"])]
-        people.append([name, *counts, show(median(own), 1), show(others)])
-    print(f"{out}: {len(rows)} rankings of {len(prompts)} prompts\n")
+        counts = [str(n) for n in (len(ranked), kinds["skip"], kinds["flag"])]
+        people.append([name, *counts, show(median(ranked), 1), show(agreement_with_others)])
+    print(f"{out}: {len(rows)} rankings of {len(by_prompt)} prompts\n")
     print(table(["annotator", "ranked", "skipped", "flagged", "median seconds", "agrees with others"], people) + "\n")
 
-    twice = [compare(found) for found in prompts.values() if len(found) > 1]
-    first, longer, chance = [], [], []  # the sum over each prompt's rankings, or untied pairs, and their number
-    for found in prompts.values():
-        seen = [row for row in found if "order" in row]
-        first.append([sum(agreement.first_shown(row["order"], row["ranks"]) for row in seen), len(seen)])
-        chance.append([sum(1 / len(row["order"]) for row in seen), len(seen)])
-        places = sample_of("", found[0]).distinct
-        sizes = [len(found[0]["responses"][i]) for i in places]
-        wins = [x for row in found for x in agreement.longer_wins(sizes, [row["ranks"][i] for i in places])]
-        longer.append([sum(wins), len(wins)])
+    tables = [compare(prompt_rows) for prompt_rows in by_prompt.values() if len(prompt_rows) > 1]
+    first_shown, longer_wins, chance = [], [], []  # per prompt: a sum over its rankings or untied pairs, their number
+    for prompt_rows in by_prompt.values():
+        ordered = [row for row in prompt_rows if "order" in row]  # those that the page wrote
+        first_shown.append([sum(agreement.first_shown(row["order"], row["ranks"]) for row in ordered), len(ordered)])
+        chance.append([sum(1 / len(row["order"]) for row in ordered), len(ordered)])
+        distinct = sample_of("", prompt_rows[0]).distinct
+        lengths = [len(prompt_rows[0]["responses"][i]) for i in distinct]
+        ranks = [[row["ranks"][i] for i in distinct] for row in prompt_rows]
+        wins = [x for row_ranks in ranks for x in agreement.longer_wins(lengths, row_ranks)]
+        longer_wins.append([sum(wins), len(wins)])
 
     def ratio(sums: torch.Tensor) -> float:
         return (sums[0] / sums[1]).item()
 
     by_chance = ratio(torch.tensor(chance).sum(0))
-    tables = torch.stack(twice) if twice else torch.zeros(0, 3, 3)
-    numbers = {  # name: what it says, what is summed over the prompts, and the statistic of the sum
-        "agreement/same": (
-            f"pairwise agreement, over {len(twice)} prompts ranked twice or more",
-            tables,
-            agreement.same,
-        ),
+    same_text = f"pairwise agreement, over {len(tables)} prompts ranked twice or more"
+    first_text = f"the response shown first is ranked best (by chance {show(by_chance)})"
+    tables = torch.stack(tables) if tables else torch.zeros(0, 3, 3)
+    measures = {  # name: description, values per prompt, and the statistic of their sum
+        "agreement/same": (same_text, tables, agreement.same),
         "agreement/alpha": ("Krippendorff's ordinal alpha of the response pairs", tables, agreement.alpha),
-        "bias/first_shown": (f"the response shown first is ranked best (by chance {show(by_chance)})", first, ratio),
-        "bias/longer": ("the longer response of an untied pair wins (no bias: 0.500)", longer, ratio),
+        "bias/first_shown": (first_text, first_shown, ratio),
+        "bias/longer": ("the longer response of an untied pair wins (no bias: 0.500)", longer_wins, ratio),
     }
-    results = {"judgements": len(rows), "prompts": len(prompts), "seconds": median(rows), "bias/chance": by_chance}
+    results = {"judgements": len(rows), "prompts": len(by_prompt), "seconds": median(rows), "bias/chance": by_chance}
     lines = []
-    for name, (says, sums, statistic) in numbers.items():
+    for name, (description, sums, statistic) in measures.items():
         sums = torch.as_tensor(sums, dtype=torch.float64)
 
-        def drawn(places: Sequence[int], sums=sums, statistic=statistic) -> float:
-            return statistic(sums.index_select(0, torch.tensor(places)).sum(0))
+        def resampled(indices: Sequence[int], sums=sums, statistic=statistic) -> float:
+            return statistic(sums.index_select(0, torch.tensor(indices)).sum(0))
 
-        low, high = bootstrap(range(len(sums)), drawn) if len(sums) else (math.nan, math.nan)
+        low, high = bootstrap(range(len(sums)), resampled) if len(sums) else (math.nan, math.nan)
         results |= {name: statistic(sums.sum(0)), f"{name}_interval": (low, high)}
-        lines.append([says, show(results[name]), f"{show(low)} to {show(high)}"])
+        lines.append([description, show(results[name]), f"{show(low)} to {show(high)}"])
     lines.append(["median time per judgement, seconds", show(results["seconds"], 1), ""])
     print(table(["", "", "95 % interval"], lines))
     for event in events:
         if event["kind"] == "flag" or event["note"]:
-            print(
-                f"{event['where']}  {event['kind']} by {event['annotator']}: {' '.join(event['note'].split()) or '-'}"
-            )
+            note = " ".join(event["note"].split()) or "-"
+            print(f"{event['where']}  {event['kind']} by {event['annotator']}: {note}")
     return results
 
 
@@ -605,14 +604,14 @@ def report(out: Path) -> dict:
 
 
 def open_journal(out: Path) -> FileIO:
-    """The journal, locked for this process alone, so that a killed one leaves no lock behind."""
+    """Open the journal and lock it for this process. The lock ends with the process, even if that is killed."""
     journal = journal_of(out)
-    made = journal.exists() or not out.exists()
-    require(made, f"--out {out} was not made by this page, which leaves a journal beside it: name another --out")
+    valid = journal.exists() or not out.exists()
+    require(valid, f"--out {out} was not made by this page, which leaves a journal beside it: name another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(journal, "ab", buffering=0)
-        folder = os.open(out.parent, os.O_RDONLY)  # where a new journal must be on disk too
+        folder = os.open(out.parent, os.O_RDONLY)  # the folder's entry for a new journal must be on disk too
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
@@ -625,15 +624,12 @@ def open_journal(out: Path) -> FileIO:
 
 
 def main(a: Args) -> dict:
-    """Serves the page, labels by a reward or reports; returns what there is then (docs/metrics.md)."""
+    """Serve the page, label by a reward, or report. Returns the results (docs/metrics.md)."""
     out = Path(a.out)
     require(out.suffix == ".jsonl", f"--out {out}: must end in .jsonl, as what trains on it wants")
-    require(a.overlap >= 1, f"--overlap must be at least 1, not {a.overlap}")
-    require(0 <= a.overlap_share <= 1, f"--overlap-share must be in [0, 1], not {a.overlap_share}")
-    require(0 <= a.port < 2**16, f"--port must be in [0, 65535], not {a.port}")
-    require(a.noise is None or 0 <= a.noise < math.inf, f"--noise must be at least 0, not {a.noise}")
-    require(a.noise is None or a.by is not None, "--noise is of --by: people bring their own")
-    require(not a.resume or a.by is not None, "--resume is of --by: the page goes on by itself")
+    check(a)
+    require(a.noise is None or a.by is not None, "--noise is of --by: people's rankings get no extra noise")
+    require(not a.resume or a.by is not None, "--resume is of --by: the page always resumes")
     require(not (a.report and a.by), "--report and --by exclude each other: label first, then report")
     if a.report:
         return report(out)
@@ -641,27 +637,27 @@ def main(a: Args) -> dict:
     sizes = Counter(len(sample.first) for sample in samples.values())
     print(f"{a.samples}: " + ", ".join(f"{n} prompts with {k} responses" for k, n in sorted(sizes.items())))
     if a.by:
-        used = next((path for path in (out, journal_of(out)) if path.exists()), None)
-        require(used is None, f"--out {out}: {used} is there already: name another --out")
+        existing = next((path for path in (out, journal_of(out)) if path.exists()), None)
+        require(existing is None, f"--out {out}: {existing} is there already: name another --out")
         return {"prompts": len(samples)} if a.dry_run else label(a, samples, out)
     file = None if a.dry_run else open_journal(out)
     judgements = Judgements(samples, out, file, a.overlap, a.overlap_share)
 
-    def state() -> dict[str, int]:
-        events = [e for events in judgements.judged.values() for e in events.values()]
-        by, kinds = Counter(e["annotator"] for e in rankings(events)), Counter(e["kind"] for e in events)
+    def print_progress() -> dict[str, int]:
+        events = [e for by_annotator in judgements.judged.values() for e in by_annotator.values()]
+        people, kinds = Counter(e["annotator"] for e in rankings(events)), Counter(e["kind"] for e in events)
         wanting = sum(1 for _ in judgements.missing("", Counter()))
-        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {name} {n}" for name, n in by.items()), end="")
-        print(f"; {kinds['skip']} skipped, {kinds['flag']} flagged; {wanting} prompts want one or more judgements")
+        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {name} {n}" for name, n in people.items()), end="")
+        print(f"; {kinds['skip']} skipped, {kinds['flag']} flagged; {wanting} prompts need more judgements")
         return {"prompts": len(samples), "judgements": kinds["rank"], "wanting": wanting}
 
-    found = state()
+    results = print_progress()
     if file:
         with file:
             serve(judgements, a.port, a.open)
-        found = state()
-        print(f"The same command goes on from here. Next: python train_rm.py --data {out}")
-    return found
+        results = print_progress()
+        print(f"The same command resumes from here. Next: python train_rm.py --data {out}")
+    return results
 
 
 if __name__ == "__main__":

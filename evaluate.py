@@ -1,4 +1,4 @@
-"""Compare policies: what each gained in reward, how far it went from the reference for it, and what it lost.
+"""Compare policies: how much reward each gained, how far it moved from the reference, and what it lost.
 
     python evaluate.py                                                      the embedded task: runs/sft and runs/dpo
     python evaluate.py --models runs/sft runs/a runs/b --data prefs.jsonl   your own runs, on rows with prompts
@@ -9,9 +9,9 @@ over the vocabulary at each sampled token:
 
     KL(pi || ref) = E_{y ~ pi} sum_t KL( pi(. | x, y_<t) || ref(. | x, y_<t) )
 
-so that runs are compared by their place in the plane of reward and KL, which the plot shows. Numbers are means over
-prompts with 95 % bootstrap intervals. In order below: the measures, data, the models one by one, table and plot.
-docs/metrics.md has the formula of each number.
+so runs can be compared in the plane of reward and KL, which the plot shows. Numbers are means over prompts with 95 %
+bootstrap intervals. In order below: the measures, data, the models one by one, table and plot. docs/metrics.md has the
+formula of each number.
 """
 
 import math
@@ -28,27 +28,30 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from rlhf import lazy_import, models, require, reviews
-from rlhf.data import Example, build, ceiling, held_out, pairs, prompt_of, read_rows, show, texts_of
-from rlhf.generate import answer, end_ids, facts
+from rlhf import require
 from rlhf.logprobs import token_kl, token_logps
-from rlhf.rewards import checked, load_function, load_reward
-from rlhf.runs import Run, bootstrap, check, cli, mean_interval, table
 from rlhf.tree import collate, micro_batches
+from support import lazy_import, models, reviews, runs, scoring
+from support.examples import Example, held_out, load, show
+from support.generate import answer, answer_stats, end_ids
+from support.preferences import ceiling, expected_accuracy, pair_tensors
+from support.report import bootstrap, mean_interval, new_page, table
+from support.rewards import checked, load_function, load_reward
+from support.rows import prompt_of, texts_of
+from support.scoring import Batching
 
 bleu = lazy_import("sacrebleu.metrics")
-figure = lazy_import("matplotlib.figure")
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-DEFAULTS = {  # of flags that are None: for any model, and for the embedded task's small one
+DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
     "any": {"eval_prompts": 64, "eval_pairs": 256},
-    "reviews": {"eval_prompts": 512, "eval_pairs": train_dpo.REVIEWS, "reward": "gold"},
+    "reviews": {"eval_prompts": 512, "eval_pairs": reviews.ROWS, "reward": "gold"},
 }
 RIDGE = 0.01  # of the length-controlled win rate's regression
 SAME_REWARD = 1e-5  # a smaller difference of rewards is rounding, and a tie
-SELF_BLEU_ANSWERS = 100  # each is compared with all the others
-NUMBERS = {  # of each model in results.json, as the table names them
+SELF_BLEU_ANSWERS = 100  # at most, because each is compared with all the others
+NUMBERS = {  # each model's numbers in results.json -> their names in the table
     "reward": "reward ({reward})",
     "gold": "gold reward",
     "kl": "KL to the reference, nats an answer",
@@ -70,17 +73,26 @@ NUMBERS = {  # of each model in results.json, as the table names them
 
 
 @dataclass
-class Args:
+class Args(runs.Flags):
     models: tuple[str, ...] = (train_sft.Args.out, train_dpo.Args.out)
     """run directories, local folders or hub ids, with one tokenizer; win rates are against the first. runs/sft and
-    runs/dpo are made first where they are missing and --data is reviews"""
+    runs/dpo are made first if they are missing and --data is reviews"""
     ref: str | None = None
     """reference model of the KL and of the implicit reward; default: the first model"""
     data: str = "reviews"
     """rows with prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a
     hub id; where they have preferences too, these are the pairs that the rewards' accuracies are measured on"""
-    split: str | None = None
-    """split of a hub data set; default train"""
+    out: str = "runs/evaluate"
+    reward: str | None = None
+    """gold (embedded task), a reward model's directory, or module:function(prompts, responses, rows) -> floats; default
+    none (a model of the embedded task: gold)"""
+    judge: str | None = None
+    """module:function, called as judge(prompts, first, second, rows): for each prompt the probability, in [0, 1], that
+    the first response is the better one; it is asked in both orders"""
+    k: int = 1
+    """answers to each prompt, >= 1"""
+    temperature: float = 1.0
+    """of the sampling, and of both distributions of the KL, > 0"""
     eval_fraction: float | None = None
     """use only this share of the prompts, by hash of their text, in [0, 1): with train_dpo.py's --eval-fraction exactly
     those that it held out; default all (of --data reviews: 0.1)"""
@@ -88,46 +100,16 @@ class Args:
     """prompts answered at most, >= 1; default 64 (embedded: 512)"""
     eval_pairs: int | None = None
     """rows of preferences scored at most, >= 0; default 256 (embedded: all)"""
-    skip_bad_rows: bool = False
-    """drop and count rows that cannot be used instead of stopping at the first"""
-    out: str = "runs/evaluate"
-    """run directory; one that is in use is never overwritten"""
-
-    reward: str | None = None
-    """gold (embedded task), a reward model's directory, or module:function(prompts, responses, rows) -> floats; default
-    none (a model of the embedded task: gold)"""
-    judge: str | None = None
-    """module:function, called as judge(prompts, first, second, rows): for each prompt the probability, in [0, 1], that
-    the first response is the better one; it is asked in both orders"""
-
-    k: int = 1
-    """answers to each prompt, >= 1"""
-    temperature: float = 1.0
-    """of the sampling, and of both distributions of the KL, > 0"""
-    max_new_tokens: int = 128
-    """tokens of an answer at most, >= 1"""
-    max_prompt_length: int = 512
-    """tokens of a prompt, >= 1; longer ones lose their beginning"""
     max_length: int = 1024
     """tokens of a prompt with a response of the pairs, > max-prompt-length; longer responses lose their end"""
     micro_batch_tokens: int = 2048
     """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
     resume: bool = False
-    """go on with the first model that --out has no numbers of, with the same flags"""
-    dry_run: bool = False
-    """print the data report and three examples token by token, and evaluate nothing"""
+    """continue with the first model that --out has no numbers of, with the same flags"""
     wandb: bool = False
     """log to Weights & Biases too"""
-    layout: Literal["auto", "tree", "padded"] = "auto"
-    """how rows share a forward pass: tree packs them end to end; auto takes it where a check says it is right"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrix products; weights, log-probs and KL are float32 always"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """torch device"""
-    seed: int = 0
-    """sampling, the same for all models"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -135,38 +117,36 @@ class Args:
 
 @torch.no_grad()
 def against_reference(
-    a: Args, policy, reference, answers: Sequence[Example], layout: str, pad: int
+    policy, reference, answers: Sequence[Example], batching: Batching, temperature: float = 1.0
 ) -> dict[str, list[float]]:
-    """Of each answer: the KL of the policy from the reference, summed over its tokens (nats), and the mean log-prob of
+    """For each answer: the KL of the policy from the reference, summed over its tokens (nats), and the mean log-prob of
     its tokens under the reference (nats a token, at temperature 1)."""
-    found: dict[str, list[float]] = {"kl": [0.0] * len(answers), "ref_logp": [0.0] * len(answers)}
-    for model in (policy, reference):
-        models.use_layout(model, layout)
+    stats: dict[str, list[float]] = {"kl": [0.0] * len(answers), "ref_logp": [0.0] * len(answers)}
     heads = models.output_head(policy), models.output_head(reference)
-    groups = micro_batches(answers, a.micro_batch_tokens, layout)
+    groups = micro_batches(answers, batching.micro_batch_tokens, batching.layout)
     for group in tqdm(groups, desc="KL", unit="batch", leave=False, dynamic_ncols=True):
-        batch = collate([answers[i] for i in group], layout, pad, a.device)
-        mine, theirs = (models.states(m, batch, batch.sources, models.DTYPES[a.dtype]) for m in (policy, reference))
-        kl = token_kl(mine, heads[0], theirs, heads[1], a.temperature)
-        logps, _ = token_logps(theirs, heads[1], batch.targets)
+        batch = collate([answers[i] for i in group], batching.layout, batching.pad_id, batching.device)
+        states = [scoring.hidden_states(model, batch, batch.sources, batching.dtype) for model in (policy, reference)]
+        kl = token_kl(states[0], heads[0], states[1], heads[1], temperature)
+        logps, _ = token_logps(states[1], heads[1], batch.targets)
         for name, per_token in {"kl": kl, "ref_logp": logps}.items():
             sums = torch.zeros(len(group), dtype=torch.float64, device=kl.device)
             sums.index_add_(0, batch.sequence, per_token.double())
             values = sums if name == "kl" else sums / batch.lengths
             for i, value in zip(group, values.tolist(), strict=True):
-                found[name][i] = value
-    return found
+                stats[name][i] = value
+    return stats
 
 
 def length_controlled(wins: Float[Tensor, " n"], differences: Float[Tensor, " n"]) -> float:
-    """The win rate that a logistic regression expects of answers of equal length, in (0, 1):
+    """The win rate that a logistic regression predicts for answers of equal length, in (0, 1):
 
         P(win) = sigmoid(theta + phi * tanh(difference / deviation)),   length-controlled win rate = sigmoid(theta)
 
-    Dubois et al. 2024, arXiv 2404.04475, without their term for the difficulty of a prompt. A difference is that of two
-    answers' lengths in tokens, the deviation is over all of them; wins may be 1/2. RIDGE/2 (theta^2 + phi^2) is added
-    to the negative log-likelihood, so that the optimum is finite. NaN where all differences are the same but 0: then
-    nothing tells length from quality.
+    Dubois et al. 2024, arXiv 2404.04475, without their term for the difficulty of a prompt. A difference is between two
+    answers' lengths in tokens, and the deviation is taken over all of them; wins may be 1/2. RIDGE/2 (theta^2 + phi^2)
+    is added to the negative log-likelihood, so that the optimum is finite. NaN if all differences are the same number
+    other than 0, because then nothing tells length from quality.
     """
     deviation = differences.std(correction=0)
     if deviation == 0:
@@ -183,13 +163,13 @@ def length_controlled(wins: Float[Tensor, " n"], differences: Float[Tensor, " n"
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of tokens / all n-grams, over all responses together. Li et al. 2016, arXiv 1510.03055."""
+    """Share of the n-grams of tokens that are distinct, over all responses. Li et al. 2016, arXiv 1510.03055."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def self_bleu(responses: Sequence[Sequence[int]]) -> float:
-    """Mean BLEU-4, in [0, 1], of each response against all the others as its references; 1: they are all the same.
+    """Mean BLEU-4, in [0, 1], of each response with all the others as its references; 1 if they are all the same.
 
     Zhu et al. 2018, arXiv 1802.01886. BLEU is sacrebleu's sentence score over token ids, with exponential smoothing; a
     response of fewer than 4 tokens is compared by the n-grams that it has.
@@ -201,58 +181,55 @@ def self_bleu(responses: Sequence[Sequence[int]]) -> float:
     return statistics.fmean(score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts))
 
 
-def accuracy(example: Example, scores: Sequence[float], tie: float) -> float:
+def accuracy(example: Example, scores: Tensor, tie: float) -> float:
     """Expected share of the example's pairs that the scores order as a new label would; a tie counts one half."""
-
-    def right(gap: float, label: float) -> float:
-        return 0.5 if abs(gap) <= tie else label if gap > 0 else 1 - label
-
-    found = zip(*pairs([example]), strict=True)
-    return sum(weight * right(scores[i] - scores[j], label) for i, j, weight, label in found)
+    better, worse, weights, label_probability = pair_tensors([example], scores.double())
+    margins = scores.double()[better] - scores.double()[worse]
+    return sum((expected_accuracy(margins, label_probability, tie) * weights).tolist())
 
 
 def mean(values: Sequence[float], prompts: Sequence[Sequence[int]]) -> dict[str, float | None]:
-    """Mean of all values, its standard error, and its 95 % bootstrap interval. `prompts` holds the places of each
-    prompt's values: they are resampled together, and the standard error lets them depend on each other."""
+    """Mean of all values, its standard error, and its 95 % bootstrap interval. `prompts` lists the places of each
+    prompt's values, which are resampled together and may depend on each other."""
     sums = [(sum(values[i] for i in places), len(places)) for places in prompts]
     pooled = lambda drawn: sum(x for x, _ in drawn) / sum(n for _, n in drawn)  # noqa: E731
     ordered = [values[i] for places in prompts for i in places]
     value, half = mean_interval(ordered, [p for p, places in enumerate(prompts) for _ in places])
-    found = dict(zip(("value", "se", "low", "high"), (value, half / 1.96, *bootstrap(sums, pooled)), strict=True))
-    return {name: x if math.isfinite(x) else None for name, x in found.items()}
+    numbers = dict(zip(("value", "se", "low", "high"), (value, half / 1.96, *bootstrap(sums, pooled)), strict=True))
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def at_equal_length(
     wins: Sequence[float], differences: Sequence[float], prompts: Sequence[Sequence[int]]
 ) -> dict[str, float | None]:
-    """The length-controlled win rate, with its bootstrap interval; None where it is not defined."""
+    """The length-controlled win rate with its bootstrap interval; None if it is not defined."""
     wins, differences = (torch.tensor(x, dtype=torch.float64) for x in (wins, differences))
 
     def rate(drawn: Sequence[Sequence[int]]) -> float:
         places = [i for places in drawn for i in places]
         return length_controlled(wins[places], differences[places])
 
-    found = dict(zip(("value", "low", "high"), (rate(prompts), *bootstrap(prompts, rate)), strict=True))
-    return {name: x if math.isfinite(x) else None for name, x in found.items()}
+    numbers = dict(zip(("value", "low", "high"), (rate(prompts), *bootstrap(prompts, rate)), strict=True))
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def win(reward: float, other: float) -> float:
-    """1 where the reward is the larger, 0 where it is the smaller, 1/2 where they are the same but for rounding."""
+    """1 if the reward is larger, 0 if it is smaller, 1/2 if the two are the same up to rounding."""
     return 0.5 if abs(reward - other) <= SAME_REWARD else float(reward > other)
 
 
 def judged(
     judge: Callable, name: str, prompts: list, mine: list[str], other: list[str], rows: list[dict]
 ) -> dict[str, list[float]]:
-    """Of each answer: P(mine is better), the mean over both orders; by how much the first shown was favoured; and
-    whether the orders disagree, in that the same place was preferred both times. BadInput names the prompt."""
+    """For each answer: P(mine is better), the mean over both orders; the judge's bias for the answer shown first; and
+    whether the orders disagree, because the same position was preferred both times. BadInput names the prompt."""
 
     def ask(first: list[str], second: list[str]) -> list[float]:
         one = lambda prompts, both, rows: judge(prompts, *map(list, zip(*both, strict=True)), rows)  # noqa: E731
-        found = checked(one, name)(prompts, [*zip(first, second, strict=True)], rows)
-        for prompt, p in zip(prompts, found, strict=True):
+        chances = checked(one, name)(prompts, [*zip(first, second, strict=True)], rows)
+        for prompt, p in zip(prompts, chances, strict=True):
             require(0 <= p <= 1, f"{name}: gave {p}, which is no probability (prompt {str(prompt)[-80:]!r})")
-        return found
+        return chances
 
     both = [*zip(ask(mine, other), ask(other, mine), strict=True)]
     return {
@@ -262,46 +239,17 @@ def judged(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def read(a: Args, tokenizer) -> tuple[list[Example], list[Example]]:
-    """The prompts that are answered, each once, and the preferences: none where the rows have none."""
-    if a.data == "reviews":
-        rows, skipped = reviews.rows("preference", train_dpo.REVIEWS), []
-    else:
-        rows, skipped = read_rows(a.data, a.split, a.skip_bad_rows)
-    kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
-    examples, report = build(rows, tokenizer, kind, a.max_prompt_length, a.max_length, a.skip_bad_rows, skipped)
-    print(f"{a.data}\n{report}\n")
-    if a.eval_fraction is not None:
-        examples = held_out(examples, a.eval_fraction)[1]
-        require(bool(examples), f"--data {a.data}: no prompt is in --eval-fraction {a.eval_fraction}: raise it")
-    prompts = list({e.prompt_text: e for e in examples}.values())[: a.eval_prompts]
-    return prompts, examples[: a.eval_pairs] if kind == "preference" else []
-
-
-def make_missing(a: Args, names: Sequence[str]) -> None:
-    """Train those of the embedded task's models that are to be compared and are not there, or finish them."""
-    if train_sft.Args.out in names:
-        train_sft.make(a.device)
-    if train_dpo.Args.out in names:
-        print(f"{train_dpo.Args.out} is missing: training it with train_dpo.py's own settings first\n")
-        train_dpo.main(train_dpo.Args(device=a.device, resume=Path(train_dpo.Args.out, "args.json").exists()))
-        print()
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(a: Args) -> dict:
-    """Evaluates, and returns what results.json holds (docs/metrics.md)."""
+    """Evaluate, and return what results.json holds (docs/metrics.md)."""
     a = replace(a, ref=a.ref or next(iter(a.models), None))
     require(bool(a.models), "--models: name at least one")
     require(len({*a.models}) == len(a.models), f"--models: {' '.join(a.models)} has the same model twice")
     names = list(dict.fromkeys((a.ref, *a.models)))
-    own = {train_sft.Args.out, train_dpo.Args.out} & {*names}
-    to_make = [name for name in own if a.data == "reviews" and not train_sft.is_made(name)]
+    makers = {script.Args.out: script for script in (train_sft, train_dpo)}
+    to_make = [x for x in makers if x in names and a.data == "reviews" and not runs.is_made(x)]
     flag = {name: "--models" if name in a.models else "--ref" for name in names}
     tokenizers = {
         name: reviews.tokenizer() if name in to_make else models.load_tokenizer(name, a.trust_remote_code, flag[name])
@@ -314,34 +262,33 @@ def main(a: Args) -> dict:
     for name, other in tokenizers.items():
         same = other.get_vocab() == tokenizer.get_vocab()
         require(same, f"--models {name}: its tokenizer is not that of the reference {a.ref}, so there is no KL")
-    embedded = tokenizer.get_vocab() == reviews.tokenizer().get_vocab()  # then gold reward and grammar are known
-    defaults = DEFAULTS["reviews" if embedded else "any"]
-    a = replace(a, **{name: value for name, value in defaults.items() if getattr(a, name) is None})
+    embedded = reviews.is_embedded(tokenizer)  # then gold reward and grammar are known
     if a.data == "reviews" and a.eval_fraction is None:
-        a.eval_fraction = train_dpo.DEFAULTS["reviews"]["eval_fraction"]
-    check(a)
+        a = replace(a, eval_fraction=train_dpo.DEFAULTS["reviews"]["eval_fraction"])
+    a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
     require(a.eval_prompts >= 1, f"--eval-prompts must be at least 1, not {a.eval_prompts}")
-    require(a.eval_pairs >= 0, f"--eval-pairs must be at least 0, not {a.eval_pairs}")
-    run = Run(a, __file__)
+    run = runs.Run(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
     judge = load_function(a.judge, "--judge") if a.judge else None
     limits = (a.max_prompt_length, a.max_length, a.micro_batch_tokens)
     reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits) if a.reward else None
-    prompts, preferences = read(a, tokenizer)
+    examples = load(a.data, "preference or prompts", tokenizer, a)
+    if a.eval_fraction is not None:
+        examples = held_out(examples, a.eval_fraction)[1]
+        require(bool(examples), f"--data {a.data}: no prompt is in --eval-fraction {a.eval_fraction}: raise it")
+    prompts = list({e.prompt_text: e for e in examples}.values())[: a.eval_prompts]
+    preferences = [e for e in examples if e.responses][: a.eval_pairs]
     print(f"{len(prompts)} prompts, {a.k} answers each; {len(preferences)} preferences")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         return {}
-    make_missing(a, to_make)
+    for name in to_make:
+        runs.make_missing(makers[name], name, a.device)
 
-    # ------------------------------------------------------------------- reference: it stays, beside one policy a time
+    # --------------------------------------------------------- reference: it stays in memory, with one policy at a time
     reference = models.load_model(a.ref, a.device, a.trust_remote_code, flag[a.ref])
-    pad, dtype = models.pad_id(tokenizer), models.DTYPES[a.dtype]
-
-    def score(model, layout: str, what: str) -> list[Tensor]:
-        """Log-probs of the responses of the preferences."""
-        return models.score(model, preferences, layout, pad, a.micro_batch_tokens, dtype, what)
+    batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
 
     results = {"reference": a.ref, "reward": a.reward, "prompts": len(prompts), "answers": len(prompts) * a.k}
     results |= {"preferences": len(preferences)}
@@ -350,8 +297,8 @@ def main(a: Args) -> dict:
         alike.setdefault(e.prompt_text, []).append(i)
     if preferences:
         results["ceiling"] = ceiling(preferences)
-        layout = models.choose_layout(reference, preferences, pad, dtype, a.layout)
-        ref_scores = score(reference, layout, "reference")
+        chosen = batching._replace(layout=scoring.choose_layout(reference, preferences, batching))
+        ref_logps = scoring.score_logps(reference, preferences, chosen, "reference")
     if preferences and reward:
         sequences = [
             (prompt_of(e.row), text, e.row | {"ended": ended})
@@ -360,7 +307,7 @@ def main(a: Args) -> dict:
         ]
         rewards = torch.tensor(reward(*map(list, zip(*sequences, strict=True))), dtype=torch.float64)
         rewards = rewards.split([len(e.ranks) for e in preferences])
-        right = [accuracy(e, x.tolist(), SAME_REWARD) for e, x in zip(preferences, rewards, strict=True)]
+        right = [accuracy(e, x, SAME_REWARD) for e, x in zip(preferences, rewards, strict=True)]
         results["explicit_accuracy"] = mean(right, [*alike.values()])
 
     # ---------------------------------------------------------------------------------------------- models, one by one
@@ -377,39 +324,40 @@ def main(a: Args) -> dict:
         sizes = [len(models.output_head(model).weight) for model in (policy, reference)]
         require(sizes[0] == sizes[1], f"--models {name}: {sizes[0]} output tokens, and the reference has {sizes[1]}")
         answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature)
-        layout = models.choose_layout(policy, answers + preferences, pad, dtype, a.layout)
+        layout = scoring.choose_layout(policy, answers + preferences, batching)
         if layout == "tree" and policy is not reference:
-            layout = models.choose_layout(reference, answers + preferences, pad, dtype, a.layout)
-        found = facts(answers, end_ids(policy, tokenizer), embedded)
-        found |= against_reference(a, policy, reference, answers, layout, pad)
-        scores = score(policy, layout, name)
+            layout = scoring.choose_layout(reference, answers + preferences, batching)
+        chosen = batching._replace(layout=layout)
+        stats = answer_stats(answers, end_ids(policy, tokenizer), embedded)
+        stats |= against_reference(policy, reference, answers, chosen, a.temperature)
+        logps = scoring.score_logps(policy, preferences, chosen, name)
         del policy
 
         texts, ids = [e.response_texts[0] for e in answers], [e.responses[0] for e in answers]
-        rows = [e.row | {"ended": bool(ended)} for e, ended in zip(asked, found["ended"], strict=True)]
+        rows = [e.row | {"ended": bool(ended)} for e, ended in zip(asked, stats["ended"], strict=True)]
         if reward:
-            found["reward"] = reward(questions, texts, rows)
+            stats["reward"] = reward(questions, texts, rows)
         if a.reward == "gold":
-            found.pop("gold", None)
+            stats.pop("gold", None)
         numbers = {}
         if step > 0:
             first = samples[a.models[0]]
             if reward:
-                found["win"] = [*map(win, found["reward"], first["reward"])]
+                stats["win"] = [*map(win, stats["reward"], first["reward"])]
             if judge:
-                found |= judged(judge, f"--judge {a.judge}", questions, texts, first["text"], rows)
-            longer = [x - y for x, y in zip(found["length"], first["length"], strict=True)]
-            for n in found.keys() & {"win", "judge/win"}:
-                numbers[f"{n}_at_equal_length"] = at_equal_length(found[n], longer, places)
-        samples[name] = {"text": texts} | found
+                stats |= judged(judge, f"--judge {a.judge}", questions, texts, first["text"], rows)
+            longer = [x - y for x, y in zip(stats["length"], first["length"], strict=True)]
+            for n in stats.keys() & {"win", "judge/win"}:
+                numbers[f"{n}_at_equal_length"] = at_equal_length(stats[n], longer, places)
+        samples[name] = {"text": texts} | stats
 
-        numbers |= {n: mean(values, places) for n, values in found.items()}
+        numbers |= {n: mean(values, places) for n, values in stats.items()}
         diversity = {"distinct_1": distinct(ids, 1), "distinct_2": distinct(ids, 2)}
         diversity["self_bleu"] = self_bleu(ids[:SELF_BLEU_ANSWERS])
         numbers |= {n: {"value": value if math.isfinite(value) else None} for n, value in diversity.items()}
         if preferences:
-            ratios = [x - y for x, y in zip(scores, ref_scores, strict=True)]
-            right = [accuracy(e, x.tolist(), train_dpo.TIE) for e, x in zip(preferences, ratios, strict=True)]
+            ratios = [x - y for x, y in zip(logps, ref_logps, strict=True)]
+            right = [accuracy(e, x, train_dpo.TIE) for e, x in zip(preferences, ratios, strict=True)]
             numbers["implicit_accuracy"] = mean(right, [*alike.values()])
         results["models"][name] = {n: numbers[n] for n in NUMBERS if n in numbers}
 
@@ -467,7 +415,7 @@ def cell(name: str, number: dict | None) -> str:
 
 def plot(results: dict, path: Path) -> None:
     """Reward against KL, a point a model, with 95 % intervals of both."""
-    page = figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    page = new_page(6.4, 4.4)
     axes = page.add_subplot()
     middle = max(numbers["kl"]["value"] for numbers in results["models"].values()) / 2
     for name, numbers in results["models"].items():
@@ -480,9 +428,8 @@ def plot(results: dict, path: Path) -> None:
     axes.margins(y=0.1)
     axes.set_xlabel(f"KL to {results['reference']}, nats an answer")
     axes.set_ylabel(f"reward ({results['reward']})")
-    axes.grid(alpha=0.3)
     page.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args)

@@ -35,13 +35,13 @@ from torch import Tensor
 
 import evaluate
 import train_sft
-from rlhf import models, reviews
-from rlhf.data import Example, build, held_out
-from rlhf.generate import answer, end_ids, facts
-from rlhf.logprobs import token_logps
-from rlhf.rewards import load_reward
-from rlhf.runs import Run, mean_interval, processor
-from rlhf.tree import Batch
+from support import models, reviews, scoring
+from support.examples import Example, build, held_out
+from support.generate import answer, answer_stats, end_ids
+from support.report import mean_interval
+from support.rewards import load_reward
+from support.runs import Run, is_made, processor
+from support.scoring import Batching
 
 ROOT = Path(__file__).parent
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
@@ -207,7 +207,7 @@ def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
     """Within it a script that would save a checkpoint (--save-every) calls look(step, weights) instead, and draws no
     curves."""
     save = mock.patch.object(Run, "save_checkpoint", lambda _, step, state: look(step, state["model"]))
-    with save, mock.patch("rlhf.runs.curves"):
+    with save, mock.patch("support.report.curves"):
         yield
 
 
@@ -280,7 +280,7 @@ def rows(kind: str, n: int, seed: int = 0) -> list[dict]:
 
 def trained(script: ModuleType, out: Path, **flags) -> str:
     """The run directory `out` of a script, trained unless that is done, and gone on with where it was begun."""
-    if not train_sft.is_made(str(out)):
+    if not is_made(str(out)):
         script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), device="cpu", **flags))
     return str(out)
 
@@ -315,21 +315,14 @@ def measured(
 @torch.no_grad()
 def entropies(policy, tokenizer, answers: Sequence[Example]) -> Float[Tensor, " n"]:
     """The policy's entropy over the vocabulary before each token of the answers, laid flat, in nats."""
-
-    def of_batch(batch: Batch) -> Tensor:
-        states = models.states(policy, batch, batch.sources, torch.float32)
-        return token_logps(states, models.output_head(policy), batch.targets, entropy=True)[1]
-
-    models.use_layout(policy, "tree")
-    budget = evaluate.Args.micro_batch_tokens
-    return models.per_token(of_batch, answers, "tree", models.pad_id(tokenizer), budget, "cpu")
+    of_batch = lambda batch: scoring.logps_and_entropies(policy, batch)[:, 1]  # noqa: E731
+    return scoring.per_token(of_batch, answers, Batching("tree", models.pad_id(tokenizer)))
 
 
 def of_answers(policy, reference, tokenizer, answers: Sequence[Example]) -> dict[str, list[float]]:
     """Of each answer: length, ended, gold reward, grammatical (0, 1), readable (gold where it is grammatical, else 0),
     the exact KL to the reference, nats an answer, and the reference's negative log-likelihood, nats a token."""
-    found = facts(answers, end_ids(policy, tokenizer), embedded=True)
+    found = answer_stats(answers, end_ids(policy, tokenizer), embedded=True)
     found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
-    how, pad = evaluate.Args(device="cpu"), models.pad_id(tokenizer)
-    exact = evaluate.against_reference(how, policy, reference, answers, "tree", pad)
+    exact = evaluate.against_reference(policy, reference, answers, Batching("tree", models.pad_id(tokenizer)))
     return found | {"kl": exact["kl"], "ref_nll": [-x for x in exact["ref_logp"]]}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from ablations import common
-from rlhf import lazy_import
+from support import lazy_import
 
 figure = lazy_import("matplotlib.figure")
 START, END = "<!-- table -->\n", "<!-- end -->"

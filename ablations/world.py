@@ -27,7 +27,8 @@ from torch import Tensor
 
 import train_sft
 from ablations.common import write
-from rlhf import models
+from support import models
+from support.runs import is_made
 
 WORDS, EOS, PAD = "abcdefg", 0, 8  # a word's id is its place, from 1 on; EOS stands in front of a prompt too
 PROMPT, LONGEST = 3, 4  # words of a prompt, tokens of an answer
@@ -138,7 +139,7 @@ def new_model(folder: Path, seed: int) -> None:
 def learn_source(folder: Path, seed: int, sentences: int = SENTENCES, **flags) -> str:
     """The SFT model of this world, in folder/sft, as train_sft.py makes it; made where it is missing."""
     out = folder / "sft"
-    if not train_sft.is_made(str(out)):
+    if not is_made(str(out)):
         shutil.rmtree(folder, ignore_errors=True)
         new_model(folder / "untrained", seed)
         data = write(folder / "source.jsonl", source(seed, sentences))
@@ -163,7 +164,7 @@ def differentiable_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
 
     By the library's own cached forward, a level of the tree of answers at a time.
     """
-    models.use_layout(model.eval(), "padded")
+    models.set_attention(model.eval(), packed=False)
     ids = torch.tensor([[EOS, *(WORDS.index(word) + 1 for word in prompt.split())] for prompt in asked])
     path, ended, cache = torch.zeros(len(asked), 1, dtype=torch.float64), [], transformers.DynamicCache()
     for place in range(LONGEST):

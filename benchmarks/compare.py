@@ -17,8 +17,11 @@ import torch
 import transformers
 import tyro
 
-from rlhf import data, models
-from rlhf.runs import processor, table
+from support import models
+from support.examples import build
+from support.report import table
+from support.rows import read_rows
+from support.runs import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 SPREAD, LONGEST = 0.6, 1024  # standard deviation of log length; tokens of a prompt with a response
@@ -92,8 +95,8 @@ def random_rows(model: str, count: int, prompt: int, response: int, k: int) -> l
 
 def rows_of(source: str, model: str, kind: str, count: int) -> list[dict]:
     """As many rows of a data set as token ids, drawn at random, with the model's own tokenizer and chat template."""
-    rows, skipped = data.read_rows(source, None, False)
-    examples, _ = data.build(rows, models.load_tokenizer(model), kind, 512, LONGEST, True, skipped)
+    rows, skipped = read_rows(source, None, False)
+    examples, _ = build(rows, models.load_tokenizer(model), kind, 512, LONGEST, True, skipped)
     drawn = random.Random(0).sample(examples, count)
     return [{"prompt": e.prompt, "responses": e.responses, "trained": e.trained} for e in drawn]
 

@@ -29,8 +29,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import compare, watch
-from rlhf import models
-from rlhf.data import Example
+from support import models, refcache
+from support.examples import Example
 
 PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
     "hh": (150, 60),
@@ -79,7 +79,7 @@ def ours(job: dict, compile: bool = False) -> dict:
         Example(f"pair {i}", p, [w, r], f"pair {i}", ["", ""], [1, 2], None, None, None, 1.0, {})
         for i, (p, w, r) in enumerate(sequences(job))
     ]
-    objective, cached, extra = train_dpo.objective, models.cached, {}
+    objective, cached, extra = train_dpo.objective, refcache.cached, {}
 
     def watched_objective(a, part, logps, *args, **kwargs):
         if watched["steps"].first():
@@ -95,8 +95,8 @@ def ours(job: dict, compile: bool = False) -> dict:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(train_dpo, read=lambda *_: examples, objective=watched_objective),
-        mock.patch.object(models, "cached", timed_cached),
+        mock.patch.multiple(train_dpo, load_split=lambda *_: (examples, []), objective=watched_objective),
+        mock.patch.object(refcache, "cached", timed_cached),
         watch.script() as watched,
     ):
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}

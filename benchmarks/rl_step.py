@@ -18,8 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks import compare, watch
-from rlhf import models
-from rlhf.data import Example
+from support import generate, models
+from support.examples import Example
 
 PHASES = ("rollout", "scoring", "update")
 METHODS = {  # flags of ours, and of TRL
@@ -65,9 +65,9 @@ def ours(job: dict) -> dict:
         Example(f"prompt {i}", ids, [], f"prompt {i}", [], [], None, None, None, 1.0, {"prompt": f"prompt {i}"})
         for i, ids in enumerate(job["prompts"])
     ]
-    sample, update, phases, sampled = train_ppo.generate, train_ppo.update, [], []
+    sample, update, phases, sampled = generate.generate, train_ppo.update, [], []
 
-    def generate(model, tokenizer, prompts, *args, **kwargs):
+    def watched_generate(model, tokenizer, prompts, *args, **kwargs):
         began = time.perf_counter()
         sample(model, tokenizer, prompts, *args, **kwargs)
         sampled.append(time.perf_counter())
@@ -78,7 +78,8 @@ def ours(job: dict) -> dict:
         phases[-1].setdefault("scoring", time.perf_counter() - sampled[-1])
         if watched["steps"].first():
             rows = [compare.key(e.prompt + answer) for e in rollout.examples for answer in e.responses]
-            sums = [x.double().sum().item() for x in rollout.logps.split(rollout.lengths.tolist())]
+            lengths = [len(answer) for e in rollout.examples for answer in e.responses]
+            sums = [x.double().sum().item() for x in rollout.logps.split(lengths)]
             watched["steps"].found["logps"] = dict(zip(rows, sums, strict=True))
         return update(a, policy, reference, critic, rollout, *args, **kwargs)
 
@@ -90,7 +91,8 @@ def ours(job: dict) -> dict:
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(train_ppo, read=lambda *_: examples, generate=generate, update=watched_update),
+        mock.patch.multiple(train_ppo, load=lambda *_: examples, update=watched_update),
+        mock.patch.object(generate, "generate", watched_generate),
         watch.script() as watched,
     ):
         train_ppo.main(train_ppo.Args(out=str(Path(folder, "run")), **METHODS[job["method"]][0], **flags))

@@ -1,4 +1,4 @@
-"""Sampling: `rlhf.generate.generate` against the library's own `model.generate`, same prompts, k samples of each.
+"""Sampling: `support.generate.generate` against the library's own `model.generate`, same prompts, k samples of each.
 
     python -m benchmarks.rollout [--model DIR] [--quick]
 
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import compare
-from rlhf import models
-from rlhf.generate import generate
+from support import models
+from support.generate import generate
 
 CASES = [(16, 1, 64), (8, 4, 64), (8, 4, 256), (4, 8, 512), (32, 4, 128)]  # prompts, samples of each, longest prompt
 

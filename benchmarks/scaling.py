@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import compare
-from rlhf import models
-from rlhf.data import Example
 from rlhf.tree import collate
+from support import models, scoring
+from support.examples import Example
 
 BASE = {"prompt": 128, "response": 64, "k": 4, "vocabulary": 16384, "width": 256, "layers": 6}
 GROWS = {  # what doubles
@@ -47,11 +47,10 @@ def seconds(size: dict[str, int], layout: str, repeats: int) -> float:
         model = models.load_model(name, "cpu")
         ids = [compare.random_ids(name, rng, n) for n in (size["prompt"], *[size["response"]] * size["k"])]
     example = Example("", ids[0], ids[1:], "", [""] * size["k"], [1] * size["k"], None, None, None, 1.0, {})
-    models.use_layout(model, layout)
     batch, times = collate([example], layout, 0, "cpu"), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        models.response_logps(model, batch)[0].sum().backward()
+        scoring.response_logps(model, batch)[0].sum().backward()
         times.append(time.perf_counter() - began)
         model.zero_grad(set_to_none=False)
     return min(times[1:])

@@ -26,8 +26,9 @@ from typing import Literal
 from unittest import mock
 
 from benchmarks import compare, watch
-from rlhf import losses, models
-from rlhf.data import Example
+from rlhf import losses
+from support import models
+from support.examples import Example
 
 PROFILES = {"short": (60, 120), "chats": (150, 350)}  # mean tokens of prompt and response; lengths are log-normal
 LR = 1e-6
@@ -84,7 +85,7 @@ def ours(job: dict, compile: bool = False) -> dict:
     flags |= {name: job[name] for name in ("model", "epochs", "device", "dtype", "micro_batch_tokens") if name in job}
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(train_sft, read=lambda *_: examples, collate=watched_collate),
+        mock.patch.multiple(train_sft, load_split=lambda *_: (examples, []), collate=watched_collate),
         mock.patch.object(losses, "sft", watched_sft),
         watch.script() as watched,
     ):

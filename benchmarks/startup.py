@@ -23,7 +23,7 @@ from unittest import mock
 
 from benchmarks import compare
 from benchmarks.watch import Done
-from rlhf import models
+from support import models, refcache, runs, scoring
 
 AIMS = {"first step": 10.0, "next run": 2.0, "help": None}
 
@@ -83,9 +83,11 @@ def next_run(job: dict) -> dict:
     def missed(*_):
         sys.exit("the reference log-probs are not in the cache")
 
-    score = models.score
-    hooks = {"load_model": loaded, "score": lambda *a: missed() if "reference" in a else score(*a)}
-    with mock.patch.multiple(models, **hooks), mock.patch.object(train_dpo, "micro_batches", training):
+    with (
+        mock.patch.object(models, "load_model", loaded),
+        mock.patch.object(refcache, "score_logps", missed),
+        mock.patch.object(scoring, "micro_batches", training),
+    ):
         try:
             train_dpo.main(train_dpo.Args(**flags(job), beta=0.3))
         except Done:
@@ -106,14 +108,13 @@ def main(a: Args) -> None:
 
     if a.quick:
         a.rounds = 1
-    if a.model == train_sft.Args.out and not train_sft.is_made():
-        train_sft.make("cpu")
+    runs.make_missing(train_sft, a.model, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         job = {"model": str(Path(a.model).absolute()), "folder": folder, "flags": {"max_steps": 1} if a.quick else {}}
         rows = []
-        for what, runs in compare.in_turn("startup", [*AIMS], job, a.rounds).items():
+        for what, timed in compare.in_turn("startup", [*AIMS], job, a.rounds).items():
             aim = "" if AIMS[what] is None else f"{AIMS[what]:g}"
-            facts = {name: compare.median(runs, name) for name in ("seconds", "cpu")}
+            facts = {name: compare.median(timed, name) for name in ("seconds", "cpu")}
             rows.append({"what": what, **facts, "at most": aim})
     compare.report("startup", rows, a.quick)
 

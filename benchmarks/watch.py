@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from benchmarks.compare import key
-from rlhf.runs import Run
+from support.runs import Run
 
 
 class Done(Exception):

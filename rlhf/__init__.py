@@ -1,18 +1,9 @@
-"""The mathematics that the training scripts share.
+"""The mathematics that the scripts share: tensors in, tensors out. No file, flag, process or print.
 
-    logprobs.py   per-token log-probabilities from hidden states: the only place where logits and targets meet
-    tree.py       a prompt with its k responses as one packed row, and the attention over it
-    losses.py     one pure function per loss
-    advantages.py from scores and log-probs to what each token gets: KL, GAE, group baselines
-    data.py       rows -> token ids
-    models.py     loading, scoring, saving
-    generate.py   batched sampling
-    rewards.py    gold reward, a reward model or a function of yours, all called alike
-    agreement.py  how far annotators agree
-    annotate.html the page of annotate.py
-    reviews.py    the embedded task: film reviews with a known gold reward
-    runs.py       run directory, metrics, tables, curves, checkpoints
-    parallel.py   one model over many processes (torchrun); nothing in one process
+    losses.py      one pure function per loss: SFT, the DPO family, reward ranking, PPO
+    advantages.py  from scores and log-probs to advantages: KL estimators, reward shaping, GAE, group baselines
+    logprobs.py    per-token log-probs from hidden states: the only place where logits and targets meet
+    tree.py        a prompt with its k responses as one packed row, and the attention over it
 
 Axis letters, in signatures, einops patterns and comments:
 
@@ -20,39 +11,48 @@ Axis letters, in signatures, einops patterns and comments:
     k  responses of a prompt    n  response tokens laid flat, over all sequences
     b  sequences, b = p * k     v  vocabulary
     m  preference pairs         d  hidden size
+
+Everything that touches a file, a flag, a model's weights or a process is in support/, which imports this package.
 """
 
-import importlib
-import os
-import socket
-import urllib.request
+import math
+from collections.abc import Callable
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used. The message is one line: file, row, field, and what to do."""
+    """The input cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
 def require(holds: bool, message: str) -> None:
-    """BadInput with `message` unless `holds`."""
+    """Raise BadInput with `message` unless `holds`."""
     if not holds:
         raise BadInput(message)
 
 
-class lazy_import:
-    """A module that is loaded when one of its attributes is first used, so that `--help` answers at once."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self.name), attribute)
+def ranges(groups: dict[str, tuple[Callable[[float], bool], str]]) -> dict[str, tuple[str, Callable[[float], bool]]]:
+    """Turn {range in words: (test, names)} into {name: (range in words, test)}."""
+    return {name: (words, test) for words, (test, names) in groups.items() for name in names.split()}
 
 
-def answer_at_once_offline() -> None:
-    """Tell the model hub's libraries that there is no network, where there is none: they would retry for a minute."""
-    hub = lazy_import("huggingface_hub").constants
-    try:
-        if not urllib.request.getproxies():
-            socket.getaddrinfo(hub.ENDPOINT.split("://")[-1].split("/")[0].split(":")[0], None)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"], hub.HF_HUB_OFFLINE = "1", True
+RANGES = ranges(  # the settings of losses.py and advantages.py; the scripts' flags have the same names
+    {
+        "above 0 and finite": (lambda x: 0 < x < math.inf, "beta clip clip_range value_clip kl_target"),
+        "at least 0 and finite": (
+            lambda x: 0 <= x < math.inf,
+            "length_penalty nll_coef dpop_lambda gamma_beta_ratio orpo_lambda desirable_weight undesirable_weight"
+            " centring kl_coef",
+        ),
+        "at least 0 and finite, and not 1": (lambda x: 0 <= x < math.inf and x != 1, "divergence_alpha"),
+        "in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
+        "in (0, 1]": (lambda x: 0 < x <= 1, "discopop_tau"),
+        "in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam"),
+        "finite": (math.isfinite, "delta kl missing_eos_value"),
+    }
+)
+
+
+def check_ranges(**settings: float | None) -> None:
+    """Raise BadInput for a setting outside its range in RANGES. None, where a function accepts it, is in range."""
+    for name, value in settings.items():
+        words, test = RANGES[name]
+        require(value is None or test(value), f"{name} must be {words}, not {value}")

@@ -1,21 +1,22 @@
-"""Per-token log-probabilities from hidden states, without ever holding the logits of a whole batch.
+"""Per-token log-probabilities from hidden states, without holding the logits of a whole batch.
 
-A language model's last step turns n hidden states (n d) into logits (n v) and reads one number of each row. Those
-logits are the largest tensor of a training step by far, so they are made in tiles here, and thrown away.
+A language model's output layer turns n hidden states (n d) into logits (n v), of which one number per row is used. The
+logits are by far the largest tensor of a training step, so they are computed in tiles here, and thrown away.
 
-Forward, in tiles of tokens (every row has its whole vocabulary, so its log-sum-exp is exact):
+Forward, in tiles of tokens (each row has its whole vocabulary, so its log-sum-exp is exact):
 
     z = softcap * tanh(scale * (h W' + b) / softcap) / temperature
     logp_i = z[i, target_i] - logsumexp_j z[i, j]
 
-Backward, where the gradient of row i is g_i * (onehot(target_i) - softmax(z_i)), one of three ways:
+Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(target_i) - softmax(z_i)). There are three
+modes; softcap and entropy always recompute:
 
-    keep        the softmax was kept (it fitted `keep_bytes`): two matrix products
-    recompute   logits again, in slices of the vocabulary over all tokens, so each slice of dW is written once
-    frozen      the head takes no gradient: dh was made in the forward pass, and is only scaled here
+    keep        the softmax was kept, in the inputs' dtype, because it fits in `keep_bytes`: two matrix products
+    recompute   logits again, in slices of the vocabulary over all tokens, so that each slice of dW is written once
+    frozen      the head takes no gradient: dh was computed in the forward pass and is only scaled here
 
-Matrix products are done in the inputs' dtype, everything else in float32 (float64 for float64 inputs). On CUDA the
-products of half-precision inputs are accumulated and returned in float32; on a CPU such inputs are raised to float32.
+Matrix products run in the inputs' dtype, everything else in float32 (float64 for float64 inputs). On CUDA, products of
+half-precision inputs are accumulated and returned in float32; on a CPU such inputs are converted to float32 first.
 """
 
 from typing import NamedTuple
@@ -45,26 +46,24 @@ def token_logps(
     keep_bytes: int = 1 << 30,
     tile_bytes: int = 64 << 20,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
-    """Log-probability of each target under the hidden state that predicts it, and on request the whole row's entropy.
+    """Log-probability of each target given the hidden state that predicts it, and on request each row's entropy.
 
         logps[i] = log softmax(z_i)[targets[i]]          entropy[i] = -sum_j p_ij log p_ij,   p_i = softmax(z_i)
 
-    hidden[i] must be the state at the token *before* targets[i]: rlhf/tree.py aligns them. Both results are in nats,
-    float32 or float64, logps <= 0 and 0 <= entropy <= log v. Gradients are exact for any upstream gradient per token,
-    and flow to hidden, head.weight and head.bias.
+    hidden[i] must be the state at the token *before* targets[i]; rlhf/tree.py aligns them. Both results are in nats,
+    float32 or float64, with logps <= 0 and 0 <= entropy <= log v. Gradients are exact for any upstream gradient per
+    token, and flow to hidden, head.weight and head.bias.
 
-    keep_bytes  the softmax is kept for the backward pass when it needs no more than this (never with softcap or
-                entropy), which can then be run once only; else the logits are computed a second time
-    tile_bytes  size of the largest temporary
-    Neither changes the result beyond rounding.
+    keep_bytes: size of the largest softmax that is kept for the backward pass (mode `keep`); calling backward twice
+    then raises RuntimeError. tile_bytes: size of the largest temporary. Neither changes the result beyond rounding.
     """
     n, v = hidden.shape[0], head.weight.shape[0]
-    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weight, bias = head.weight, head.bias
     if not hidden.is_cuda:
-        hidden, weight = hidden.to(precise), weight.to(precise)
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
     weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(precise)
+    bias = None if bias is None else bias.to(compute_dtype)
 
     plain = head.softcap is None and not entropy
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -93,19 +92,20 @@ def token_kl(
 
         kl[i] = sum_j p_ij (log p_ij - log q_ij),   p_i = softmax(z_i), q_i = softmax(z_ref_i)
 
-    with z as at the top of this file and one temperature for both; hidden and ref_hidden are aligned as in
-    `token_logps`, and the two heads have the same vocabulary. Where the tokens were sampled from p, the sum over a
-    response is an unbiased estimate of the KL between the distributions of whole responses, and its variance is not
-    above that of the sum of log p - log q (Rao-Blackwell; Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
+    z is defined at the top of this file, with one temperature for both. hidden and ref_hidden are aligned as in
+    `token_logps`, and the two heads share a vocabulary. If the tokens were sampled from p, the sum over a response is
+    an unbiased estimate of the KL between the distributions of whole responses, and its variance is at most that of the
+    sum of log p - log q (Rao-Blackwell; Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
 
-    Range [0, inf) but for rounding; float32, or float64 for float64 inputs. Gradient flows to both sides: the logits
-    are then computed a second time, tile by tile, so that neither pass holds more than a few tiles of `tile_bytes`.
+    Range [0, inf) up to rounding; float32, or float64 for float64 inputs. Gradient flows to both sides. The backward
+    pass computes the logits a second time, tile by tile, so neither pass holds more than a few tiles of `tile_bytes`.
+    While gradients are enabled, half-precision inputs are converted to float32 on CUDA, too.
     """
-    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
-    def ready(hidden, head):
-        hidden = hidden if hidden.is_cuda and not torch.is_grad_enabled() else hidden.to(precise)
-        bias = None if head.bias is None else head.bias.to(precise)
+    def prepare(hidden, head):
+        hidden = hidden if hidden.is_cuda and not torch.is_grad_enabled() else hidden.to(compute_dtype)
+        bias = None if head.bias is None else head.bias.to(compute_dtype)
         return hidden, head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
 
     def log_probs(hidden, head):
@@ -118,8 +118,8 @@ def token_kl(
         logp, logq = log_probs(hidden, head), log_probs(ref_hidden, ref_head)
         return (logp.exp() * (logp - logq)).sum(1)
 
-    (hidden, head), (ref_hidden, ref_head) = ready(hidden, head), ready(ref_hidden, ref_head)
-    rows = max(1, tile_bytes // (len(head.weight) * precise.itemsize))
+    (hidden, head), (ref_hidden, ref_head) = prepare(hidden, head), prepare(ref_hidden, ref_head)
+    rows = max(1, tile_bytes // (len(head.weight) * compute_dtype.itemsize))
     tiles = zip(hidden.split(rows), ref_hidden.split(rows), strict=True)
     return torch.cat([checkpoint(divergence, *tile, use_reentrant=False) for tile in tiles])
 
@@ -129,14 +129,14 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, options):
         scale, softcap, temperature, entropy, mode, tile_bytes = options
         n, v = hidden.shape[0], weight.shape[0]
-        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logps, lse, entropies = (hidden.new_empty(n, dtype=precise) for _ in range(3))
+        compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logps, lse, entropies = (hidden.new_empty(n, dtype=compute_dtype) for _ in range(3))
         probs = hidden.new_empty(n, v) if mode == "keep" else None
         grad_hidden = torch.empty_like(hidden) if mode == "frozen" else None
 
-        rows = max(1, min(n, tile_bytes // (v * precise.itemsize)))
-        in_place = mode == "keep" and probs.dtype == precise
-        tile = None if in_place else hidden.new_empty(rows, v, dtype=precise)
+        rows = max(1, min(n, tile_bytes // (v * compute_dtype.itemsize)))
+        in_place = mode == "keep" and probs.dtype == compute_dtype
+        tile = None if in_place else hidden.new_empty(rows, v, dtype=compute_dtype)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             z = probs[part] if in_place else tile[: part.stop - part.start]
@@ -145,9 +145,9 @@ class _TokenLogps(torch.autograd.Function):
             peak = z.amax(1, keepdim=True)
             z -= peak
             if entropy:
-                e = z.exp()
-                total = e.sum(1, keepdim=True)
-                entropies[part] = (total.log() - e.mul_(z).sum(1, keepdim=True) / total)[:, 0]
+                exp_z = z.exp()
+                total = exp_z.sum(1, keepdim=True)
+                entropies[part] = (total.log() - exp_z.mul_(z).sum(1, keepdim=True) / total)[:, 0]
             else:
                 total = z.exp_().sum(1, keepdim=True)
             lse[part] = (peak + total.log())[:, 0]
@@ -199,7 +199,7 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, v, columns):
             part = slice(start, min(start + columns, v))
             z = _logits(hidden, weight[part], None if bias is None else bias[part], ctx.options)
-            dcap = 1 - (z * (temperature / softcap)) ** 2 if softcap is not None else None
+            softcap_slope = 1 - (z * (temperature / softcap)) ** 2 if softcap is not None else None
             logp = z.sub_(lse[:, None])
             p = logp.exp()
             dz = -g * p
@@ -209,8 +209,8 @@ class _TokenLogps(torch.autograd.Function):
             column = (targets - start).clamp(0, part.stop - start - 1)
             dz.scatter_add_(1, column[:, None], g * inside[:, None])
             dz *= scale / temperature
-            if dcap is not None:
-                dz *= dcap
+            if softcap_slope is not None:
+                dz *= softcap_slope
             dz_low = dz.to(hidden.dtype)
             if want_hidden:
                 d_hidden += dz_low @ weight[part]

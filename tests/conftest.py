@@ -1,4 +1,4 @@
-"""Every test runs with the shapes and types in the signatures of `rlhf` checked, on one thread, with no model hub."""
+"""Every test runs with the shapes and types in all signatures of the library checked, on one thread, offline."""
 
 import os
 
@@ -8,4 +8,4 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("rlhf", "beartype.beartype")
+install_import_hook(["rlhf", "support"], "beartype.beartype")

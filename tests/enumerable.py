@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from tiny import example, no_float32
 from torch import Tensor
 
-from rlhf.data import Example
-from rlhf.models import use_layout
+from support.examples import Example
+from support.models import set_attention
 
 VOCAB = 8
 EOS = 0
@@ -73,7 +73,7 @@ def next_token_states(model, length: int) -> Float[Tensor, "prefixes d"]:
 
     The model is left with its own attention.
     """
-    use_layout(model, "padded")
+    set_attention(model, packed=False)
     rows = [torch.tensor([[EOS, *p] for p in group]) for _, group in itertools.groupby(prefixes(length), len)]
     with no_float32():
         return torch.cat([model.base_model(r, use_cache=False).last_hidden_state[:, -1] for r in rows])

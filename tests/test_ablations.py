@@ -12,8 +12,8 @@ import torch
 
 import train_ppo
 from ablations import common, plot
-from rlhf import reviews
-from rlhf.data import read_rows
+from support import reviews
+from support.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.parent.name for path in (ROOT / "ablations").glob("*/__main__.py"))

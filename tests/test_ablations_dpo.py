@@ -10,8 +10,9 @@ import torch
 
 from ablations import common, plot, world
 from ablations.displacement import tier_s
-from rlhf import BadInput, models, reviews
-from rlhf.data import build
+from rlhf import BadInput
+from support import models, reviews
+from support.examples import build
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_length_line_of_the_reward(modules, monkeypatch):
         "policy": [torch.tensor([0.0, 2.0]), torch.tensor([7.0])],
         "ref": [torch.tensor([0.0, 1.0]), torch.tensor([2.0])],
     }
-    monkeypatch.setattr(length.models, "score", lambda model, *_: given[model])
+    monkeypatch.setattr(length.scoring, "score_logps", lambda model, *_: given[model])
     tokenizer = reviews.tokenizer()
     examples = [SimpleNamespace(responses=[[1] * 2, [1] * 3]), SimpleNamespace(responses=[[1] * 4])]
     assert length.on_length("policy", "ref", tokenizer, examples) == pytest.approx((2.5, 25 / 28))

@@ -12,9 +12,9 @@ from ablations.beta_sweep import __main__ as beta_sweep
 from ablations.frontier import __main__ as frontier
 from ablations.frontier import tier_s
 from ablations.grad_weight import __main__ as grad_weight
-from rlhf import models
-from rlhf.data import build
 from rlhf.losses import dpo
+from support import models, runs, scoring
+from support.examples import build
 
 SEED = 3
 SIZE = 1 + 7 + 49 + 343 + 2401
@@ -61,7 +61,7 @@ def test_log_probs_are_those_that_the_scripts_train(untrained, reference):
     ]
     examples, _ = build(rows, tokenizer, "preference", *world.LIMITS.values())
     assert [len(r) for r in examples[0].responses] == [2, 3, 4, 4, 4, 4]  # a fourth word is not followed by EOS
-    found = torch.stack(models.score(model, examples, "tree", world.PAD, 4096, torch.float32)).double()
+    found = torch.stack(scoring.score_logps(model, examples, scoring.Batching("tree", world.PAD))).double()
     assert torch.allclose(found, logps[:, places], rtol=0, atol=1e-4)
     assert found.std() > 1
 
@@ -235,7 +235,8 @@ def test_frontier_is_contradicted_by_a_policy_above_the_optimum(made_up):
 
 
 def test_the_loss_of_unlikelihood_by_hand():
-    pair = train_dpo.Pairs(*(torch.tensor([x]) for x in (0.0, 0.0, -3.0, -5.0, 1.0, 1.0)))
+    one = torch.tensor([1.0])
+    pair = train_dpo.Pairs(*(torch.tensor([x]) for x in (0.0, 0.0, -3.0, -5.0)), (one, one))
     assert frontier.LOSSES["unlikelihood 0.5"](train_dpo.Args(), pair).item() == 3.0 + 0.5 * -5.0
 
 
@@ -310,7 +311,7 @@ def test_accuracy_over_all_pairs_of_answers():
 
 
 def test_the_rate_stays_after_its_warm_up():
-    assert [beta_sweep.constant(step, 20, 0.2) for step in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1, 1, 1]
+    assert [runs.schedule(step, 20, 0.2, "constant") for step in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------- grad_weight
@@ -323,7 +324,9 @@ def test_the_unweighted_loss_has_the_gradient_of_dpo_at_the_start():
         chosen, rejected = (torch.tensor([0.0, 5.0], requires_grad=True) for _ in range(2))
         loss = dpo(chosen, rejected, 0.3) if name == "dpo" else None
         if loss is None:
-            loss = grad_weight.LOSSES[name](arguments, train_dpo.Pairs(chosen, rejected, *[chosen.detach()] * 4))
+            nothing = chosen.detach()
+            pairs = train_dpo.Pairs(chosen, rejected, nothing, nothing, (nothing, nothing))
+            loss = grad_weight.LOSSES[name](arguments, pairs)
         loss.sum().backward()
         gradients[name] = chosen.grad
     assert torch.allclose(gradients["dpo"], gradients["weight 1/2"], rtol=1e-6)

@@ -129,7 +129,7 @@ def test_adaptive_coefficient():
     """The golden run: target 6, horizon 10000, 512 episodes a step; KL 12, 6 and 3. Then shares between the clips."""
     kl_coef, path = 0.15, []
     for kl in (12.0, 6.0, 3.0):
-        kl_coef = adaptive_kl_coef(kl_coef, kl, target=6.0, episodes=512, horizon=10000.0)
+        kl_coef = adaptive_kl_coef(kl_coef, kl, kl_target=6.0, episodes=512, horizon=10000.0)
         path.append(kl_coef)
     assert type(kl_coef) is float
     assert path == pytest.approx([0.151536, 0.151536, 0.149984], abs=6e-7)
@@ -374,22 +374,25 @@ YES = torch.tensor([True])
     [
         ("estimator must be k1, k2 or k3, not k4", lambda: kl_estimate(ONE, "k4")),
         ("rule must be replace or subtract, not drop", lambda: missing_eos(ONE, YES, "drop", 1.0)),
-        ("value must be at least 0 to be subtracted, not -1.0", lambda: missing_eos(ONE, YES, "subtract", -1.0)),
-        ("value must be finite, not nan", lambda: missing_eos(ONE, YES, "replace", math.nan)),
+        (
+            "missing_eos_value must be at least 0 to be subtracted, not -1.0",
+            lambda: missing_eos(ONE, YES, "subtract", -1.0),
+        ),
+        ("missing_eos_value must be finite, not nan", lambda: missing_eos(ONE, YES, "replace", math.nan)),
         ("kl_coef must be at least 0 and finite, not -0.1", lambda: shape_rewards(ONE, ONE, N, -0.1)),
         ("kl_coef must be at least 0 and finite, not nan", lambda: shape_rewards(ONE, ONE, N, math.nan)),
         ("a sequence has no token", lambda: shape_rewards(ONE, f64(1, 2), torch.tensor([1, 0]), 0.1)),
         ("gamma must be in [0, 1], not 1.1", lambda: gae(ONE, ONE, N, 1.1)),
         ("lam must be in [0, 1], not -0.1", lambda: gae(ONE, ONE, N, 1.0, -0.1)),
         ("kl must be finite, not nan", lambda: adaptive_kl_coef(0.1, math.nan, 6.0, 1, 10.0)),
-        ("target must be above 0 and finite, not 0.0", lambda: adaptive_kl_coef(0.1, 1.0, 0.0, 1, 10.0)),
+        ("kl_target must be above 0 and finite, not 0.0", lambda: adaptive_kl_coef(0.1, 1.0, 0.0, 1, 10.0)),
         ("horizon must be above episodes / 5 = 2.0, not 2.0", lambda: adaptive_kl_coef(0.1, 1.0, 6.0, 10, 2.0)),
         ("rloo needs at least 2 responses a prompt, not 1", lambda: rloo(ONE[None])),
         ("grpo needs at least 2 responses a prompt, not 1", lambda: grpo(ONE[None])),
         ("drgrpo needs at least 2 responses a prompt, not 1", lambda: drgrpo(ONE[None])),
         ("clip_range must be above 0", lambda: losses.ppo_clip(ONE, ONE, ONE, 0.0)),
         ("clip_range must be above 0", lambda: losses.clipped(ONE, ONE, ONE, -0.2)),
-        ("clip_range must be above 0", lambda: losses.value_loss(ONE, ONE, ONE, math.inf)),
+        ("value_clip must be above 0", lambda: losses.value_loss(ONE, ONE, ONE, math.inf)),
     ],
 )
 def test_impossible_settings(message, call):

@@ -7,17 +7,8 @@ import random
 import pytest
 import torch
 
-from rlhf import reviews
-from rlhf.agreement import (
-    alpha,
-    coincidences,
-    dense_ranks,
-    first_shown,
-    longer_wins,
-    ordinal,
-    pair_values,
-    same,
-)
+from support import reviews
+from support.agreement import alpha, coincidences, dense_ranks, first_shown, longer_wins, ordinal, pair_values, same
 
 # Krippendorff 2011, "Computing Krippendorff's alpha-reliability", sections C to E: 4 observers, 12 units, gaps (0).
 OBSERVERS = [

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 import annotate
-from rlhf import BadInput, reviews
-from rlhf.data import build, read_rows
+from rlhf import BadInput
+from support import reviews
+from support.examples import build
+from support.rows import read_rows
 
 ROOT = Path(annotate.__file__).parent
 TWO, THREE = ["yes", "no"], ["good .", "bad .", "fine ."]

@@ -12,9 +12,10 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import BadInput, models
-from rlhf.generate import cached_logps, generate
+from rlhf import BadInput
 from rlhf.tree import collate
+from support import models, scoring
+from support.generate import cached_logps, generate
 
 BATCHES = [  # of other numbers of prompts, responses and tokens; the last is longer than any before
     random_examples([(7, [5, 9]), (1, [3, 4]), (12, [1, 14])]),
@@ -33,9 +34,8 @@ def forget():
 
 def measured(model, examples, layout):
     """Log-probs of all response tokens, and the gradient of their sum as one vector."""
-    models.use_layout(model, layout)
     model.zero_grad()
-    logps, _ = models.response_logps(model, collate(examples, layout, 0))
+    logps, _ = scoring.response_logps(model, collate(examples, layout, 0))
     logps.sum().backward()
     return logps.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
 

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import BadInput, reviews
-from rlhf.data import KINDS, Example, build, held_out, mismatched, read_rows, show
+from rlhf import BadInput
+from support import reviews
+from support.examples import KINDS, Example, build, held_out, show
+from support.preferences import mismatched
+from support.rows import read_rows
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 

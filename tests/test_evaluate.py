@@ -20,8 +20,10 @@ from tiny import example
 import evaluate
 import train_dpo
 import train_sft
-from rlhf import BadInput, models, reviews, runs
-from rlhf.data import build, prompt_of, texts_of
+from rlhf import BadInput
+from support import models, report, reviews, runs
+from support.examples import build
+from support.rows import prompt_of, texts_of
 
 ZEROS = pytest.approx(0, abs=1e-9)
 
@@ -59,7 +61,7 @@ def world(tmp_path_factory):
 def quick(monkeypatch):
     """No calls of git, few bootstrap draws, and our own signal handlers afterwards."""
     monkeypatch.setattr(runs, "environment", dict)
-    monkeypatch.setattr(evaluate, "bootstrap", functools.partial(runs.bootstrap, draws=60))
+    monkeypatch.setattr(evaluate, "bootstrap", functools.partial(report.bootstrap, draws=60))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
@@ -308,7 +310,7 @@ def test_same_prompts_and_seeds_for_all_models(go, world, answered):
 
 def test_mean_over_prompts_by_hand(monkeypatch):
     """Prompts with the values (1, 2), (3) and (5): mean 11/4; deviations of the sums 3 - 11/2, 3 - 11/4, 5 - 11/4."""
-    monkeypatch.setattr(evaluate, "bootstrap", runs.bootstrap)
+    monkeypatch.setattr(evaluate, "bootstrap", report.bootstrap)
     found = evaluate.mean([1.0, 2.0, 3.0, 5.0], [[0, 1], [2], [3]])
     assert found["value"] == 2.75
     assert found["se"] == pytest.approx(math.sqrt(3 / 2 * (2.5**2 + 0.25**2 + 2.25**2)) / 4)
@@ -398,10 +400,11 @@ def test_self_bleu_by_hand():
 
 def test_accuracy_by_hand():
     e = example([5], [[6], [7], [8]], ranks=[1, 2, 2])
-    assert evaluate.accuracy(e, [1.0, 0.0, 2.0], 1e-4) == 0.5
-    assert evaluate.accuracy(e, [1.0, 0.99995, 0.0], 1e-4) == 0.75  # a tie and a right one
+    assert evaluate.accuracy(e, torch.tensor([1.0, 0.0, 2.0]), 1e-4) == 0.5
+    assert evaluate.accuracy(e, torch.tensor([1.0, 0.99995, 0.0]), 1e-4) == 0.75  # a tie and a right one
     noisy = example([5], [[6], [7]], probability=0.8)
-    assert [evaluate.accuracy(noisy, x, 0.0) for x in ([2, 1], [1, 2], [1, 1])] == pytest.approx([0.8, 0.2, 0.5])
+    found = [evaluate.accuracy(noisy, torch.tensor(x), 0.0) for x in ([2, 1], [1, 2], [1, 1])]
+    assert found == pytest.approx([0.8, 0.2, 0.5])
 
 
 def test_win_by_hand():
@@ -675,22 +678,23 @@ def test_dry_run_evaluates_nothing(go, tmp_path, capsys):
 def test_without_arguments_it_makes_the_models(tmp_path, monkeypatch, capsys):
     """Both models of the embedded task are made where they are missing, held-out prompts are train_dpo.py's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_dpo, "REVIEWS", 300)
+    monkeypatch.setattr(reviews, "ROWS", 300)
     made = []
 
-    def sft(device):
-        made.append("sft")
-        write_model(Path(train_sft.Args.out))
-        (Path(train_sft.Args.out) / "results.json").write_text("{}")
+    def sft(a):
+        made.append(("sft", a.resume))
+        write_model(Path(a.out))
+        (Path(a.out) / "results.json").write_text("{}")
 
     def dpo(a):
         made.append(("dpo", a.model, a.resume))
         write_model(Path(a.out), 1)
 
-    monkeypatch.setattr(train_sft, "make", sft)
+    monkeypatch.setattr(train_sft, "main", sft)
     monkeypatch.setattr(train_dpo, "main", dpo)
     results = evaluate.main(evaluate.Args(max_new_tokens=4))
-    assert made == ["sft", ("dpo", "runs/sft", False)] and "runs/dpo is missing: training it" in capsys.readouterr().out
+    assert made == [("sft", False), ("dpo", "runs/sft", False)]
+    assert "runs/dpo is missing: making it with train_dpo.py first" in capsys.readouterr().out
     assert list(results["models"]) == ["runs/sft", "runs/dpo"] and results["reward"] == "gold"
     everything = build(reviews.rows("preference", 300), reviews.tokenizer(), "preference", 512, 1024)[0]
     held = [e.prompt_text for e in evaluate.held_out(everything, 0.1)[1]]

@@ -79,8 +79,8 @@ LOSSES: dict[str, Loss] = {
     "ipo": lambda q, b=BETA: losses.ipo(*q.ratios(), b),
     "ipo_norm": lambda q, b=BETA: losses.ipo_norm(*q.ratios(), *q.lengths, b),
     "dpo_norm": lambda q, b=BETA: losses.dpo_norm(*q.ratios(), *q.lengths, b),
-    "r_dpo": lambda q, b=BETA: losses.r_dpo(*q.ratios(), *q.lengths, b, alpha=0.01),
-    "dpop": lambda q, b=BETA: losses.dpop(*q.ratios(), b, lam=5.0),
+    "r_dpo": lambda q, b=BETA: losses.r_dpo(*q.ratios(), *q.lengths, b, length_penalty=0.01),
+    "dpop": lambda q, b=BETA: losses.dpop(*q.ratios(), b, dpop_lambda=5.0),
     "dpo_nll": lambda q, b=BETA: losses.dpo_nll(*q.ratios(), q.chosen, q.chosen_lengths, b, nll_coef=0.3),
     "exo": lambda q, b=BETA: losses.exo(*q.ratios(), b, E),
     "nca": lambda q, b=BETA: losses.nca(*q.ratios(), b),
@@ -89,10 +89,10 @@ LOSSES: dict[str, Loss] = {
     "bco": lambda q, b=BETA: losses.bco(*q.ratios(), b),
     "bco_delta": lambda q, b=BETA: losses.bco(*q.ratios(), b, delta=0.2),
     "sppo": lambda q, b=BETA: losses.sppo(*q.ratios(), b),
-    "discopop": lambda q, b=BETA: losses.discopop(*q.ratios(), b, tau=0.05),
+    "discopop": lambda q, b=BETA: losses.discopop(*q.ratios(), b, discopop_tau=0.05),
     "kto": kto_of_pairs,
     "simpo": lambda q, b=2.0: losses.simpo(q.chosen, q.rejected, *q.lengths, b, gamma_beta_ratio=0.5),
-    "orpo": lambda q, b=BETA: losses.orpo(q.chosen, q.rejected, *q.lengths, lam=0.1),
+    "orpo": lambda q, b=BETA: losses.orpo(q.chosen, q.rejected, *q.lengths, orpo_lambda=0.1),
     "plackett_luce": lambda q, b=BETA: losses.plackett_luce(
         rewards := b * torch.stack(q.ratios(), dim=1), best_first(rewards)
     ),
@@ -569,8 +569,8 @@ def test_special_cases_are_dpo():
     dpo = losses.dpo(chosen, rejected, BETA)
     for other in (
         losses.robust(chosen, rejected, BETA, 0.0),
-        losses.dpop(chosen, rejected, BETA, lam=0.0),
-        losses.r_dpo(chosen, rejected, *PAIRS.lengths, BETA, alpha=0.0),
+        losses.dpop(chosen, rejected, BETA, dpop_lambda=0.0),
+        losses.r_dpo(chosen, rejected, *PAIRS.lengths, BETA, length_penalty=0.0),
         losses.dpo_nll(chosen, rejected, PAIRS.chosen, PAIRS.chosen_lengths, BETA, nll_coef=0.0),
         losses.dpo_norm(chosen, rejected, *torch.ones(2, 2, dtype=torch.long), BETA),
         losses.dpo(chosen, rejected, BETA, clip=100.0),
@@ -580,7 +580,7 @@ def test_special_cases_are_dpo():
 
 def test_dpop_pulls_the_chosen_response_back_only_below_the_reference():
     at = f64(-1, 1)
-    got = slope(lambda w: losses.dpop(w, torch.zeros_like(w), BETA, lam=5.0), at)
+    got = slope(lambda w: losses.dpop(w, torch.zeros_like(w), BETA, dpop_lambda=5.0), at)
     # D_w = -1: z = 0.1 (-1 - 5) with slope 0.1 (1 + 5); D_w = 1: plain DPO
     torch.testing.assert_close(got, f64(-0.6 / (1 + exp(-0.6)), -0.1 / (1 + exp(0.1))), rtol=1e-13, atol=0)
 
@@ -661,18 +661,21 @@ def test_beta_must_be_above_zero(name, beta):
         (r"label_smoothing must be in \[0, 0.5\), not 0.7", lambda: losses.exo(ONE, ONE, BETA, 0.7)),
         ("label_smoothing must be above 0 for exo", lambda: losses.exo(ONE, ONE, BETA, 0.0)),
         ("clip must be above 0", lambda: losses.dpo(ONE, ONE, BETA, clip=0.0)),
-        ("lam must be at least 0", lambda: losses.dpop(ONE, ONE, BETA, -1.0)),
-        ("lam must be at least 0", lambda: losses.orpo(ONE, ONE, N, N, -1.0)),
-        ("alpha must be at least 0", lambda: losses.r_dpo(ONE, ONE, N, N, BETA, -0.1)),
+        ("dpop_lambda must be at least 0", lambda: losses.dpop(ONE, ONE, BETA, -1.0)),
+        ("orpo_lambda must be at least 0", lambda: losses.orpo(ONE, ONE, N, N, -1.0)),
+        ("length_penalty must be at least 0", lambda: losses.r_dpo(ONE, ONE, N, N, BETA, -0.1)),
         ("nll_coef must be at least 0", lambda: losses.dpo_nll(ONE, ONE, ONE, N, BETA, -1.0)),
         ("delta must be finite", lambda: losses.bco(ONE, ONE, BETA, math.nan)),
-        (r"tau must be in \(0, 1\]", lambda: losses.discopop(ONE, ONE, BETA, 0.0)),
-        (r"tau must be in \(0, 1\]", lambda: losses.discopop(ONE, ONE, BETA, 2.0)),
+        (r"discopop_tau must be in \(0, 1\]", lambda: losses.discopop(ONE, ONE, BETA, 0.0)),
+        (r"discopop_tau must be in \(0, 1\]", lambda: losses.discopop(ONE, ONE, BETA, 2.0)),
         ("gamma_beta_ratio must be at least 0", lambda: losses.simpo(ONE, ONE, N, N, BETA, -0.5)),
         ("desirable_weight must be", lambda: losses.kto(ONE, LABEL, Z0, BETA, desirable_weight=-1.0)),
         ("undesirable_weight must be", lambda: losses.kto(ONE, LABEL, Z0, BETA, undesirable_weight=math.inf)),
-        ("alpha must not be 1", lambda: losses.implicit_reward(ONE, ONE, "alpha", 1.0)),
-        ("alpha must be at least 0", lambda: losses.implicit_reward(ONE, ONE, "alpha", -0.5)),
+        (
+            "divergence_alpha must be at least 0 and finite, and not 1",
+            lambda: losses.implicit_reward(ONE, ONE, "alpha", 1.0),
+        ),
+        ("divergence_alpha must be at least 0", lambda: losses.implicit_reward(ONE, ONE, "alpha", -0.5)),
         ("divergence must be reverse_kl, .* not kl", lambda: losses.implicit_reward(ONE, ONE, "kl")),
     ],
 )

@@ -15,17 +15,17 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import BadInput, models, runs
-from rlhf.generate import generate
+from rlhf import BadInput
 from rlhf.tree import collate
+from support import models, runs, scoring
+from support.generate import generate
 
 TREES = ["llama", "gpt2", "opt", "gemma", "cohere2"]
 EXAMPLES = random_examples([(5, [4, 6]), (9, [3, 3])])
 
 
 def logps_of(model, layout="padded"):
-    models.use_layout(model, layout)
-    return models.response_logps(model, collate(EXAMPLES, layout, 0, "cpu"))[0]
+    return scoring.response_logps(model, collate(EXAMPLES, layout, 0, "cpu"))[0]
 
 
 def filled(model):
@@ -174,7 +174,7 @@ def test_adapters_on_adapters_are_kept(world, tmp_path):
         train_dpo.main(dpo)
     ids = torch.tensor([[5, 6, 7, 8]])
     start, first, both = (models.load_model(str(x), "cpu") for x in (world / "model", sft.out, dpo.out))
-    models.use_layout(kept[0], "padded")
+    models.set_attention(kept[0], packed=False)
     a, b, c, trained = (model(ids).logits for model in (start, first, both, kept[0]))
     assert torch.allclose(c, trained, atol=1e-4)
     assert (b - a).abs().max() > 1e-2 and (c - b).abs().max() > 1e-2
@@ -235,7 +235,6 @@ def test_layers_keep_what_docs_scaling_counts(layout):
         for layers in (1, 2):
             config = transformers.LlamaConfig(vocab_size=61, num_hidden_layers=layers, **shape)
             model, kept = transformers.LlamaForCausalLM(config).eval(), {}
-            models.use_layout(model, layout)
             batch = collate(examples, layout, 0, "cpu")
             weights = {tuple(sorted(w.shape)) for w in model.parameters()}  # and their copies in bfloat16
 
@@ -245,7 +244,7 @@ def test_layers_keep_what_docs_scaling_counts(layout):
                 return x
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                states = models.states(model, batch, batch.sources, dtype)
+                states = scoring.hidden_states(model, batch, batch.sources, dtype)
             found[dtype, layers] = sum(kept.values()) / (4 * 576 * batch.input_ids.numel())
             del states
     floats, half = (found[dtype, 2] - found[dtype, 1] for dtype in (torch.float32, torch.bfloat16))

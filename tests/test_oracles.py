@@ -33,8 +33,9 @@ from tiny import example, no_float32
 
 from rlhf import losses
 from rlhf.logprobs import token_logps
-from rlhf.models import output_head, response_logps, use_layout
 from rlhf.tree import collate
+from support.models import output_head
+from support.scoring import response_logps
 
 SIZE = 400  # sequences at length 3
 BETA = 0.4
@@ -98,7 +99,6 @@ def trained(mean, ref_logps):
 
 def scored(model, responses, layout):
     """Log-probs of an example's responses as the scripts get them, but at the full precision of the model."""
-    use_layout(model, layout)
     with no_float32():
         return response_logps(model, collate([responses], layout, EOS))[1]
 
@@ -392,7 +392,7 @@ def test_dpo_with_another_divergence_reaches_its_optimal_policy(name):
 
     regularised = lambda logps: logps.exp() @ rewards - BETA * (ref.exp() @ f((logps - ref).exp()))  # noqa: E731
     assert slope(regularised, best) < 1e-10 and slope(regularised, ref) > 1e-2
-    reward = partial(losses.implicit_reward, divergence=name, alpha=0.3)
+    reward = partial(losses.implicit_reward, divergence=name, divergence_alpha=0.3)
     mean = population(DPO, ref, bradley_terry(rewards), reward=reward)
     assert slope(mean, best) < 1e-12 and slope(mean, ref) > 1e-2
     end = trained(mean, ref)

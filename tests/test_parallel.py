@@ -26,7 +26,8 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import BadInput, models, parallel, reviews, runs
+from rlhf import BadInput
+from support import models, parallel, reviews, runs, sharding
 
 HERE = Path(__file__).parent
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
@@ -101,7 +102,7 @@ def rollouts(world: Path, out: Path) -> dict:
 def costly(prompts, responses, rows):
     """A reward that must not be asked for by more than one process: what it gives depends on the calls before."""
     costly.calls = getattr(costly, "calls", 0) + 1
-    assert parallel.first()
+    assert parallel.is_main()
     return [costly.calls + len(y) / 10 for y in responses]
 
 
@@ -110,7 +111,7 @@ def member(environment: dict, name: str, flags: list[str], action: str, printed:
     os.environ |= environment
     torch.set_num_threads(1)
     last = environment["RANK"] != "0"
-    progress, save = runs.Run.progress, parallel.Run.save_checkpoint
+    progress, save = runs.Run.progress, runs.Run.save_checkpoint
 
     def count(self, step, state):
         parts = [state["model"], *state["optimizer"]["state"].values()]
@@ -119,9 +120,9 @@ def member(environment: dict, name: str, flags: list[str], action: str, printed:
         save(self, step, state)
 
     if action == "no room":  # for the whole policy while it samples
-        parallel.gathered = contextlib.nullcontext
+        sharding.gathered = lambda model, dtype: contextlib.nullcontext()
     if action == "count":
-        parallel.Run.save_checkpoint = count
+        runs.Run.save_checkpoint = count
 
     def act(self, step, **shown):
         if step == DIES_AT and last and action == "die":
@@ -377,7 +378,7 @@ def test_layers_are_found(name):
     """Without them a model would be one unit, whole in every process for as long as it computes."""
     with torch.device("meta"):
         model = tiny(name)
-    assert len(parallel.layers(model)) == model.config.num_hidden_layers
+    assert len(models.layers(model)) == model.config.num_hidden_layers
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from rlhf import BadInput, reviews
+from rlhf import BadInput
+from support import reviews
 
 
 def rows(path: Path) -> list[dict]:

@@ -33,9 +33,11 @@ from test_sample import words
 from tiny import ARCHITECTURES, example, tiny
 
 import train_ppo
-from rlhf import BadInput, models, reviews, runs
-from rlhf.generate import cached_logps, generate
-from rlhf.runs import FACTS, Run
+from rlhf import BadInput
+from support import models, report, reviews, runs, scoring
+from support.generate import answer, cached_logps, generate
+from support.report import ANSWER_STATS
+from support.runs import Run
 
 TOKENIZER = reviews.tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -63,7 +65,7 @@ def world(tmp_path_factory):
 def plain(monkeypatch, request):
     """No reward_kl.png unless a test wants the whole run."""
     if "whole" not in request.fixturenames:
-        monkeypatch.setattr(train_ppo, "draw", lambda out: None)
+        monkeypatch.setattr(report, "reward_kl_plot", lambda out: None)
 
 
 @pytest.fixture
@@ -113,23 +115,28 @@ def go(world, tmp_path, monkeypatch):
         class Recorded(train_ppo.Rollout):
             def __init__(self, *args):
                 super().__init__(*args)
+                self.scores, self.lengths = seen.scored
                 seen.rollouts.append(self)
+
+        def compute_advantages(a, kl_coef, kl, scores, lengths, *rest, compute=train_ppo.compute_advantages):
+            seen.scored = scores, lengths
+            return compute(a, kl_coef, kl, scores, lengths, *rest)
 
         class Adam(torch.optim.AdamW):
             def step(self):
                 seen.rates += [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
                 super().step()
 
-        def update(a, policy, reference, critic, rollout, places, *rest, update=train_ppo.update):
+        def update(a, policy, reference, critic, rollout, places, kl_coef, batching, update=train_ppo.update):
             copies = [m and {k: v.clone() for k, v in m.state_dict().items()} for m in (policy, critic)]
-            seen.a = a
+            seen.a, seen.layout = a, batching.layout
             seen.updates.append(SimpleNamespace(policy=copies[0], critic=copies[1], places=[*places], ptx=[]))
-            seen.updates[-1].found = update(a, policy, reference, critic, rollout, places, *rest)
+            seen.updates[-1].found = update(a, policy, reference, critic, rollout, places, kl_coef, batching)
             return seen.updates[-1].found
 
-        def learn_text(a, policy, rows, *rest, learn_text=train_ppo.learn_text):
+        def add_ptx_gradient(a, policy, rows, batching, add_ptx_gradient=train_ppo.add_ptx_gradient):
             seen.updates[-1].ptx = rows
-            return learn_text(a, policy, rows, *rest)
+            return add_ptx_gradient(a, policy, rows, batching)
 
         def clip(parameters, most, clip=torch.nn.utils.clip_grad_norm_):
             parameters = [*parameters]
@@ -139,7 +146,8 @@ def go(world, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train_ppo, "Rollout", Recorded)
             patch.setattr(train_ppo, "update", update)
-            patch.setattr(train_ppo, "learn_text", learn_text)
+            patch.setattr(train_ppo, "compute_advantages", compute_advantages)
+            patch.setattr(train_ppo, "add_ptx_gradient", add_ptx_gradient)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
             patch.setattr(torch.optim, "AdamW", Adam)
             seen.results = train_ppo.main(small(world, seen.out, **changes))
@@ -482,7 +490,7 @@ def test_ptx_counts_the_tokens_that_are_trained(world):
         example([5, 6, 7], [[11, 12]]),
     ]
     a = train_ppo.Args(device="cpu", ptx_coef=0.5)
-    found = train_ppo.learn_text(a, policy, rows, "padded", 0, torch.float32)["loss/ptx"]
+    found = train_ppo.add_ptx_gradient(a, policy, rows, scoring.Batching("padded"))["loss/ptx"]
     gradient = torch.cat([w.grad.flatten() for w in policy.parameters()])
     policy.zero_grad()
     total = 0.0
@@ -513,7 +521,7 @@ def test_each_epoch_sees_every_prompt_once_in_an_order_of_its_own(go, monkeypatc
     """12 prompts, 4 a rollout: three rollouts an epoch. Another seed: another order, and other answers. No two rollouts
     sample with one seed."""
     seeds = []
-    monkeypatch.setattr(train_ppo, "generate", lambda *args, **kw: seeds.append(args[5]) or generate(*args, **kw))
+    monkeypatch.setattr(train_ppo, "answer", lambda *args: seeds.append(args[4]) or answer(*args))
     first, other = (go(**CHEAP | {"max_steps": 6, "seed": seed, "max_new_tokens": 2}) for seed in (0, 1))
     seen = [[e.prompt_text for e in rollout.examples] for rollout in first.rollouts]
     epochs = [sum(seen[:3], []), sum(seen[3:], [])]
@@ -718,23 +726,23 @@ def test_a_policy_that_changes_between_scoring_and_update_is_stopped(go, loaded,
     """In the second rollout."""
     calls = []
 
-    def judge(*args, judge=train_ppo.judge):
+    def compute_advantages(*args, compute=train_ppo.compute_advantages):
         calls.append(1)
         if len(calls) == 2:
             shake(loaded[0])
-        return judge(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(train_ppo, "judge", judge)
+    monkeypatch.setattr(train_ppo, "compute_advantages", compute_advantages)
     stops(go, "step 2: before the first update the log-probs of scorer and update differ by", max_steps=3)
 
 
 def test_a_scorer_at_another_temperature_is_stopped(go, monkeypatch):
     """Scorer and update agree with each other here, but not with what sampled."""
 
-    def token_logps(states, head, targets, temperature, *rest, token_logps=train_ppo.token_logps):
-        return token_logps(states, head, targets, 1.0, *rest)
+    def token_logps(states, head, targets, temperature, token_logps=scoring.token_logps, **rest):
+        return token_logps(states, head, targets, 1.0, **rest)
 
-    monkeypatch.setattr(train_ppo, "token_logps", token_logps)
+    monkeypatch.setattr(scoring, "token_logps", token_logps)
     stops(go, "step 1: before the first update the log-probs of sampler and scorer differ by", temperature=0.9)
 
 
@@ -840,8 +848,7 @@ def test_auto_takes_the_padded_layout_where_only_the_reward_model_needs_it(tmp_p
     write_reward_model(tmp_path / "gemma2", tmp_path / "rm")
     data = write_rows(tmp_path / "w.jsonl", [{"prompt": f"w5 w6 w{i + 7}"} for i in range(6)])
     flags = {"model": str(tmp_path / "llama"), "ref": None, "reward": str(tmp_path / "rm"), "data": str(data)}
-    [rollout] = go(**CHEAP | flags).rollouts
-    assert rollout.layout == "padded"
+    assert go(**CHEAP | flags).layout == "padded"
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -923,9 +930,7 @@ def test_a_loss_that_explodes_is_stopped(go):
 def test_the_table_is_that_of_the_answers(world, go, monkeypatch, capfd):
     """Of 5 held-out prompts: scores, KL, lengths and ends by transformers alone; a 95 % interval of the gain."""
     seen = []
-    monkeypatch.setattr(
-        train_ppo, "answer", lambda *args, answer=train_ppo.answer: seen.append(answer(*args)) or seen[-1]
-    )
+    monkeypatch.setattr(report, "answer", lambda *args, **kw: seen.append(answer(*args, **kw)) or seen[-1])
     run = go(**CHEAP | {"eval_prompts": 5, "max_new_tokens": 7, "eval_fraction": 0.5, "batch_size": 2})
     held = {e.prompt_text for e in seen[0]}
     assert len(seen) == 2 and len(held) == 5 and not held & {e.prompt_text for e in run.rollouts[0].examples}
@@ -949,8 +954,8 @@ def test_the_table_is_that_of_the_answers(world, go, monkeypatch, capfd):
             "gold": sum(gold[-1]) / 5,
         }
         assert {name: run.results[f"{side}/{name}"] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
-    assert {name.split("/")[1] for name in run.results if name.startswith("after/")} == {*FACTS}
-    assert all(title in printed for title in FACTS.values())
+    assert {name.split("/")[1] for name in run.results if name.startswith("after/")} == {*ANSWER_STATS}
+    assert all(title in printed for title in ANSWER_STATS.values())
     unit = torch.tensor(gold[0]).double().std().item()
     gains = [(y - x) / unit for x, y in zip(*gold, strict=True)]
     assert run.results["gain/gold"] == pytest.approx(sum(gains) / 5, abs=1e-6)
@@ -1065,8 +1070,8 @@ def train(a: train_ppo.Args) -> None:
             torch.save(state, self.out / "last.pt")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "curves", lambda out, panels: None)
-        patch.setattr(train_ppo, "draw", lambda out: None)
+        patch.setattr(report, "curves", lambda out, panels: None)
+        patch.setattr(report, "reward_kl_plot", lambda out: None)
         patch.setattr(Run, "save_checkpoint", save)
         train_ppo.main(a)
 
@@ -1143,7 +1148,9 @@ def test_what_a_checkpoint_lacked_would_show(what, world, straight, tmp_path, mo
         stopped(a, kill)
     fresh = {"kl_coef": 0.3, "critic": load_rm(world / "rm").state_dict()}
     load_checkpoint = Run.load_checkpoint
-    monkeypatch.setattr(Run, "load_checkpoint", lambda self: load_checkpoint(self) | {what: fresh[what]})
+    monkeypatch.setattr(
+        Run, "load_checkpoint", lambda self, **parts: load_checkpoint(self, **parts) | {what: fresh[what]}
+    )
     train(dataclasses.replace(a, resume=True))
     assert contents(tmp_path / "run")["metrics"] != contents(straight)["metrics"]
 
@@ -1153,7 +1160,7 @@ def test_what_a_checkpoint_lacked_would_show(what, world, straight, tmp_path, mo
 def test_stopped_elsewhere(where, world, straight, tmp_path, monkeypatch):
     """While the second rollout is sampled, before any checkpoint; and at each place after the last step."""
     a = arguments(world, tmp_path / "run", save_every=SAVED_AT)
-    places = {"sample": (train_ppo, "generate"), "answer": (train_ppo, "answer"), "save": (models, "save")}
+    places = {"sample": (train_ppo, "answer"), "answer": (report, "answer"), "save": (models, "save")}
     owner, name = places.get(where, (Run, "finish"))
     own, calls = getattr(owner, name), []
 
@@ -1197,7 +1204,8 @@ def stand_still(flags: list[str], step: int, printed: Path) -> None:
         while at == step and not self.interrupted:
             time.sleep(0.005)
 
-    Run.log, runs.curves, train_ppo.draw = log_and_wait, lambda out, panels: None, lambda out: None
+    Run.log = log_and_wait
+    report.curves, report.reward_kl_plot = lambda out, panels: None, lambda out: None
     sys.argv = ["train_ppo.py", *flags]
     runs.cli(train_ppo.main, train_ppo.Args)
 

@@ -41,8 +41,8 @@ from rlhf.advantages import (
     whiten,
 )
 from rlhf.losses import ppo_clip, value_loss
-from rlhf.models import response_logps, use_layout
 from rlhf.tree import collate
+from support.scoring import response_logps
 
 BETA = 0.4
 
@@ -181,8 +181,6 @@ def test_ppo_gradient_of_a_transformer_is_exact(layout):
     model, rewards = random_transformer(seed=0), random_rewards(57, seed=3, spread=BETA)
     ref = random_transformer(seed=1)
     of_ref, batch = transformer_logps(ref, length), collate([everything(length)], layout, EOS)
-    for each in (model, ref):
-        use_layout(each, layout)
     weights = [*model.parameters()]
     with no_float32():
         logps, sums = response_logps(model, batch, keep_bytes=0)

@@ -18,7 +18,8 @@ from test_ppo import PROMPTS, plain, small, world  # noqa: F401 (plain and world
 from tiny import example
 
 import train_ppo
-from rlhf import BadInput, runs
+from rlhf import BadInput
+from support import report, scoring
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "ablations/ppo_tricks"
@@ -50,7 +51,6 @@ def patched(tmp_path, monkeypatch):
         assert changed, f"{name}.diff changed nothing"
         script = load(copy / "train_ppo.py", f"train_ppo_{name}")
         monkeypatch.setattr(script, "losses", load(copy / "rlhf/losses.py", f"losses_{name}"))
-        monkeypatch.setattr(script, "draw", lambda out: None)
         return script
 
     def load(path: Path, module: str):
@@ -135,19 +135,17 @@ def test_token_mean(patched):
 def test_gspo(patched, monkeypatch):
     """Answers of 2 and 1 tokens: ratios 2 and 1.125: together 1.5, clipped at 1.2 for A = 1; 0.5, free for A = 2."""
     script, logps = patched("gspo"), torch.tensor([2, 1.125, 0.5]).log().requires_grad_()
-    monkeypatch.setattr(script, "log_probs", lambda *rest, **more: logps)
-    zeros = torch.zeros(3)
-    rollout = script.Rollout(
-        [example([5], [[6, 7], [8]])], None, None, zeros, zeros, None, torch.tensor([1.0, 1.0, 2.0]), None, "padded"
-    )
+    monkeypatch.setattr(scoring, "response_logps", lambda *rest, **more: (logps, None))
+    zeros, batching = torch.zeros(3), scoring.Batching("padded")
+    rollout = script.Rollout([example([5], [[6, 7], [8]])], zeros, zeros, None, torch.tensor([1.0, 1.0, 2.0]), None)
     a = train_ppo.Args(advantage="grpo", device="cpu")
-    found = script.update(a, None, None, None, rollout, [0], 0.0, "padded", 0, torch.float32)
+    found = script.update(a, None, None, None, rollout, [0], 0.0, batching)
     assert found["loss/policy"] == pytest.approx((-1.2 - 2 * 0.5) / 2)
     assert found["policy/clipfrac"] == pytest.approx(2 / 3)
     assert logps.grad.tolist() == pytest.approx([0, 0, -0.5])
     logps.grad = None
     rollout.advantages = torch.tensor([-1.0, -1.0, 2.0])  # not clipped: each token has half of the answer's gradient
-    script.update(a, None, None, None, rollout, [0], 0.0, "padded", 0, torch.float32)
+    script.update(a, None, None, None, rollout, [0], 0.0, batching)
     assert logps.grad.tolist() == pytest.approx([1.5 / 2 / 2, 1.5 / 2 / 2, -0.5])
 
 
@@ -164,9 +162,9 @@ def one_outlier(prompts, responses, rows):
 
 
 def two_steps(script, world, out, name=""):  # noqa: F811
-    """Trains for two rollouts; what the updates and the judge were given, and the weights."""
+    """Trains for two rollouts; what the updates and the advantages were given, and the weights."""
     seen = SimpleNamespace(places=[], scores=[])
-    update, judge = script.update, script.judge
+    update, compute_advantages = script.update, script.compute_advantages
 
     def recorded(a, policy, reference, critic, rollout, places, *rest):
         seen.places.append([rollout.examples[i].prompt_text for i in places])
@@ -174,13 +172,13 @@ def two_steps(script, world, out, name=""):  # noqa: F811
 
     def judged(a, kl_coef, kl, scores, *rest):
         seen.scores.append(scores)
-        return judge(a, kl_coef, kl, scores, *rest)
+        return compute_advantages(a, kl_coef, kl, scores, *rest)
 
-    script.update, script.judge = recorded, judged
+    script.update, script.compute_advantages = recorded, judged
     try:
         script.main(small(world, out, max_steps=2, **FLAGS.get(name, {})))
     finally:
-        script.update, script.judge = update, judge
+        script.update, script.compute_advantages = update, compute_advantages
     seen.rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     seen.weights = torch.cat([x.flatten() for x in load_file(out / "model.safetensors").values()])
     seen.critic_losses = [row.get("loss/value") for row in seen.rows]
@@ -190,7 +188,7 @@ def two_steps(script, world, out, name=""):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TRICKS if name != "dropout"])
 def test_training(world, tmp_path, patched, monkeypatch, name):  # noqa: F811
-    monkeypatch.setattr(runs, "curves", lambda *rest: None)
+    monkeypatch.setattr(report, "curves", lambda *rest: None)
     before = two_steps(train_ppo, world, tmp_path / "before", name)
     after = two_steps(patched(name), world, tmp_path / "after", name)
     assert [row["step"] for row in after.rows] == [1, 2]

@@ -1,18 +1,25 @@
-"""What the README says, done: its three forks, and the first command with the numbers that it must reach."""
+"""What the README says: its three forks done, its table of methods complete, its first command with its numbers."""
 
+import dataclasses
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from rlhf import reviews
+import train_dpo
+import train_ppo
+import train_rm
+from rlhf import advantages, losses
+from support import reviews
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,7 +38,8 @@ def clone(tmp_path):
     """The code in a folder of its own, with a small untrained model in the place of the SFT model."""
     for name in ("train_sft.py", "train_dpo.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "rlhf", tmp_path / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("rlhf", "support"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     tokenizer = reviews.tokenizer()
     config = reviews.config(tokenizer)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 16, 16, 1
@@ -56,6 +64,48 @@ def patch(where: Path, diff: str) -> None:
     new = "\n".join(line[1:] for line in body if line[0] in " +")
     assert path.read_text().count(old) == 1, f"the README's diff does not fit {path.name}"
     path.write_text(path.read_text().replace(old, new))
+
+
+def methods() -> str:
+    """The README's table of methods."""
+    return README.split("## The methods")[1].split("## Read it")[0]
+
+
+def test_the_methods_table_has_every_function_of_the_mathematics():
+    named = set(re.findall(r"`([a-z][a-z0-9_]*)`", methods()))
+    functions = {
+        name
+        for module in (losses, advantages)
+        for name, x in vars(module).items()
+        if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")
+    }
+    assert len(functions) > 35 and not functions - named
+
+
+def test_every_flag_of_the_methods_table_exists():
+    fields = [{f.name: f for f in dataclasses.fields(script.Args)} for script in (train_dpo, train_rm, train_ppo)]
+    flags = re.findall(r"`--([a-z-]+)(?: ([a-z_+]+))?`(?:, `([a-z_]+)`)?", methods())
+    assert len(flags) > 40
+    for flag, *values in flags:
+        name = flag.replace("-", "_")
+        owners = [x[name] for x in fields if name in x]
+        assert owners, f"no script has --{flag}"
+        choices = {choice for owner in owners for choice in typing.get_args(owner.type)}
+        assert all(value in choices for value in values if value), f"--{flag} {values}"
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    """Every relative link names a file, and a heading of it where it has a #."""
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
 @pytest.mark.slow
@@ -89,10 +139,11 @@ def test_the_first_command(tmp_path):
     """A clean folder, no flags: the SFT model, then DPO, with the gain and at the price that are promised."""
     for name in ("train_sft.py", "train_dpo.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "rlhf", tmp_path / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("rlhf", "support"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     out = run(tmp_path, "python train_dpo.py", timeout=1200)
     print(out)
-    assert "making the SFT model of the embedded task first" in out
+    assert "runs/sft is missing: making it with train_sft.py first" in out
     found = json.loads((tmp_path / "runs/dpo/results.json").read_text())
     assert found["gain/gold"] - found["gain/gold_interval"] >= 1.0
     assert found["after/grammatical"] >= 0.9 * found["before/grammatical"]

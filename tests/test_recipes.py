@@ -8,7 +8,7 @@ from test_data import REAL
 
 from recipes.gsm8k import correct
 from rlhf import BadInput
-from rlhf.rewards import load_reward
+from support.rewards import load_reward
 
 ROW = {"prompt": "48 and 24?", "completion": "48 + 24 = <<48+24=72>>72\n#### 72"}
 

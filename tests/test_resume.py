@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import train_dpo
 import train_sft
-from rlhf import BadInput, models, reviews, runs
-from rlhf.runs import Run
+from rlhf import BadInput
+from support import models, refcache, report, reviews, runs
+from support.runs import Run
 
 HERE = Path(__file__).parent
 STOPPED_AT = 8  # of 12 steps, 3 an epoch: in the middle of the third epoch
@@ -109,7 +110,7 @@ def assert_same(out: Path, straight: Path) -> None:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No drawing and no calls of git; and our own signal handlers afterwards."""
-    monkeypatch.setattr(runs, "curves", lambda out, panels: None)
+    monkeypatch.setattr(report, "curves", lambda out, panels: None)
     monkeypatch.setattr(runs, "environment", dict)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
@@ -126,7 +127,7 @@ def straight(world):
         if name not in done:
             done[name] = world / name.replace(" ", "-")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(runs, "curves", lambda out, panels: None)
+                patch.setattr(report, "curves", lambda out, panels: None)
                 train(arguments(world, done[name], name))
         return done[name]
 
@@ -147,7 +148,7 @@ def stand_still(name: str, flags: list[str], step: int, printed: Path) -> None:
         while at == step and not self.interrupted:
             time.sleep(0.005)
 
-    Run.log, runs.curves = log_and_wait, lambda out, panels: None
+    Run.log, report.curves = log_and_wait, lambda out, panels: None
     script = train_sft if name == "sft" else train_dpo
     sys.argv = [script.__file__, *flags]
     runs.cli(script.main, script.Args)
@@ -227,7 +228,7 @@ def test_bco_has_a_running_mean_to_lose(world, straight, stop, tmp_path, monkeyp
     a, truth = arguments(world, tmp_path / "run", "dpo bco"), straight("dpo bco")
     stop(a, signal.SIGTERM)
     load = Run.load_checkpoint
-    monkeypatch.setattr(Run, "load_checkpoint", lambda self: load(self) | {"delta": 0.0})
+    monkeypatch.setattr(Run, "load_checkpoint", lambda self, **parts: load(self, **parts) | {"delta": 0.0})
     continued(a)
     mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", truth))
     assert not all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -257,7 +258,7 @@ def test_interrupted_before_training_the_command_can_be_given_again(world, strai
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "score", stop)
+        patch.setattr(refcache, "score_logps", stop)
         with pytest.raises(KeyboardInterrupt):
             train(a)
     assert not list((tmp_path / "run").iterdir())

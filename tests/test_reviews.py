@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from rlhf import reviews
-from rlhf.reviews import GRAMMAR, NOISE, gold_reward, log_prob
+from support import reviews
+from support.reviews import GRAMMAR, NOISE, gold_reward, log_prob
 
 TINY = {
     "S": [(0.5, ["A", "B"]), (0.3, ["a", "S"]), (0.2, ["b"])],

@@ -1,4 +1,4 @@
-"""Where rewards come from (rlhf/rewards.py), and the rankings that carry them (rlhf/data.py)."""
+"""Where rewards come from (support/rewards.py), and the rankings that carry them (support/examples.py)."""
 
 import itertools
 import json
@@ -16,9 +16,12 @@ from test_resume import write_model
 from test_sample import words
 from tiny import example, tiny
 
-from rlhf import BadInput, models, reviews
-from rlhf.data import Example, build, ceiling, held_out, pairs, prompt_of, read_rows, without_ties
-from rlhf.rewards import load_reward
+from rlhf import BadInput
+from support import models, reviews, scoring
+from support.examples import Example, build, held_out
+from support.preferences import ceiling, pairs, without_ties
+from support.rewards import load_reward
+from support.rows import prompt_of, read_rows
 
 MEAN = 0.375  # of the reward model below; a power of two, so that taking it off is exact
 
@@ -100,7 +103,9 @@ def test_a_reward_model_scores_like_models_score(rm):
     rows = [row for _, row in reviews.rows("preference", 12)]
     examples = build([("x:1", row) for row in rows], reviews.tokenizer(), "preference", 512, 1024)[0]
     model = models.load_reward_model(rm, "cpu")
-    want = torch.cat(models.score(model, examples, "padded", 0, 10**6, torch.float32)).tolist()
+    want = torch.cat(
+        scoring.score_rewards(model, examples, scoring.Batching("padded", micro_batch_tokens=10**6))
+    ).tolist()
     prompts = [row["prompt"] for row in rows for _ in range(2)]
     responses = [row[side] for row in rows for side in ("chosen", "rejected")]
     for budget in (1, 10**5):

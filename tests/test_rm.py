@@ -34,14 +34,18 @@ from test_scripts import gradients, ranked
 from tiny import ARCHITECTURES, GQA, random_examples, tiny
 
 import train_rm
-from rlhf import BadInput, models, reviews, runs
-from rlhf.data import build
-from rlhf.generate import end_ids
-from rlhf.rewards import load_reward
-from rlhf.runs import Run
+from rlhf import BadInput
+from support import models, report, reviews, runs, scoring
+from support.examples import build
+from support.generate import end_ids
+from support.reward_report import calibration, correlation, held_out_report, ranks_of, true_margins
+from support.rewards import load_reward
+from support.runs import Run
+from support.scoring import Batching
 
 TOKENIZER = reviews.tokenizer()
 EOS = TOKENIZER.eos_token_id
+AT_ONCE = Batching("padded", micro_batch_tokens=10**6)
 
 
 def rankings(n: int, seed: int = 0, ties: bool = True) -> list[dict]:
@@ -115,12 +119,12 @@ def go(world, tmp_path):
 def started(monkeypatch, tmp_path):
     """The folder into which a run writes the weights that it starts from."""
 
-    def choose(model, *args, choose_layout=models.choose_layout):
+    def choose(model, *args, choose_layout=scoring.choose_layout):
         if hasattr(model, "score") and not (tmp_path / "started").exists():
             model.save_pretrained(tmp_path / "started")
         return choose_layout(model, *args)
 
-    monkeypatch.setattr(models, "choose_layout", choose)
+    monkeypatch.setattr(scoring, "choose_layout", choose)
     return tmp_path / "started"
 
 
@@ -281,7 +285,7 @@ def test_tied_margins_count_half():
     examples = [ranked([1, 2], probability=0.9), ranked([1, 2], probability=0.9), ranked([1, 2], probability=0.9)]
     rewards = torch.tensor([1.0, 1.0 + 1e-5, 2.0, 1.0, 0.0, 3.0])
     _, totals = train_rm.objective(train_rm.Args(), examples, rewards)
-    assert train_rm.means([totals])["rewards/accuracies"] == pytest.approx((0.5 + 0.9 + 0.1) / 3)
+    assert report.weighted_means([totals])["rewards/accuracies"] == pytest.approx((0.5 + 0.9 + 0.1) / 3)
 
 
 def test_bfloat16_hardly_changes_the_loss(world, go):
@@ -486,7 +490,7 @@ MORE = [name for name in ARCHITECTURES if name not in WITHOUT and name not in FE
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_the_library_gives_our_score(name, tmp_path, tmp_path_factory, go):
-    """AutoModelForSequenceClassification of the run: models.rewards + reward_mean, within 1e-5; alone and in a batch,
+    """AutoModelForSequenceClassification of the run: response_rewards + reward_mean, within 1e-5; alone and in a batch,
     padded to the right and to the left, cut ones without EOS among them."""
     rows = [
         {"prompt": "w7 w9", "responses": ["w5", "w30 w31 w32"], "ranks": [1, 2], "ended": [True, False]},
@@ -504,7 +508,7 @@ def test_the_library_gives_our_score(name, tmp_path, tmp_path_factory, go):
     examples = build([(f"w:{i}", row) for i, row in enumerate(rows)], tokenizer, "responses", 50, 100)[0]
     mean_reward = ours.config.reward_mean
     assert mean_reward != 0
-    want = torch.cat(models.score(ours, examples, "padded", 0, 10**6, torch.float32)) + mean_reward
+    want = torch.cat(scoring.score_rewards(ours, examples, AT_ONCE)) + mean_reward
     theirs = load(run.out)
     sequences = [e.prompt + response for e in examples for response in e.responses]
     width = max(map(len, sequences))
@@ -545,7 +549,7 @@ def test_the_mean_is_that_of_the_sft_models_own_samples(world, go, monkeypatch):
     assert [e.prompt_text for e in seen["answers"]] == held[:4]
 
     model = models.load_reward_model(str(run.out), "cpu")
-    rewards = torch.cat(models.score(model, seen["answers"], "padded", 0, 10**6, torch.float32)).double()
+    rewards = torch.cat(scoring.score_rewards(model, seen["answers"], AT_ONCE)).double()
     assert abs(rewards.mean().item()) < 1e-4
     assert rewards.std(correction=0).item() == pytest.approx(model.config.reward_std, rel=1e-4)
     assert run.results["reward_mean"] == model.config.reward_mean and run.results["reward_std"] > 0
@@ -598,15 +602,15 @@ def test_a_reward_model_goes_on(world, go):
 
 def test_ranks_and_correlation_by_hand():
     values = torch.tensor([3.0, 1.0, 3.0, 2.0, 1.0, 1.0])
-    assert train_rm.ranks_of(values).tolist() == [5.5, 2.0, 5.5, 4.0, 2.0, 2.0]
-    assert train_rm.ranks_of(torch.tensor([0.5, -1.0, 7.0])).tolist() == [2.0, 1.0, 3.0]
+    assert ranks_of(values).tolist() == [5.5, 2.0, 5.5, 4.0, 2.0, 2.0]
+    assert ranks_of(torch.tensor([0.5, -1.0, 7.0])).tolist() == [2.0, 1.0, 3.0]
     x, y = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([2.0, 1.0, 4.0, 5.0])
     # deviations -2 -1 0 3 and -1 -2 1 2: 10 / sqrt(14 * 10)
-    assert train_rm.correlation(x, y) == pytest.approx(10 / math.sqrt(140))
-    assert train_rm.correlation(x, -3 * x + 1) == pytest.approx(-1)
-    assert math.isnan(train_rm.correlation(x, torch.ones(4)))
+    assert correlation(x, y) == pytest.approx(10 / math.sqrt(140))
+    assert correlation(x, -3 * x + 1) == pytest.approx(-1)
+    assert math.isnan(correlation(x, torch.ones(4)))
     # Spearman: ranks 1 2 3 4 and 1.5 1.5 3 4: 4.5 / sqrt(5 * 4.5)
-    tied = train_rm.correlation(train_rm.ranks_of(x), train_rm.ranks_of(torch.tensor([0.0, 0.0, 1.0, 9.0])))
+    tied = correlation(ranks_of(x), ranks_of(torch.tensor([0.0, 0.0, 1.0, 9.0])))
     assert tied == pytest.approx(4.5 / math.sqrt(5 * 4.5))
 
 
@@ -616,7 +620,7 @@ def test_calibration_by_hand():
     margins = torch.tensor([logit(0.61), -logit(0.63), -logit(0.93), logit(0.94)]).double()
     right = torch.tensor([1.0, 0.7, 1.0, 0.8]).double()
     weights = torch.tensor([1.0, 1.0, 0.5, 0.5]).double()
-    rows, error = train_rm.calibration(margins, right, weights)
+    rows, error = calibration(margins, right, weights)
     assert len(rows) == 2
     low, high = rows
     assert low == pytest.approx([0.62, (1 + 0.3) / 2, 2 / 3])
@@ -627,17 +631,17 @@ def test_calibration_by_hand():
 def test_calibration_in_closed_form():
     """Where P(label) = sigmoid(margin) nothing is off; certainty that is right half of the time is off by 0.5."""
     margins = torch.linspace(-6, 6, 401).double()
-    rows, error = train_rm.calibration(margins, margins.sigmoid(), torch.ones(401).double())
+    rows, error = calibration(margins, margins.sigmoid(), torch.ones(401).double())
     assert error == pytest.approx(0, abs=1e-9) and len(rows) == 10 and sum(w for *_, w in rows) == pytest.approx(1)
     assert [x for x, *_ in rows] == sorted(x for x, *_ in rows)
     sure = torch.tensor([40.0, -40.0]).double()
-    assert train_rm.calibration(sure, torch.ones(2).double(), torch.ones(2).double())[1] == pytest.approx(0.5)
-    assert train_rm.calibration(sure.abs(), torch.ones(2).double(), torch.ones(2).double())[1] == pytest.approx(0)
+    assert calibration(sure, torch.ones(2).double(), torch.ones(2).double())[1] == pytest.approx(0.5)
+    assert calibration(sure.abs(), torch.ones(2).double(), torch.ones(2).double())[1] == pytest.approx(0)
 
 
 def test_a_tied_margin_is_as_sure_as_it_is_right():
     """Margin 0 is confidence 1/2 and, as in the accuracy, half right: nothing is off."""
-    rows, error = train_rm.calibration(torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double())
+    rows, error = calibration(torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double())
     assert rows == [[0.5, 0.5, 1.0]] and error == 0
 
 
@@ -652,7 +656,7 @@ def made_up():
 def test_what_is_said_of_held_out_rankings_by_hand():
     """Margins +1 and -1 of weight 1/2, +1 of weight 1, +2 of weight 1 and P = 0.8."""
     examples, rewards = made_up()
-    rows, results, (curve, unit, bars, by_length) = train_rm.trust(train_rm.Args(), examples, rewards, embedded=False)
+    rows, results, (curve, unit, bars, by_length) = held_out_report(examples, rewards, None, embedded=False)
     accuracy = [0.5, 1.0, 0.8]
     assert results["accuracy"] == pytest.approx(mean(accuracy))
     deviation = math.sqrt(sum((x - mean(accuracy)) ** 2 for x in accuracy) / 2)
@@ -679,10 +683,10 @@ def test_intervals_are_over_prompts_or_over_the_values_split_by():
     """Accuracies 1/2, 1 and 0.8: deviations -4/15, 7/30, 1/30; with the first two of one group their sum is -1/30."""
     examples, rewards = made_up()
     alike = [dataclasses.replace(e, prompt_text="aab"[i]) for i, e in enumerate(examples)]
-    _, results, _ = train_rm.trust(train_rm.Args(), alike, rewards, embedded=False)
+    _, results, _ = held_out_report(alike, rewards, None, embedded=False)
     assert results["accuracy_interval"] == pytest.approx(1.96 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)
     topics = [dataclasses.replace(e, row={"meta": {"topic": "t"}}) for e in examples]
-    rows, results, _ = train_rm.trust(train_rm.Args(split_by="meta.topic"), topics, rewards, embedded=False)
+    rows, results, _ = held_out_report(topics, rewards, "meta.topic", embedded=False)
     assert results["accuracy_interval"] == math.inf  # one group gives none
     assert dict(rows)["held-out accuracy"] == "0.767"
 
@@ -692,7 +696,7 @@ def test_accuracy_by_the_size_of_the_margin_by_hand():
     examples = [dataclasses.replace(ranked([1, 2], probability=0.9), margin=float(m)) for m in range(1, 9)]
     signs = [1, -1, 1, 1, -1, -1, 1, 1]
     rewards = [torch.tensor([s * 1.0, 0.0]) for s in signs]
-    rows, results, (_, unit, bars, _) = train_rm.trust(train_rm.Args(), examples, rewards, embedded=False)
+    rows, results, (_, unit, bars, _) = held_out_report(examples, rewards, None, embedded=False)
     assert unit == "annotated difference"
     assert [b[:2] for b in bars] == [[1.0, 2.75], [2.75, 4.5], [4.5, 6.25], [6.25, 8.0]]
     assert [b[2] for b in bars] == pytest.approx([0.5, 0.9, 0.1, 0.9])
@@ -706,7 +710,7 @@ def test_small_margins_keep_their_buckets_apart():
     """Of margins below a hundredth too, each bucket has a name of its own."""
     examples = [dataclasses.replace(ranked([1, 2]), margin=m / 1000) for m in range(1, 9)]
     rewards = [torch.tensor([1.0, 0.0])] * 8
-    _, results, (_, _, bars, _) = train_rm.trust(train_rm.Args(), examples, rewards, embedded=False)
+    _, results, (_, _, bars, _) = held_out_report(examples, rewards, None, embedded=False)
     assert len(bars) == 4 == len([name for name in results if name.startswith("accuracy/margin")])
 
 
@@ -714,18 +718,18 @@ def test_true_margins():
     """Gold where it is known, else what the annotator saw or said, else places of the ranking."""
     texts = ["was superb .", "was dull .", "was great ."]
     e = dataclasses.replace(ranked([1, 3, 2]), prompt_text="the plot", response_texts=texts)
-    assert train_rm.true_margins([e], True) == ("gold reward", pytest.approx([5 / 1.474, 1 / 1.474, 4 / 1.474]))
-    assert train_rm.true_margins([e], False) == ("places", [2.0, 1.0, 1.0])
+    assert true_margins([e], True) == ("gold reward", pytest.approx([5 / 1.474, 1 / 1.474, 4 / 1.474]))
+    assert true_margins([e], False) == ("places", [2.0, 1.0, 1.0])
     seen = dataclasses.replace(e, rewards=[0.5, -1.0, 0.75], noise=0.1)
-    assert train_rm.true_margins([seen], False) == ("annotated difference", [1.5, 0.25, 1.75])
-    assert train_rm.true_margins([seen, e], False)[0] == "places"  # one of them does not say
-    assert train_rm.true_margins([ranked([1, 2])], False) == ("", [])
+    assert true_margins([seen], False) == ("annotated difference", [1.5, 0.25, 1.75])
+    assert true_margins([seen, e], False)[0] == "places"  # one of them does not say
+    assert true_margins([ranked([1, 2])], False) == ("", [])
 
 
 def test_one_tie_throughout_the_held_out_rewards():
     """All rewards equal: half right, and nothing to correlate."""
     examples, _ = made_up()
-    _, results, _ = train_rm.trust(train_rm.Args(), examples, [torch.zeros(len(e.ranks)) for e in examples], False)
+    _, results, _ = held_out_report(examples, [torch.zeros(len(e.ranks)) for e in examples], None, False)
     assert results["accuracy"] == 0.5 and results["ece"] == pytest.approx(0)
     assert math.isnan(results.get("length_correlation", math.nan))
 
@@ -788,7 +792,7 @@ def arguments(world: Path, out: Path, **changes) -> train_rm.Args:
 def straight(world):
     """The folder of the run that was never stopped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "curves", lambda out, panels: None)
+        patch.setattr(report, "curves", lambda out, panels: None)
         patch.setattr(train_rm, "draw", lambda *_: None)
         train_rm.main(arguments(world, world / "straight"))
     return world / "straight"
@@ -809,7 +813,7 @@ def stand_still(flags: list[str], step: int, printed: Path) -> None:
         while at == step and not self.interrupted:
             time.sleep(0.005)
 
-    Run.log, runs.curves, train_rm.draw = log_and_wait, lambda out, panels: None, lambda *_: None
+    Run.log, report.curves, train_rm.draw = log_and_wait, lambda out, panels: None, lambda *_: None
     sys.argv = ["train_rm.py", *flags]
     runs.cli(train_rm.main, train_rm.Args)
 
@@ -905,9 +909,9 @@ def test_scores_depend_neither_on_the_budget_nor_on_the_layout(name):
     model = models.new_reward_model(tiny(name), words())
     model.config.reward_mean = 0.25
     examples = random_examples([(3, [2, 4, 9]), (12, [1, 1]), (1, [5]), (7, [3, 8, 2, 6])])
-    layout = models.choose_layout(model, examples, 0, torch.float32)
+    layout = scoring.choose_layout(model, examples, Batching())
     assert layout == ("padded" if name == "gemma2" else "tree")
-    models.use_layout(model, "padded")
+    models.set_attention(model, packed=False)
     with torch.no_grad():
         want = [
             [
@@ -918,7 +922,7 @@ def test_scores_depend_neither_on_the_budget_nor_on_the_layout(name):
             for e in examples
         ]
     for budget in (1, 40, 10**6):
-        found = models.score(model, examples, layout, 0, budget, torch.float32)
+        found = scoring.score_rewards(model, examples, Batching(layout, micro_batch_tokens=budget))
         assert [len(x) for x in found] == [3, 2, 1, 4]
         for x, y in zip(found, want, strict=True):
             assert x.tolist() == pytest.approx(y, abs=1e-4)

@@ -22,8 +22,10 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 import sample
-from rlhf import BadInput, models, reviews, runs
-from rlhf.data import build, read_rows
+from rlhf import BadInput
+from support import generate, models, reviews, runs
+from support.examples import build
+from support.rows import read_rows
 
 COLUMNS = ["prompt", "responses", "ended", "logps", "tokens", "where"]
 BOS, EOS = 1, 2
@@ -85,7 +87,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No calls of git."""
-    monkeypatch.setattr(sample, "environment", dict)
+    monkeypatch.setattr(runs, "environment", dict)
 
 
 def arguments(world: Path, out: Path, **changes) -> sample.Args:
@@ -122,14 +124,14 @@ def ids(monkeypatch):
     """The sampled token ids of each prompt, by the prompt's ids, from here on."""
     found: dict[tuple, list[list[int]]] = {}
 
-    def spy(model, tokenizer, prompts, *args, generate=sample.generate):
+    def spy(model, tokenizer, prompts, *args, generate=generate.generate):
         responses = generate(model, tokenizer, prompts, *args)
         k = len(responses) // len(prompts)
         for i, prompt in enumerate(prompts):
             found.setdefault(tuple(prompt), []).extend(responses[i * k : (i + 1) * k])
         return responses
 
-    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr(generate, "generate", spy)
     return found
 
 
@@ -673,7 +675,7 @@ def test_bad_rows_are_one_line_or_counted(world, tmp_path, monkeypatch, capfd, g
 
 def test_the_embedded_prompts(world, tmp_path, monkeypatch):
     """--data reviews draws its 4,000 unless told otherwise, and gold is known."""
-    monkeypatch.setattr(sample, "REVIEWS", 30)
+    monkeypatch.setattr(reviews, "ROWS", 30)
     results = sample.main(arguments(world, tmp_path / "s.jsonl", data="reviews", k=1, max_prompts=6, batch_size=None))
     rows = read(tmp_path / "s.jsonl")
     texts = {row["prompt"] for _, row in reviews.rows("prompts", 30)}

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -26,11 +27,14 @@ from tiny import ARCHITECTURES, example, random_examples, tiny
 
 import train_dpo
 import train_sft
-from rlhf import BadInput, models, reviews, runs
-from rlhf.data import build, without_ties
-from rlhf.generate import cache_name, end_ids, generate
-from rlhf.runs import schedule
-from rlhf.tree import collate, micro_batches
+from rlhf import BadInput
+from rlhf.tree import collate
+from support import models, refcache, report, reviews, runs, scoring
+from support.examples import build
+from support.examples import load as load_examples
+from support.generate import cache_name, end_ids, generate
+from support.preferences import without_ties
+from support.runs import schedule
 
 ROOT = Path(__file__).parent.parent
 BETA = 0.3
@@ -53,7 +57,7 @@ def world(tmp_path_factory):
 def quick(monkeypatch, request):
     """No drawing and no calls of git unless a test wants the whole run, and our own signal handlers afterwards."""
     if "whole" not in request.fixturenames:
-        monkeypatch.setattr(runs, "curves", lambda out, panels: None)
+        monkeypatch.setattr(report, "curves", lambda out, panels: None)
         monkeypatch.setattr(runs, "environment", dict)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
@@ -95,12 +99,12 @@ def steps(monkeypatch):
     """The examples of each optimizer step from here on."""
     seen = []
 
-    def spy(examples, budget, layout, *_):
-        seen.append(list(examples))
-        return micro_batches(examples, budget, layout)
+    def spy(model, examples, batching, micro_batches=scoring.micro_batches):
+        if torch.is_grad_enabled():
+            seen.append(list(examples))
+        return micro_batches(model, examples, batching)
 
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "micro_batches", spy)
+    monkeypatch.setattr(scoring, "micro_batches", spy)
     return seen
 
 
@@ -330,7 +334,7 @@ def test_ties(world, go, tmp_path):
     data = str(write_rows(tmp_path / "ranks.jsonl", rows))
     with pytest.raises(BadInput, match="ranks.jsonl:1: field 'ranks' has ties.*--ties drop or random"):
         go(loss="plackett_luce", data=data, eval_data=data)
-    examples = train_dpo.read(train_dpo.Args(), data, reviews.tokenizer())
+    examples = load_examples(data, "preference", reviews.tokenizer(), train_dpo.Args())
     seen = {ties: [e.ranks for e in without_ties(examples, ties, 0)] for ties in ("drop", "random")}
     assert seen["drop"] == [[2, 1, 3]] * 6
     assert {*map(tuple, seen["random"][:4])} == {(1, 2, 3), (1, 3, 2)} and seen["random"][4:] == seen["drop"]
@@ -579,9 +583,9 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
 
         def compute():
             scored.append(True)
-            return models.score(model, rows, "tree", 0, 1000, torch.float32)
+            return scoring.score_logps(model, rows, scoring.Batching("tree", micro_batch_tokens=1000))
 
-        found = models.cached(tmp_path, models.question(model, tokenizer, rows, **settings), compute)
+        found = refcache.cached(tmp_path, refcache.cache_key(model, tokenizer, rows, **settings), compute)
         return bool(scored), capsys.readouterr().out, found
 
     assert ask()[0] and not ask()[0]
@@ -764,16 +768,19 @@ FLAGS = {  # for both scripts: flag, impossible value, what the message says
     "device": ("nowhere", "--device nowhere"),
 }
 LOSS_FLAGS = {  # of train_dpo.py alone
-    "beta 0": ({"beta": 0}, "beta must be above 0"),
-    "beta, kto": ({"loss": "kto", "beta": 0}, "beta must be above 0"),
-    "beta, rankings": ({"loss": "plackett_luce", "beta": -1}, "beta must be above 0"),
-    "beta, orpo": ({"loss": "orpo", "beta": -1}, "beta must be above 0"),
-    "smoothing": ({"label_smoothing": 0.7}, "label_smoothing must be in [0, 0.5), not 0.7"),
-    "exo": ({"loss": "exo"}, "label_smoothing must be above 0 for exo"),
-    "clip": ({"clip": 0}, "clip must be above 0"),
-    "alpha": ({"divergence": "alpha", "divergence_alpha": 1}, "alpha must not be 1"),
-    "tau": ({"loss": "discopop", "discopop_tau": 2}, "tau must be in (0, 1]"),
-    "kto weight": ({"loss": "kto", "desirable_weight": -1}, "desirable_weight must be at least 0"),
+    "beta 0": ({"beta": 0}, "--beta must be above 0"),
+    "beta, kto": ({"loss": "kto", "beta": 0}, "--beta must be above 0"),
+    "beta, rankings": ({"loss": "plackett_luce", "beta": -1}, "--beta must be above 0"),
+    "beta, orpo": ({"loss": "orpo", "beta": -1}, "--beta must be above 0"),
+    "smoothing": ({"label_smoothing": 0.7}, "--label-smoothing must be in [0, 0.5), not 0.7"),
+    "exo": ({"loss": "exo"}, "--loss exo needs a --label-smoothing above 0"),
+    "clip": ({"clip": 0}, "--clip must be above 0"),
+    "alpha": (
+        {"divergence": "alpha", "divergence_alpha": 1},
+        "--divergence-alpha must be at least 0 and finite, and not 1",
+    ),
+    "tau": ({"loss": "discopop", "discopop_tau": 2}, "--discopop-tau must be in (0, 1]"),
+    "kto weight": ({"loss": "kto", "desirable_weight": -1}, "--desirable-weight must be at least 0"),
 }
 DATA = {  # rows (or text), and what the message says
     "not JSON": ('{"prompt": "a"\n', "bad.jsonl:1: not JSON"),
@@ -1150,8 +1157,8 @@ def test_sampling_uses_the_models_own_attention():
     model = tiny("llama")
     own = model.config._attn_implementation
     plain = generate(model, IDS, PROMPTS, 6, seed=1)
-    models.use_layout(model, "tree")
-    assert model.config._attn_implementation == "tree"
+    models.set_attention(model, packed=True)
+    assert model.config._attn_implementation == f"tree_{own}"
     assert generate(model, IDS, PROMPTS, 6, seed=1) == plain
     assert model.config._attn_implementation == own and not model.training
 
@@ -1174,9 +1181,8 @@ def test_eos_is_trained_where_it_is_the_padding(layout, world, tmp_path):
     examples = build(list(enumerate_rows(rows)), tokenizer, "sft", 512, 1024)[0]
     batch = collate(examples, layout, models.pad_id(tokenizer))
     assert models.pad_id(tokenizer) == eos and batch.targets.tolist().count(eos) == 2
-    models.use_layout(model, layout)
-    logps, sums = models.response_logps(model, batch)
-    models.use_layout(model, "padded")
+    logps, sums = scoring.response_logps(model, batch)
+    models.set_attention(model, packed=False)
     want = [logps for [logps] in plain_logps(model, examples)]
     assert sums.tolist() == pytest.approx(want, abs=1e-4)
     ends = logps[batch.targets == eos]
@@ -1206,13 +1212,14 @@ def enumerate_rows(rows):
 
 @pytest.mark.parametrize("script", ["dpo", "sft"])
 def test_help_is_quick_and_explains_every_flag(script):
-    path = ROOT / f"train_{script}.py"
-    [body] = [n.body for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    path, args = ROOT / f"train_{script}.py", SCRIPTS[script].Args
     helps = {}
-    for field, text in itertools.pairwise([*body, ast.Pass()]):
-        if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{field.target.id} has no help"
-            helps[field.target.id] = text.value.value
+    for kind in reversed(args.__mro__[:-1]):  # a flag has the help of its own class, or of one above
+        [definition] = ast.parse(inspect.getsource(kind)).body
+        for field, text in itertools.pairwise([*definition.body, ast.Pass()]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                helps[field.target.id] = text.value.value
+    assert helps.keys() == {field.name for field in dataclasses.fields(args)}
 
     seconds = []
     while not seconds or seconds[-1] >= 5 and len(seconds) < 2:
@@ -1247,8 +1254,8 @@ def test_kto_mismatched_responses_keep_to_max_length(go, tmp_path, monkeypatch):
     ]
     write_rows(tmp_path / "uneven.jsonl", rows)
     longest = []
-    collate_as_it_is = models.collate
-    monkeypatch.setattr(models, "collate", lambda e, *a: longest.append(e) or collate_as_it_is(e, *a))
+    collate_as_it_is = scoring.collate
+    monkeypatch.setattr(scoring, "collate", lambda e, *a: longest.append(e) or collate_as_it_is(e, *a))
     data = f"{tmp_path}/uneven.jsonl"
     go(loss="kto", data=data, eval_data=data, max_prompt_length=14, max_length=24, max_steps=1)
     lengths = [len(e.prompt) + len(r) for examples in longest for e in examples for r in e.responses]

@@ -17,8 +17,9 @@ from tiny import no_float32
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.logprobs import Head, token_kl
-from rlhf.models import output_head, states
 from rlhf.tree import collate
+from support.models import output_head
+from support.scoring import hidden_states
 
 N, V = 13, 37
 SIDES = {
@@ -133,7 +134,7 @@ def test_its_expectation_is_the_kl_between_whole_sequences(length):
     with no_float32(), torch.no_grad():
         logps, ref_logps = transformer_logps(policy, length), transformer_logps(ref, length)
         batch = collate([everything(length)], "padded", 0)
-        found = [(states(m, batch, batch.sources), output_head(m)) for m in (policy, ref)]
+        found = [(hidden_states(m, batch, batch.sources), output_head(m)) for m in (policy, ref)]
         per_token = token_kl(*found[0], *found[1])
         plain = [(next_token_states(m, length), output_head(m)) for m in (policy, ref)]
         first = token_kl(*plain[0], *plain[1])

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, example, no_float32, random_examples, tiny
 
-from rlhf import BadInput, models
-from rlhf.models import choose_layout, output_head, response_logps, use_layout
+from rlhf import BadInput
 from rlhf.tree import collate, micro_batches, tokens, tree_attention
+from support import models, scoring
+from support.models import output_head, set_attention
+from support.scoring import Batching, choose_layout, response_logps
 
 TREE = "llama qwen3 mistral gemma gpt2 opt phi olmo2 gpt_neox granite mixtral cohere2".split()
 SHAPES = [(7, [5, 9]), (1, [3, 4]), (12, [1, 14]), (4, [6]), (5, [2, 0, 8]), (3, [0, 6])]
@@ -16,7 +18,6 @@ SHAPES = [(7, [5, 9]), (1, [3, 4]), (12, [1, 14]), (4, [6]), (5, [2, 0, 8]), (3,
 
 def measured(model, examples, layout, budget=10**9):
     """Log-prob sums of all sequences, and the gradient of their weighted sum as one vector."""
-    use_layout(model, layout)
     model.zero_grad()
     sums = {}
     for group in micro_batches(examples, budget, layout):
@@ -43,7 +44,7 @@ def test_both_layouts_give_the_same_log_probs_and_gradients(name, dtype, bound):
     assert torch.allclose(tree, padded, rtol=0, atol=bound * 10)
     assert relative(tree_grad, padded_grad) < bound
     # and the padded layout is what the library computes for each sequence alone
-    use_layout(model, "padded")
+    set_attention(model, packed=False)
     alone = []
     for e in examples:
         for r in e.responses:
@@ -68,12 +69,12 @@ def test_gradients_do_not_depend_on_the_micro_batch_budget(layout, dtype, bound)
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_the_check_ends_on_a_layout_that_is_right(name, capsys):
     model, examples = tiny(name), random_examples(SHAPES + [(20, [20, 25])])
-    layout = choose_layout(model, examples, 0, torch.float32)
+    layout = choose_layout(model, examples, Batching())
     assert layout == "tree" if name in TREE else True
     if name in ("gemma2", "qwen3_next", "gpt_oss", "stablelm"):
         assert layout == "padded" and "layout: padded" in capsys.readouterr().out
     chosen = measured(model, examples, layout)[0]
-    use_layout(model, "padded")
+    set_attention(model, packed=False)
     for i, e in enumerate(examples[:4]):
         reference = model(torch.tensor([e.prompt + e.responses[0]])).logits[0].log_softmax(-1)
         want = sum(reference[len(e.prompt) - 1 + j, token].item() for j, token in enumerate(e.responses[0]))
@@ -87,11 +88,10 @@ def test_the_check_catches_a_window_that_matters_on_long_rows_only(monkeypatch):
     monkeypatch.setattr(models, "tree_attention", forgetful)
     model = tiny("mistral")
     short = random_examples([(2, [2, 3]), (1, [3, 2])])
-    assert choose_layout(model, short, 0, torch.float32) == "tree"
-    use_layout(model, "padded")
-    assert choose_layout(model, short + random_examples([(9, [9, 3])]), 0, torch.float32) == "padded"
+    assert choose_layout(model, short, Batching()) == "tree"
+    assert choose_layout(model, short + random_examples([(9, [9, 3])]), Batching()) == "padded"
     with pytest.raises(BadInput, match="--layout tree does not fit mistral"):
-        choose_layout(model, random_examples([(9, [9, 3])]), 0, torch.float32, "tree")
+        choose_layout(model, random_examples([(9, [9, 3])]), Batching("tree"))
 
 
 def test_the_check_does_not_take_a_full_memory_for_another_result(monkeypatch):
@@ -100,7 +100,7 @@ def test_the_check_does_not_take_a_full_memory_for_another_result(monkeypatch):
 
     monkeypatch.setattr(models, "tree_attention", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        choose_layout(tiny("llama"), random_examples([(2, [2, 3])]), 0, torch.float32)
+        choose_layout(tiny("llama"), random_examples([(2, [2, 3])]), Batching())
 
 
 def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(monkeypatch):
@@ -111,9 +111,8 @@ def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(mon
     for layer in model.model.layers:
         layer.self_attn.sliding_window = 24
     trees = random_examples([(4, [18, 18]), (2, [2, 2])])  # 40 tokens, but no sequence longer than 22
-    assert choose_layout(model, trees, 0, torch.float32) == "tree"
-    use_layout(model, "padded")
-    assert choose_layout(model, trees + random_examples([(26, [6, 6])]), 0, torch.float32) == "padded"
+    assert choose_layout(model, trees, Batching()) == "tree"
+    assert choose_layout(model, trees + random_examples([(26, [6, 6])]), Batching()) == "padded"
 
 
 def test_sums_are_as_good_as_float64_over_a_thousand_tokens():
@@ -132,21 +131,20 @@ def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
 
     monkeypatch.setattr(models, "tree_attention", leaky)
     model, rows = tiny("llama"), random_examples([(3, [4, 5]), (6, [7, 8])])
-    assert choose_layout(model, rows, 0, torch.float32) == "padded"
-    use_layout(model, "tree")
+    assert choose_layout(model, rows, Batching()) == "padded"
     logps, _ = response_logps(model, collate(rows, "tree", 0))
-    assert models._leak(model, rows, logps, 0, torch.float32) > 1e-2
+    assert scoring._leak(model, rows, logps, Batching()) > 1e-2
 
 
 def test_bfloat16_check():
     model = tiny("llama")
-    assert choose_layout(model, random_examples(SHAPES), 0, torch.bfloat16) == "tree"
+    assert choose_layout(model, random_examples(SHAPES), Batching(dtype=torch.bfloat16)) == "tree"
 
 
 def test_a_head_that_is_read_wrongly_is_refused(monkeypatch):
     monkeypatch.setattr(models, "output_head", lambda model: output_head(model)._replace(scale=1.0))
     with pytest.raises(BadInput, match="granite.*output_head"):
-        choose_layout(tiny("granite"), random_examples(SHAPES), 0, torch.float32)
+        choose_layout(tiny("granite"), random_examples(SHAPES), Batching())
 
 
 def test_collate_by_hand():

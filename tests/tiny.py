@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import transformers
 
-from rlhf.data import Example
+from support.examples import Example
 
 VOCAB = 61
 SMALL = dict(

@@ -31,7 +31,6 @@ import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from jaxtyping import Float
@@ -40,8 +39,8 @@ from torch import Tensor
 import train_dpo
 from ablations import common, plot, world
 from ablations.common import at_checkpoints, markdown, show, t_interval
-from rlhf import models
-from rlhf.runs import cli
+from support import models
+from support.runs import cli
 
 NAME = "beta_sweep"
 CLAIM = "KL falls with beta, gold reward is a hump in KL, and with a small beta it peaks early"
@@ -106,16 +105,12 @@ def run(setting: str, seed: int, folder: Path, epochs: int) -> dict[int, dict[st
     out = folder / f"dpo-{setting}-{seed}"
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     flags = {"model": str(own / "sft"), "data": str(own / "pairs.jsonl"), "out": str(out), "seed": seed}
-    flags |= {"batch_size": BATCH, "epochs": epochs, "save_every": EVERY * PAIRS // BATCH, "lr": RATE}
-    with at_checkpoints(look), mock.patch("train_dpo.schedule", constant):
+    flags |= {"batch_size": BATCH, "epochs": epochs, "save_every": EVERY * PAIRS // BATCH}
+    flags |= {"lr": RATE, "schedule": "constant"}
+    with at_checkpoints(look):
         train_dpo.main(world.args(train_dpo, **flags, ref_cache=str(own / "ref_cache"), **SETTINGS[setting]))
     shutil.rmtree(out)
     return along
-
-
-def constant(step: int, steps: int, warmup: float) -> float:
-    """`rlhf.runs.schedule` without its fall: a linear warm-up, then the peak learning rate."""
-    return min(1.0, (step + 1) / math.ceil(warmup * steps))
 
 
 def accuracy(ref: Float[Tensor, "p s"], margins: Float[Tensor, "p s"], r: Float[Tensor, "p s"]) -> Float[Tensor, " p"]:

@@ -53,10 +53,13 @@ import train_dpo
 from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from ablations.displacement import tier_s
-from rlhf import losses, models, reviews
-from rlhf.data import Example, build, held_out, read_rows
-from rlhf.runs import cli
-from train_rm import correlation, ranks_of
+from rlhf import losses
+from support import models, reviews, scoring
+from support.examples import Example, build, held_out
+from support.reward_report import correlation, ranks_of
+from support.rows import read_rows
+from support.runs import cli
+from support.scoring import Batching
 
 NAME = "displacement"
 CLAIM = "DPO lowers the log-prob of the preferred answer, most where both are alike; DPOP, an NLL term and NCA do not"
@@ -239,7 +242,7 @@ def run(
     pairs, held = (part[:MEASURED] for part in held_out(rows, HELD))
     others = fresh(pairs, tokenizer, drawn)
     pad = models.pad_id(tokenizer)
-    score = lambda model, x: torch.cat(models.score(model, x, "tree", pad, 2048, torch.float32))  # noqa: E731
+    score = lambda model, x: torch.cat(scoring.score_logps(model, x, Batching("tree", pad)))  # noqa: E731
     before, other_before = score(reference, pairs), score(reference, others)
     along: dict[int, dict[str, float]] = {}
 
@@ -273,9 +276,8 @@ def measure(policy, reference, tokenizer, pairs: Sequence[Example]) -> dict[str,
     targets = torch.tensor([t for e in pairs for r in e.responses for t in r])
     states, logps = {}, {}
     for name, model in (("policy", policy), ("reference", reference)):
-        models.use_layout(model, "tree")
-        of = lambda batch: models.states(model, batch, batch.sources)  # noqa: B023, E731
-        states[name] = models.per_token(of, pairs, "tree", pad, 2048, "cpu")
+        of = lambda batch: scoring.hidden_states(model, batch, batch.sources)  # noqa: B023, E731
+        states[name] = scoring.per_token(of, pairs, Batching("tree", pad))
         logps[name] = (states[name] @ models.output_head(model).weight.T).log_softmax(1)
     change = logps["policy"].gather(1, targets[:, None])[:, 0] - logps["reference"].gather(1, targets[:, None])[:, 0]
     changes = change.split(lengths)

@@ -20,8 +20,9 @@ import torch
 import train_dpo
 from ablations import common
 from ablations.common import at_checkpoints, markdown, paired, show, t_interval
-from rlhf import models, require
-from rlhf.data import build
+from rlhf import require
+from support import models
+from support.examples import build
 
 ASK = 'Is the following statement something you would say? Answer with one word: Yes, No or Never.\n"{}"'
 STATEMENTS = (

@@ -36,7 +36,7 @@ from ablations import common, plot
 from ablations.common import markdown
 from ablations.world import bound, law
 from rlhf import advantages
-from rlhf.runs import cli
+from support.runs import cli
 
 NAME = "estimators"
 CLAIM = "k3 is unbiased but not as a loss; RLOO and ReMax are exact, GRPO is not; Best-of-n's KL is below its formula"

@@ -50,8 +50,8 @@ import train_sft
 from ablations import common, plot, world
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from ablations.frontier import tier_s
-from rlhf import models
-from rlhf.runs import cli
+from support import models
+from support.runs import cli, is_made
 
 NAME = "frontier"
 CLAIM = "at the same KL DPO has more reward than Preferred-FT, and no less than Unlikelihood; none is above the optimum"
@@ -180,7 +180,7 @@ def prepare(seed: int, folder: Path, updates: int) -> None:
         common.write(own / "prompts.jsonl", [{"prompt": x, "world": seed} for x in asked])
         common.write(own / "rankings.jsonl", rows)
         common.write(own / "chosen.jsonl", world.chosen(rows))
-    if not train_sft.is_made(str(own / "rm")):
+    if not is_made(str(own / "rm")):
         shutil.rmtree(own / "rm", ignore_errors=True)
         flags = {"model": sft, "data": str(own / "rankings.jsonl"), "out": str(own / "rm"), "seed": seed}
         train_rm.main(world.args(train_rm, lr=3e-3, batch_size=BATCH, **flags))

@@ -19,6 +19,7 @@ import train_rm
 import train_sft
 from ablations import common, world
 from ablations.common import rows, write
+from support.runs import is_made
 
 FULL = {"texts": 20_000, "rows": 24_000, "asked": 4000, "held": 256, "batch": 64, "updates": 240, "tokens": 48}
 SMOKE = {"texts": 60, "rows": 400, "asked": 40, "held": 8, "batch": 8, "updates": 8, "tokens": 8}
@@ -36,7 +37,7 @@ def main(settings: dict, model: str, smoke: bool) -> dict:
 
     def train(script, name: str, **flags) -> None:
         """Train NAME, unless that is done; go on with it if it was begun."""
-        if not train_sft.is_made(place(name)):
+        if not is_made(place(name)):
             resume = (out / name / "args.json").exists()
             flags = {"model": place("sft"), "lr": RATES[script], "batch_size": size["batch"], "eval_prompts": 0} | flags
             script.main(script.Args(out=place(name), resume=resume, **flags))

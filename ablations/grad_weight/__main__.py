@@ -43,9 +43,9 @@ import evaluate
 import train_dpo
 from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
-from rlhf import models
-from rlhf.generate import answer
-from rlhf.runs import cli
+from support import models
+from support.generate import answer
+from support.runs import cli
 
 NAME = "grad_weight"
 CLAIM = "without DPO's weight on each pair the policy degenerates, and has less reward at the same KL"

@@ -29,7 +29,7 @@ from torch import Tensor
 from ablations import common, plot
 from ablations.common import markdown, t_interval
 from rlhf import losses
-from rlhf.runs import cli
+from support.runs import cli
 
 NAME = "ipo_bandit"
 CLAIM = "where preferences never fail, DPO goes to one action for every tau, and IPO where its closed form says"

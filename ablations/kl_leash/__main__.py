@@ -30,13 +30,13 @@ import torch
 import evaluate
 import train_ppo
 import train_rm
-import train_sft
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf import models
-from rlhf.data import held_out
-from rlhf.generate import answer, end_ids, facts
-from rlhf.runs import cli
+from support import models, scoring
+from support.examples import held_out, load
+from support.generate import answer, answer_stats, end_ids
+from support.runs import cli, is_made
+from support.scoring import Batching
 
 NAME = "kl_leash"
 CLAIM = "PPO without a KL penalty collapses, with too much it does not move; gold reward peaks in between"
@@ -110,11 +110,11 @@ def run(setting: str, seed: int, folder: Path, ppo: dict):
     flags = {"model": sft, "reward": reward, "data": data, "seed": seed, "eval_prompts": 0, "device": "cpu", **ppo}
     flags |= SETTINGS.get(setting, {}) | {"out": str(out), "resume": (out / "args.json").exists()}
     args = train_ppo.Args(**flags)
-    if setting != "sft" and not train_sft.is_made(out):
+    if setting != "sft" and not is_made(out):
         train_ppo.main(args)
 
     tokenizer = models.load_tokenizer(sft)
-    prompts = {e.prompt_text: e for e in train_ppo.read(args, data, tokenizer)}
+    prompts = {e.prompt_text: e for e in load(data, "prompts", tokenizer, args)}
     held = held_out([*prompts.values()], args.eval_fraction)[1][: TEST + VALIDATION]
     before = measure(args, tokenizer, models.load_model(sft, "cpu"), held)
     after = before if setting == "sft" else measure(args, tokenizer, models.load_model(str(out), "cpu"), held)
@@ -140,14 +140,14 @@ def run(setting: str, seed: int, folder: Path, ppo: dict):
 def measure(args: train_ppo.Args, tokenizer, policy, held) -> dict[str, list]:
     """Of one answer to each prompt: token ids, gold and proxy reward, exact KL to SFT, entropy (summed), ..."""
     answers = answer(policy, tokenizer, held, args.max_new_tokens, args.seed)
-    pad, budget = models.pad_id(tokenizer), args.micro_batch_tokens
-    found = facts(answers, end_ids(policy, tokenizer), embedded=True) | {"ids": [e.responses[0] for e in answers]}
+    batching = Batching("tree", models.pad_id(tokenizer), micro_batch_tokens=args.micro_batch_tokens)
+    found = answer_stats(answers, end_ids(policy, tokenizer), embedded=True)
+    found["ids"] = [e.responses[0] for e in answers]
     reward = models.load_reward_model(args.reward, "cpu")
-    proxy = models.score(reward, answers, "tree", reward.config.pad_token_id, budget, torch.float32)
+    proxy = scoring.score_rewards(reward, answers, batching._replace(pad_id=reward.config.pad_token_id))
     found["proxy"] = torch.cat(proxy).tolist()
-    how = evaluate.Args(micro_batch_tokens=budget, device="cpu")
     reference = models.load_model(args.model, "cpu")
-    found["kl"] = evaluate.against_reference(how, policy, reference, answers, "tree", pad)["kl"]
+    found["kl"] = evaluate.against_reference(policy, reference, answers, batching)["kl"]
     entropy = common.entropies(policy, tokenizer, answers)
     found["entropy"] = [x.sum().item() for x in entropy.split([len(ids) for ids in found["ids"]])]
     return found

@@ -43,11 +43,13 @@ import torch
 import train_dpo
 from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
-from rlhf import models
-from rlhf.data import Example, build, held_out, read_rows
-from rlhf.generate import answer
-from rlhf.runs import cli
-from train_rm import correlation
+from support import models, scoring
+from support.examples import Example, build, held_out
+from support.generate import answer
+from support.reward_report import correlation
+from support.rows import read_rows
+from support.runs import cli
+from support.scoring import Batching
 
 NAME = "length"
 CLAIM = "a small length bias of the data makes DPO's answers longer, and not those of losses that see the length"
@@ -172,7 +174,7 @@ def run(
 def on_length(policy, reference, tokenizer, examples: Sequence[Example]) -> tuple[float, float]:
     """The line of log pi - log ref in the length of all these answers: its slope, nats a token, and R^2."""
     pad = models.pad_id(tokenizer)
-    mine, other = (torch.cat(models.score(x, examples, "tree", pad, 2048, torch.float32)) for x in (policy, reference))
+    mine, other = (torch.cat(scoring.score_logps(x, examples, Batching("tree", pad))) for x in (policy, reference))
     lengths = torch.tensor([len(r) for e in examples for r in e.responses], dtype=torch.float64)
     both = correlation(lengths, mine - other)
     return both * ((mine - other).std() / lengths.std()).item(), both**2

@@ -36,7 +36,7 @@ from torch import Tensor
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval
 from rlhf import losses
-from rlhf.runs import cli, schedule
+from support.runs import cli, schedule
 
 NAME = "noise"
 CLAIM = "where labels are flipped, robust DPO that knows the share has less regret than DPO"

@@ -38,8 +38,8 @@ import train_dpo
 import train_sft
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf import reviews
-from rlhf.runs import cli
+from support import reviews
+from support.runs import cli, is_made
 
 NAME = "online_offline"
 CLAIM = "DPO on its own fresh answers beats DPO on the reference's, most where good answers are unlikely at first"
@@ -118,7 +118,7 @@ def rank(out: Path, name: str, model: str, prompts: str, seed: int, size: dict) 
 
 def make_reference(folder: Path, cell: str, size: dict) -> str:
     """The SFT model of all reviews, or of the bad ones."""
-    if not train_sft.is_made(str(folder / cell)):
+    if not is_made(str(folder / cell)):
         found = common.rows("sft", 4 * 34 * size["sft"])
         found = [row for row in found if cell == "near" or reviews.gold_reward(row["text"]) < FAR]
         write(folder / f"{cell}.jsonl", found[: 34 * size["sft"]])

@@ -48,9 +48,10 @@ import train_rm
 import train_sft
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf import models, reviews
-from rlhf.rewards import load_reward
-from rlhf.runs import cli
+from support import models, reviews
+from support.reward_report import correlation, ranks_of
+from support.rewards import load_reward
+from support.runs import cli
 
 NAME = "overopt"
 CLAIM = "gold keeps ever less of what the proxy promises: d (a - b d) or d (a - b log d), and b falls with more pairs"
@@ -142,7 +143,7 @@ def best_of_n(folder: Path, proxy: str):
         along[drawn] |= {"best": best_of(gold.sort(1).values, drawn).mean().item()}
         along[drawn] |= {"d": math.sqrt(math.log(drawn) - (drawn - 1) / drawn)}
         along[drawn]["readable_validation"] = along[drawn]["readable"]
-    return along, {"correlation": train_rm.correlation(gold.flatten(), found.flatten())}
+    return along, {"correlation": correlation(gold.flatten(), found.flatten())}
 
 
 def ppo(folder: Path, proxy: str, seed: int, size: dict):
@@ -166,7 +167,7 @@ def ppo(folder: Path, proxy: str, seed: int, size: dict):
         along[step]["readable_validation"] = statistics.fmean(found["readable"][test:])
         along[step]["d"] = math.sqrt(max(along[step]["kl"], 0.0))
         if step == 0:
-            along[step]["correlation"] = train_rm.correlation(*(torch.tensor(found[x]) for x in ("gold", "proxy")))
+            along[step]["correlation"] = correlation(*(torch.tensor(found[x]) for x in ("gold", "proxy")))
 
     look(0, policy.state_dict())
     flags = {"model": sft, "reward": proxy, "data": asked, "out": str(out), "seed": seed, "device": "cpu"}
@@ -269,9 +270,9 @@ def spearman(results: common.Results, name: str, sign: int) -> list[float]:
     """Of each seed: the rank correlation of a value of Best-of-n at 128 dimensions, times the sign, and pairs."""
     there = [x for x in SETTINGS if x in {f"BoN {n}" for n in PAIRS} and seeds_of(results, x)]
     of = [by_seed(results, x)[name] for x in there]
-    ranks = lambda values: train_rm.ranks_of(torch.tensor(values))  # noqa: E731
+    ranks = lambda values: ranks_of(torch.tensor(values))  # noqa: E731
     pairs = ranks([float(SETTINGS[x][2]) for x in there])
-    return [train_rm.correlation(ranks([sign * x[seed] for x in of]), pairs) for seed in of[0]]
+    return [correlation(ranks([sign * x[seed] for x in of]), pairs) for seed in of[0]]
 
 
 def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], bool]]:

@@ -34,7 +34,7 @@ import train_ppo
 import train_rm
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf.runs import cli
+from support.runs import cli
 
 NAME = "ppo_tricks"
 CLAIM = (

@@ -31,9 +31,9 @@ import train_dpo
 import train_sft
 from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval, trained, write
-from rlhf import reviews
-from rlhf.data import build, held_out
-from rlhf.runs import cli
+from support import reviews
+from support.examples import build, held_out
+from support.runs import cli
 
 NAME = "sft_first"
 CLAIM = "DPO from an SFT model ends higher than DPO from the base model with as many updates"

@@ -1,9 +1,9 @@
-"""The embedded task: a tiny world of film reviews whose fluency and whose reward are both known exactly.
+"""The embedded task: short film reviews whose probability and true reward are both known exactly.
 
-A probabilistic grammar writes the reviews (`sample`) and gives any text its exact probability (`log_prob`). The gold
-reward (`gold_reward`) weighs up the opinion words of a text. Simulated annotators compare texts by that reward plus
-noise (`preference_rows`, `rank`). It is the controlled-sentiment experiment of Rafailov et al. 2023 (section 6,
-arXiv 2305.18290) made small enough for a laptop. One review, with log probability -26.3 nats and gold reward +0.39:
+A probabilistic grammar generates the reviews (`sample`) and gives the exact probability of any text (`log_prob`). The
+gold reward (`gold_reward`) scores the opinion words of a text. Simulated annotators compare texts by that reward plus
+noise (`preference_rows`, `rank`). This is the controlled-sentiment experiment of Rafailov et al. 2023 (section 6,
+arXiv 2305.18290), made small enough for a laptop. One review, with log probability -26.3 nats and gold reward +0.39:
 
     we saw it on a rainy sunday . although the script was dull , i really enjoyed the jokes .
 """
@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 # --------------------------------------------------------------------------------------------------------------------
-# The opinion words: symbol of the grammar -> valence -> words. As many below zero as above, so the mean reward is 0.
+# The opinion words: grammar symbol -> valence -> words. The valences are symmetric about 0, so the mean reward is 0.
 
 OPINIONS = {
     "ADJECTIVE+": {3: "superb brilliant wonderful perfect", 2: "great lovely clever fresh", 1: "good nice fine solid"},
@@ -44,16 +44,17 @@ INTENSITY = {
     "slightly": 0.5,
 }
 NEGATION = {"not", "never"}
-TURNS = {"but", "yet"}  # the sentence so far was the lesser side
-CONCESSIONS = {"although", "though"}  # from here to the next comma or period is the lesser side
-NEGATED = -0.5  # negation turns a valence round and dampens it
-CONCEDED = 0.75  # the weight of the lesser side; the other side has 1
-MEAN, DEVIATION = 0.0, 1.474  # of the unscaled reward over the grammar's samples
-NOISE = 0.35  # of the annotators, in gold reward: between two answers to one prompt they pick the better with P = 0.85
+TURNS = {"but", "yet"}  # the sentence up to here is conceded
+CONCESSIONS = {"although", "though"}  # from here to the next comma or period, the text is conceded
+NEGATED = -0.5  # negation flips the sign of a valence and halves it
+CONCEDED = 0.75  # the weight of conceded opinions; others have weight 1
+MEAN, DEVIATION = 0.0, 1.474  # mean and standard deviation of the unscaled reward over samples of the grammar
+ROWS = 24_000  # rows of each kind (reviews, preferences, prompts) that the scripts use
+NOISE = 0.35  # of the annotators, in gold reward: they prefer the better of two answers with P = 0.85 on average
 
 # --------------------------------------------------------------------------------------------------------------------
-# The grammar. Capitals are symbols, the rest are words; "|" parts alternatives, a leading number is a weight (else 1).
-# A rule for SYMBOL+ also stands for its twin SYMBOL-, with every + and - in it exchanged.
+# The grammar. Symbols are in capitals, words in lower case. "|" separates alternatives; a leading number is a weight
+# (default 1). A rule for SYMBOL+ also defines SYMBOL-, with every + and - in it exchanged.
 
 RULES = {
     "REVIEW": "SENTENCE SENTENCE",
@@ -73,7 +74,7 @@ RULES = {
     "DID+": "2 ACTED+ | STRONGLY ACTED+",
     "ACTED+": "2 SHONE+ | THRILLED+ me",
     "KIND+": "ADJECTIVE+ FILM | GEM+",
-    # what opinions are about
+    # the objects of opinions
     "OBJECT": "3 ITEM | it",
     "ITEM": "3 ONE | 2 MANY",
     "ONE": "3 the PART | its PART | the ROLE",
@@ -102,7 +103,7 @@ Grammar = dict[str, list[tuple[float, list[str]]]]  # symbol -> alternatives (pr
 
 
 def read_grammar(rules: dict[str, str]) -> Grammar:
-    """Turns rules as above into alternatives whose probabilities add up to 1."""
+    """Parse rules in the notation of RULES; the probabilities of the alternatives of a symbol sum to 1."""
     twins = {name.replace("+", "-"): rule.translate(str.maketrans("+-", "-+")) for name, rule in rules.items()}
     grammar = {}
     for name, rule in (twins | rules).items():
@@ -118,100 +119,100 @@ VOCABULARY = sorted({word for rule in GRAMMAR.values() for _, parts in rule for 
 
 
 def expand(grammar: Grammar, symbol: str, rng: random.Random) -> list[str]:
-    """Draws the words of one derivation of `symbol`."""
-    words, todo = [], [symbol]
-    while todo:
-        symbol = todo.pop()
+    """Sample one derivation of `symbol` and return its words."""
+    words, stack = [], [symbol]
+    while stack:
+        symbol = stack.pop()
         if symbol in grammar:
             [(_, parts)] = rng.choices(grammar[symbol], weights=[probability for probability, _ in grammar[symbol]])
-            todo += reversed(parts)
+            stack += reversed(parts)
         else:
             words.append(symbol)
     return words
 
 
 def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
-    """P(symbol => words), summed over all parses: the inside probability (Baker 1979). Left recursion does not end."""
+    """Inside probability P(symbol => words), summed over all parses (Baker 1979). Left recursion never terminates."""
 
     @cache
     def ends(symbol: str, start: int) -> dict[int, float]:
         """end -> P(symbol => words[start:end])"""
-        found = defaultdict(float)
+        totals = defaultdict(float)
         for probability, parts in grammar[symbol]:
-            reached = {start: probability}
+            partial = {start: probability}  # position after the parts so far -> probability
             for part in parts:
-                step = defaultdict(float)
-                for at, p in reached.items():
+                advanced = defaultdict(float)
+                for position, p in partial.items():
                     if part in grammar:
-                        for end, q in ends(part, at).items():
-                            step[end] += p * q
-                    elif at < len(words) and words[at] == part:
-                        step[at + 1] += p
-                reached = step
-                if not reached:
+                        for end, q in ends(part, position).items():
+                            advanced[end] += p * q
+                    elif position < len(words) and words[position] == part:
+                        advanced[position + 1] += p
+                partial = advanced
+                if not partial:
                     break
-            for end, p in reached.items():
-                found[end] += p
-        return found
+            for end, p in partial.items():
+                totals[end] += p
+        return totals
 
     return ends(symbol, 0).get(len(words), 0.0)
 
 
 def sample(rng: random.Random) -> str:
-    """One review: two sentences of words and periods with single spaces between, 8 to 40 of them."""
+    """Sample one review: two sentences, 8 to 40 words and punctuation marks in all, separated by single spaces."""
     return " ".join(expand(GRAMMAR, "REVIEW", rng))
 
 
 @cache
 def openings(symbol: str) -> dict[str, dict[tuple[str, ...], float]]:
-    """First word of what `symbol` may become -> what is still to be expanded after that word -> probability."""
+    """First word of a derivation of `symbol` -> symbols still to be expanded after that word -> probability."""
     if symbol not in GRAMMAR:
         return {symbol: {(): 1.0}}
-    found = defaultdict(lambda: defaultdict(float))
+    totals = defaultdict(lambda: defaultdict(float))
     for probability, (head, *tail) in GRAMMAR[symbol]:
-        for word, rests in openings(head).items():
-            for rest, p in rests.items():
-                found[word][(*rest, *tail)] += probability * p
-    return found
+        for word, remainders in openings(head).items():
+            for remainder, p in remainders.items():
+                totals[word][(*remainder, *tail)] += probability * p
+    return totals
 
 
 def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
-    """k independent samples of the rest of a review that begins with `prompt`, from the exact conditional distribution.
+    """k independent continuations of a review that begins with `prompt`, from the exact conditional distribution.
 
-    P(rest | prompt) = sum over what may be left to expand after the prompt; ValueError where no review begins so.
+    P(continuation | prompt) sums over all symbol sequences that can remain after the prompt. ValueError if none can.
     """
-    left = {("REVIEW",): 1.0}
+    stacks = {("REVIEW",): 1.0}  # symbols still to be expanded -> probability
     for word in prompt.split():
-        after = defaultdict(float)
-        for (top, *below), p in left.items():
-            for rest, q in openings(top).get(word, {}).items():
-                after[(*rest, *below)] += p * q
-        left = {symbols: p for symbols, p in after.items() if symbols}
-        if not left:
+        advanced = defaultdict(float)
+        for (top, *below), p in stacks.items():
+            for remainder, q in openings(top).get(word, {}).items():
+                advanced[(*remainder, *below)] += p * q
+        stacks = {symbols: p for symbols, p in advanced.items() if symbols}
+        if not stacks:
             raise ValueError(f"no review goes on after {prompt!r}")
-    drawn = rng.choices(list(left), weights=list(left.values()), k=k)
-    return [" ".join(word for symbol in symbols for word in expand(GRAMMAR, symbol, rng)) for symbols in drawn]
+    sampled = rng.choices(list(stacks), weights=list(stacks.values()), k=k)
+    return [" ".join(word for symbol in symbols for word in expand(GRAMMAR, symbol, rng)) for symbols in sampled]
 
 
 def log_prob(text: str) -> float:
-    """ln P(text) in nats that `sample` gives exactly this text; -inf where the text is not grammatical."""
+    """ln P(`sample` returns exactly this text), in nats; -inf if the text is not grammatical."""
     probability = inside(GRAMMAR, "REVIEW", text.split())
     return math.log(probability) if probability > 0 else -math.inf
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The gold reward, and annotators who see it through noise.
+# The gold reward, and simulated annotators who see it with noise.
 
 
 def gold_reward(text: str) -> float:
-    """The sentiment of any text: mean 0 and deviation 1 over the grammar's samples, greater is kinder, always finite.
+    """Sentiment of any text: greater is more positive. Always finite; mean 0, deviation 1 over samples of the grammar.
 
         gold = (r - MEAN) / DEVIATION,   r = sum_i w_i e_i / sum_i w_i,   e_i = polarity * intensity * valence
 
     i runs over the opinion words. Polarity is NEGATED after a negation, else 1; intensity is that of the last
-    intensifier, else 1; both wait for the next opinion word, but not past a comma, a period or a contrast. w_i is
-    CONCEDED before "but" in the same sentence and from "although" to the next comma or period, else 1. A mean, so that
-    more sentences are not more reward; |r| <= 4.5, and 0 without an opinion.
+    intensifier, else 1. Both apply to the next opinion word only, and are reset at a comma, a period and a word of
+    TURNS or CONCESSIONS. w_i is CONCEDED before "but" in the same sentence and from "although" to the next comma or
+    period, else 1. Being a mean, r does not grow with the number of sentences. |r| <= 4.5; r = 0 without an opinion.
     """
     total = weights = 0.0
     sentence: list[tuple[float, float]] = []  # w_i, e_i
@@ -239,15 +240,15 @@ def gold_reward(text: str) -> float:
 def preference_rows(
     prompts: list[str], responses: list[list[str]], noise: float, rng: random.Random
 ) -> list[dict[str, str | float]]:
-    """Two responses to each prompt as an annotator chose: P(a over b) = sigmoid((gold(a) - gold(b)) / noise).
+    """Preference rows as a simulated annotator labels them: P(a over b) = sigmoid((gold(a) - gold(b)) / noise).
 
-    Bradley and Terry 1952; gold is of prompt and response together. `probability` is that of the label as drawn: below
-    0.5 where noise won.
+    Bradley and Terry 1952; gold is the reward of prompt and response together. `probability` is the probability of the
+    label that was drawn; it is below 0.5 if the annotator preferred the worse response.
     """
     rows = []
     for prompt, (a, b) in zip(prompts, responses, strict=True):
-        gap = gold_reward(f"{prompt} {a}") - gold_reward(f"{prompt} {b}")
-        probability = (1 + math.tanh(gap / noise / 2)) / 2  # sigmoid(gap / noise), without overflow
+        margin = gold_reward(f"{prompt} {a}") - gold_reward(f"{prompt} {b}")
+        probability = (1 + math.tanh(margin / noise / 2)) / 2  # sigmoid(margin / noise), without overflow
         if rng.random() >= probability:
             a, b, probability = b, a, 1 - probability
         rows.append({"prompt": prompt, "chosen": a, "rejected": b, "probability": probability})
@@ -255,45 +256,45 @@ def preference_rows(
 
 
 def rank(rewards: list[float], noise: float, rng: random.Random) -> list[int]:
-    """An annotator's ranks (1 best, no ties) of K responses: P(i first) = softmax(rewards / noise)_i, and so on.
+    """A simulated annotator's ranks of K responses (1 is best, no ties), drawn from the Plackett-Luce model.
 
-    Plackett 1975, Luce 1959. Drawn by sorting rewards + noise * Gumbel, where Gumbel = -ln(Exponential(1)).
+    P(i first) = softmax(rewards / noise)_i, then the same among the rest (Plackett 1975, Luce 1959). Drawn by sorting
+    rewards + noise * Gumbel, where Gumbel = -ln(Exponential(1)).
     """
-    seen = [reward - noise * math.log(rng.expovariate(1.0)) for reward in rewards]
-    order = sorted(range(len(seen)), key=seen.__getitem__, reverse=True)
-    return [order.index(i) + 1 for i in range(len(seen))]
+    noisy = [reward - noise * math.log(rng.expovariate(1.0)) for reward in rewards]
+    order = sorted(range(len(noisy)), key=noisy.__getitem__, reverse=True)
+    return [order.index(i) + 1 for i in range(len(noisy))]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Data and model.
+# Data, tokenizer and model.
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """The first 2 to 8 words of n reviews, never more than half of one."""
+    """The first 2 to 8 words of n reviews, and at most half of each review."""
     rng = random.Random(seed)
     reviews = [sample(rng).split() for _ in range(n)]
     return [" ".join(words[: rng.randint(2, min(8, len(words) // 2))]) for words in reviews]
 
 
 def rows(kind: str, n: int, seed: int = 0) -> list[tuple[str, dict]]:
-    """The data set `reviews`: n rows for supervised fine-tuning ("sft"), of prompts or of preferences ("preference").
+    """The data set `reviews`: n rows for supervised fine-tuning ("sft"), "prompts", or "preference" pairs.
 
-    The prompts are those of the preferences. A preference is between two continuations of one prompt, as the grammar
-    (and a model that learnt it) writes them.
+    "prompts" and "preference" have the same prompts. A preference compares two continuations sampled from the grammar.
     """
-    rng = random.Random(f"{kind} {seed}")  # so that the reviews of SFT and those that prompts begin are not the same
+    rng = random.Random(f"{kind} {seed}")  # the reviews of "sft" must differ from those that the prompts are taken from
     if kind == "sft":
-        found = [{"text": sample(rng)} for _ in range(n)]
+        data = [{"text": sample(rng)} for _ in range(n)]
     elif kind == "prompts":
-        found = [{"prompt": prompt} for prompt in prompts(n, seed)]
+        data = [{"prompt": prompt} for prompt in prompts(n, seed)]
     else:
         beginnings = prompts(n, seed)
-        found = preference_rows(beginnings, [continuations(prompt, 2, rng) for prompt in beginnings], NOISE, rng)
-    return [(f"reviews:{i}", row) for i, row in enumerate(found, 1)]
+        data = preference_rows(beginnings, [continuations(prompt, 2, rng) for prompt in beginnings], NOISE, rng)
+    return [(f"reviews:{i}", row) for i, row in enumerate(data, 1)]
 
 
 def tokenizer():
-    """One id per word of the grammar; <bos> in front; unknown words become <unk>; decoding joins with single spaces."""
+    """One id per word of the grammar. Adds <bos>, maps unknown words to <unk>, decodes with single spaces."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *VOCABULARY])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -311,8 +312,13 @@ def tokenizer():
     )
 
 
+def is_embedded(model_tokenizer) -> bool:
+    """Whether a model with this tokenizer belongs to the embedded task, whose gold reward and grammar are known."""
+    return model_tokenizer.get_vocab() == tokenizer().get_vocab()
+
+
 def config(tokenizer):
-    """The default model: a Llama of 0.46 million parameters."""
+    """Configuration of the default model, a Llama with 0.46 million parameters."""
     return transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

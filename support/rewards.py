@@ -1,11 +1,11 @@
-"""Where a reward comes from: the embedded task's gold reward, a reward model, or a function of your own.
+"""Load a reward function: the embedded task's gold reward, a reward model, or a Python function.
 
     gold               reviews.gold_reward of prompt and response together
-    RUN_DIR            a reward model (train_rm.py), read with its own tokenizer; its reward_mean is taken off
-    module:function    function(prompts, responses, rows) -> floats, found from the working directory
+    RUN_DIR            a reward model (train_rm.py) with its own tokenizer; its reward_mean is subtracted
+    module:function    function(prompts, responses, rows) -> floats, imported from the working directory
 
-All are called alike, with one entry for each sequence: its prompt (a text or messages), its response (a text), and the
-row of the data that it belongs to, in which `ended` is false where the response was cut before its end.
+All are called in the same way. Each argument has one entry per sequence: the prompt (a text or messages), the response
+(a text), and the row of the data set, in which `ended` is false if the response was truncated.
 """
 
 import importlib
@@ -18,8 +18,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf import BadInput, models, parallel, require, reviews
-from rlhf.data import Message, build
+from rlhf import BadInput, require
+from support import models, parallel, reviews, scoring, sharding
+from support.examples import build
+from support.rows import Message
+from support.scoring import Batching
 
 Reward = Callable[[Sequence[str | list[Message]], Sequence[str], Sequence[dict]], list[float]]
 
@@ -33,42 +36,42 @@ def load_reward(
     max_length: int = 1024,
     micro_batch_tokens: int = 2048,
 ) -> Reward:
-    """The reward function that `source` names; the lengths and the budget, in tokens, are a reward model's.
+    """The reward function named by `source`. The lengths and the budget, in tokens, apply to a reward model.
 
-    BadInput, naming `flag`, where there is no such source; and from the function itself, naming prompt and response,
-    where one cannot be scored, or where a function of the user's raises, or does not give one finite number for each.
+    Raises BadInput with `flag` if there is no such source. The returned function raises BadInput with the prompt and
+    response if it cannot score them, or if a user's function raises or does not return one finite number for each.
     """
     if source == "gold":
 
         def gold(prompts, responses, rows) -> list[float]:
-            require(all(isinstance(x, str) for x in prompts), f"{flag} gold: is of texts, and a prompt is messages")
+            require(all(isinstance(x, str) for x in prompts), f"{flag} gold: scores texts, but a prompt holds messages")
             return [reviews.gold_reward(f"{x} {y}") for x, y in zip(prompts, responses, strict=True)]
 
         return gold
     if not os.path.isdir(os.path.expanduser(source)) and source.count(":") == 1 and "/" not in source:
         function = checked(load_function(source, flag), f"{flag} {source}")
-        return lambda *sequences: parallel.once(lambda: function(*sequences))
+        return lambda *sequences: parallel.on_main(lambda: function(*sequences))
 
     tokenizer = models.load_tokenizer(source, trust_remote_code, flag)
     make = lambda device: models.load_reward_model(source, device, trust_remote_code, flag)  # noqa: E731
-    model, pad = parallel.load(make, device, torch.float32), models.pad_id(tokenizer)
+    model = sharding.load(make, device, torch.float32)
+    batching = Batching("auto", models.pad_id(tokenizer), torch.float32, micro_batch_tokens, device)
 
     def reward(prompts, responses, rows) -> list[float]:
-        found = []
+        rankings = []
         for prompt, response, row in zip(prompts, responses, rows, strict=True):
             empty = row.get("ended") is False and not tokenizer(response, add_special_tokens=False)["input_ids"]
             require(not empty, f"{flag} {source}: a response without a token has no reward ({place(prompt, response)})")
         if not responses:
             return []
         for prompt, sequences in itertools.groupby(zip(prompts, responses, rows, strict=True), key=lambda x: x[0]):
-            _, answers, sources = zip(*sequences, strict=True)
-            ended = [source.get("ended") is not False for source in sources]
-            found.append({"prompt": prompt, "responses": [*answers], "ended": ended})
-        places = [(f"response {i}", row) for i, row in enumerate(found, 1)]
-        examples, _ = build(places, tokenizer, "responses", max_prompt_length, max_length)
-        layout = models.choose_layout(model, examples, pad, torch.float32)
-        scores = models.score(model, examples, layout, pad, micro_batch_tokens, torch.float32)
-        values = torch.cat(scores).tolist()
+            _, answers, answer_rows = zip(*sequences, strict=True)
+            ended = [row.get("ended") is not False for row in answer_rows]
+            rankings.append({"prompt": prompt, "responses": [*answers], "ended": ended})
+        located = [(f"response {i}", ranking) for i, ranking in enumerate(rankings, 1)]
+        examples, _ = build(located, tokenizer, "responses", max_prompt_length, max_length)
+        layout = scoring.choose_layout(model, examples, batching)
+        values = torch.cat(scoring.score_rewards(model, examples, batching._replace(layout=layout))).tolist()
         for prompt, response, value in zip(prompts, responses, values, strict=True):
             require(math.isfinite(value), f"{flag} {source}: gave {value} ({place(prompt, response)})")
         return values
@@ -81,25 +84,25 @@ def one_line(error: Exception) -> str:
 
 
 def place(prompt: str | list[Message], response: str | tuple[str, str]) -> str:
-    """A sequence (for a judge, two responses) as messages name it."""
+    """The end of the prompt and the start of the response, for error messages. A judge's `response` is a pair."""
     return f"prompt {str(prompt)[-80:]!r}, response {str(response)[:80]!r}"
 
 
 def load_function(name: str, flag: str) -> Callable:
-    """The function of "module:function", whose module is looked for in the working directory too."""
+    """Import "module:function"; the working directory is searched too."""
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise BadInput(f"{flag} {name}: cannot be imported ({one_line(error)})") from error
-    require(callable(found), f"{flag} {name}: is not a function")
-    return found
+    require(callable(function), f"{flag} {name}: is not a function")
+    return function
 
 
 def checked(function: Reward, name: str) -> Reward:
-    """The function with its results checked, and its errors as one line that names prompt and response."""
+    """Wrap a function: check its results, and report its errors in one line with the prompt and response."""
 
     def reward(prompts, responses, rows) -> list[float]:
         sequences = list(zip(prompts, responses, rows, strict=True))

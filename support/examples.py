@@ -1,0 +1,550 @@
+"""Turn rows into token ids: prompts with their responses, and a report on the data.
+
+    load        read the examples of a source and print the data report; all scripts use it
+    build       rows -> Examples, and a Report of what was kept, truncated and dropped
+    held_out    split by the hash of the prompt, so that equal prompts stay together
+    show        format an example token by token
+
+The columns of a row decide its form. A prompt or response is a string or a list of {"role", "content"} messages:
+
+    SFT         prompt, completion | messages | text
+    preference  prompt, chosen, rejected | chosen, rejected with a shared beginning; optional margin, probability
+    ranking     prompt, responses, ranks        (1 is best, equal is a tie); optional ended, rewards and noise
+    unpaired    prompt, completion, label       (KTO)
+    prompts     prompt | any form that has one
+
+The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
+used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
+tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none.
+
+A sampled response that was truncated (`ended` is false, from sample.py) gets no EOS. For rankings by a simulated
+annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
+"""
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlhf import BadInput, require
+from support import reviews
+from support.rows import (
+    ASSISTANT,
+    HUMAN,
+    Dropped,
+    Message,
+    Row,
+    check_answer,
+    check_messages,
+    check_prompt,
+    check_text,
+    implicit,
+    one_line,
+    optional_list,
+    optional_number,
+    prompt_of,
+    read_rows,
+    shared_beginning,
+)
+
+KINDS = {  # what a script trains on -> the row forms it accepts; the first that matches is used
+    "sft": [["prompt", "completion"], ["messages"], ["text"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
+    "preference": [["prompt", "responses", "ranks"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
+    "unpaired": [["prompt", "completion", "label"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
+    "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
+    "responses": [["prompt", "responses"]],  # to be scored: they need no ranks, and none is dropped
+}
+REVIEWS_KINDS = {  # the kind of rows that the embedded task generates for each
+    "sft": "sft",
+    "prompts": "prompts",
+    **dict.fromkeys(("preference", "unpaired", "preference or prompts"), "preference"),
+}
+SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
+
+#
+
+
+@dataclass
+class Example:
+    """One prompt with its k responses, as token ids."""
+
+    where: str  # "prefs.jsonl:17", for error messages
+    prompt: list[int]  # never empty; begins with BOS if the tokenizer adds one
+    responses: list[list[int]]  # k lists, none empty; each ends in EOS unless it was truncated
+    prompt_text: str  # as rendered; "" for `text` rows
+    response_texts: list[str]
+    ranks: list[int]  # 1 is best, equal is a tie
+    labels: list[bool] | None  # unpaired rows: desirable or not
+    trained: list[list[bool]] | None  # conversations: which tokens of each response are trained; None: all
+    margin: float | None  # by how much the first response is better, if the row gives it
+    probability: float  # P(the first response is preferred)
+    row: dict
+    rewards: list[float] | None = None  # ranked by a simulated annotator: the true rewards of the responses
+    noise: float | None = None  # ranked by a simulated annotator: the scale of the noise on those rewards
+
+    def label_probability(self, better: int, worse: int) -> float:
+        """P(the annotator labels `better` as preferred to `worse`): sigmoid((r_better - r_worse) / noise) if the
+        rewards are known and the noise is above 0, else `probability`."""
+        if self.rewards is None or not self.noise:
+            return self.probability
+        return (1 + math.tanh((self.rewards[better] - self.rewards[worse]) / self.noise / 2)) / 2
+
+
+@dataclass
+class Report:
+    """Statistics of the data; `str(report)` is printed before training. Lengths are in tokens and include EOS."""
+
+    rows: int = 0
+    kept: int = 0
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
+    bos: int = 0  # prompts that begin with exactly one BOS
+    eos: int = 0  # responses that end in EOS
+    unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
+    prompt_lengths: list[int] = field(default_factory=list)
+    response_lengths: list[int] = field(default_factory=list)
+    length_difference: float | None = None  # mean of chosen - rejected over the pairs; tokens
+    longer_wins: float | None = None  # accuracy of "the longer response is better", ties count half; in [0, 1]
+    desirable: float | None = None  # fraction of the labels; in [0, 1]
+
+    def lines(self) -> list[str]:
+        out = [f"examples   {self.kept} of {self.rows} rows"]
+        if self.dropped:
+            out.append("dropped    " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items())))
+        if self.skipped:
+            out.append(f"skipped    {len(self.skipped)} bad rows, the first of them:")
+            out += [f"             {message}" for message in self.skipped[:3]]
+        if not self.kept:
+            return out
+        prompts, responses = self.prompt_lengths, self.response_lengths
+        out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
+        out.append(f"BOS        one in front of {self.bos} of {len(prompts)} prompts")
+        out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
+        if responses:
+            out.append(f"EOS        at the end of {self.eos} of {len(responses)} responses")
+            out.append(f"responses  {sum(responses) / len(responses):.1f} tokens on average, {max(responses)} at most")
+        if self.unknown:
+            out.append(f"unknown    {self.unknown:.1%} of the tokens: the tokenizer does not know their text")
+        if self.desirable is not None:
+            out.append(f"labels     {self.desirable:.1%} desirable")
+        if self.longer_wins is not None:
+            out.append(f"lengths    chosen - rejected = {self.length_difference:+.1f} tokens on average")
+            out.append(f"baseline   'the longer one is better' is right in {self.longer_wins:.1%} of the pairs")
+        return out
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+# ---------------------------------------------------------------------------------------- rendering a row
+
+
+@dataclass
+class _Draft:
+    """A row as text. A response is a list of pieces (text, trained), each tokenised separately."""
+
+    where: str
+    row: dict
+    prompt: str
+    responses: list[list[tuple[str, bool]]]
+    ranks: list[int]
+    labels: list[bool] | None = None
+    ended: list[bool] | None = None  # None: all
+    margin: float | None = None
+    probability: float = 1.0
+    rewards: list[float] | None = None
+    noise: float | None = None
+
+
+def _render(tokenizer, messages: list[Message], generate: bool = False) -> str:
+    """Render messages as one text; with `generate`, the text ends at the point where the assistant's answer starts."""
+    if not tokenizer.chat_template:
+        head = {"system": "\n\nSystem: ", "user": HUMAN + " ", "assistant": ASSISTANT + " ", "tool": "\n\nTool: "}
+        return "".join(head[m["role"]] + m["content"] for m in messages) + (ASSISTANT if generate else "")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except Exception as error:  # a template is a program and may raise anything
+        raise BadInput(f"the chat template refuses the messages ({one_line(error)}): mend them") from error
+
+
+def _turn(tokenizer, messages: list[Message], before: str) -> str:
+    """The text that the last message adds after `before`, up to its EOS if the template emits one."""
+    text = _render(tokenizer, messages)
+    if not text.startswith(before):
+        raise BadInput("the chat template does not begin a conversation with its prompt: give the row as strings")
+    added = text[len(before) :]
+    if tokenizer.eos_token:
+        head, eos, tail = added.rpartition(tokenizer.eos_token)
+        if eos and not tail.strip():
+            return head + eos
+    return added
+
+
+def _conversation(tokenizer, messages: list[Message]) -> tuple[str, list[tuple[str, bool]]]:
+    """The text before the first assistant turn, and the pieces from there to the last one (assistant turns trained)."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise BadInput("field 'messages' has no assistant message: give it one to train on")
+    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), generate=True)
+    pieces: list[tuple[str, bool]] = []
+    for i in turns:
+        before = _render(tokenizer, messages[:i], generate=True)
+        if not before.startswith(text):
+            raise BadInput("the chat template rewrites earlier turns: train on prompt, completion rows instead")
+        if len(before) > len(text):
+            pieces.append((before[len(text) :], False))
+        answer = _turn(tokenizer, messages[: i + 1], before)
+        pieces.append((answer, True))
+        text = before + answer
+    return prompt, pieces
+
+
+def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Draft:
+    for name in form:
+        if row.get(name) is None:
+            raise BadInput(f"field {name!r} is missing: give it to every row")
+
+    if form == ["text"]:
+        return _Draft(where, row, "", [[(check_text(row["text"], "text"), True)]], [1])
+    if form == ["messages"]:
+        messages = check_messages(row["messages"], "messages")
+        if kind == "sft":
+            prompt_text, pieces = _conversation(tokenizer, messages)
+            return _Draft(where, row, prompt_text, [pieces], [1])
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return _Draft(where, row, _render(tokenizer, check_prompt(messages, "messages"), generate=True), [], [])
+
+    draft = _Draft(where, row, "", [], [1])
+    pair = "chosen" in form
+    if pair and ("prompt" not in form or implicit(row)):
+        prompt, values = shared_beginning(row)
+        names = ["chosen", "rejected"]
+    else:
+        prompt = row["prompt"]
+        if kind == "prompts" and isinstance(prompt, str):  # a user message if the answers are messages
+            prompt = prompt_of(row)
+        names = [name for name in form if name in ("completion", "chosen", "rejected")]
+        values = [row[name] for name in names]
+    if "responses" in form:
+        values = row["responses"]
+        draft.ranks = row["ranks"] if "ranks" in form else [1] * (len(values) if isinstance(values, list) else 0)
+        if not isinstance(values, list) or not isinstance(draft.ranks, list) or not values:
+            raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
+        if len(values) != len(draft.ranks):
+            raise BadInput(f"field 'ranks' has {len(draft.ranks)} ranks for {len(values)} responses: give one for each")
+        if not all(isinstance(rank, int | float) and rank >= 1 and rank == rank // 1 for rank in draft.ranks):
+            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) on: rank the responses")
+        draft.ranks = [int(rank) for rank in draft.ranks]
+        draft.ended = optional_list(row, "ended", lambda x: isinstance(x, bool), "true or false")
+        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)  # noqa: E731
+        rewards = optional_list(row, "rewards", is_finite, "finite numbers")
+        draft.rewards = rewards and [float(x) for x in rewards]
+        draft.noise = optional_number(row, "noise", 0.0, 1e30)
+        names = [f"responses[{i}]" for i in range(len(values))]
+    elif pair:
+        draft.ranks = [1, 2]
+        draft.margin = optional_number(row, "margin", -1e30, 1e30)
+        probability = optional_number(row, "probability", 0.0, 1.0)
+        draft.probability = 1.0 if probability is None else probability
+        draft.labels = [True, False] if kind == "unpaired" else None
+    elif "label" in form:
+        if not isinstance(row["label"], int | float) or row["label"] not in (0, 1):
+            raise BadInput("field 'label' is not true or false: say whether the completion is desirable")
+        draft.labels = [bool(row["label"])]
+
+    if kind == "prompts":
+        values, names, draft.ranks = [], [], []
+    elif kind == "sft":
+        values, names, draft.ranks, draft.margin, draft.probability = values[:1], names[:1], [1], None, 1.0
+
+    if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
+        draft.prompt = check_text(prompt, "prompt")
+        draft.responses = [
+            [(check_text(value, name, draft.ended is not None), True)]
+            for value, name in zip(values, names, strict=True)
+        ]
+    else:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
+        prompt = check_messages(prompt, "prompt")
+        draft.prompt = _render(tokenizer, check_prompt(prompt, "prompt"), generate=True)
+        for value, name in zip(values, names, strict=True):
+            messages = [*prompt, check_answer(value, name, draft.ended is not None)]
+            draft.responses.append([(_turn(tokenizer, messages, draft.prompt), True)])
+        for i, ended in enumerate(draft.ended or ()):
+            if not ended:  # a truncated response does not contain the template's end-of-turn markup
+                [(text, _)], content = draft.responses[i], check_answer(values[i], names[i], True)["content"].strip()
+                if content not in text:
+                    raise BadInput(f"the chat template rewrites field {names[i]!r}: give the row as strings")
+                draft.responses[i] = [(text[: text.rfind(content) + len(content)], True)]
+    if "ranks" in form and len(set(draft.ranks)) == 1:
+        raise Dropped("ties throughout")
+    return draft
+
+
+# ------------------------------------------------------------------------------------------------ token ids
+
+
+def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
+    """Read a source, turn its rows into examples, and print the data report.
+
+    `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
+    skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
+    """
+    if source == "reviews":
+        rows, skipped = reviews.rows(REVIEWS_KINDS[kind], reviews.ROWS), []
+    else:
+        rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
+    if kind == "preference or prompts":
+        kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
+    max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
+    examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
+    print(f"{source}\n{report}\n")
+    return examples
+
+
+def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: --data and --eval-data, or a split of --data if --eval-data is not given.
+    Raises BadInput if no training example is left."""
+    train = load(a.data, kind, tokenizer, a)
+    if a.eval_data:
+        held = load(a.eval_data, kind, tokenizer, a)
+    else:
+        train, held = held_out(train, a.eval_fraction, split_by)
+    require(bool(train), f"--data {a.data}: no example is left to train on")
+    return train, held
+
+
+def build(
+    rows: Sequence[Row],
+    tokenizer,
+    kind: str,
+    max_prompt_length: int,
+    max_length: int,
+    skip_bad_rows: bool = False,
+    skipped: Sequence[str] = (),
+) -> tuple[list[Example], Report]:
+    """Examples of one of KINDS, and the data report.
+
+    A prompt is truncated on the left to `max_prompt_length` tokens and keeps its BOS. A response is truncated on the
+    right so that prompt and response have at most `max_length` tokens; it then has no EOS. `skipped`: the messages of
+    `read_rows`, for the report. A malformed row raises BadInput; with `skip_bad_rows` it is left out and counted.
+    """
+    if max_prompt_length < 1:
+        raise BadInput(f"--max-prompt-length {max_prompt_length}: leaves no token for the prompt: give 1 or more")
+    if max_length < 2:
+        raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
+    form = _choose_form(rows, kind)
+    if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
+        raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
+    report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+
+    def attempt(where: str, step: Callable, *args):
+        try:
+            return step(*args)
+        except Dropped as reason:
+            report.dropped[str(reason)] += 1
+        except BadInput as error:
+            if not skip_bad_rows:
+                raise BadInput(f"{where}: {error} or use --skip-bad-rows") from error
+            report.skipped.append(f"{where}: {error}")
+
+    drafts = [attempt(where, _make_draft, where, row, form, kind, tokenizer) for where, row in rows]
+    drafts = [draft for draft in drafts if draft is not None]
+    pieces = {text for draft in drafts for response in draft.responses for text, _ in response}
+    texts = ["", *sorted(pieces | {draft.prompt for draft in drafts})]
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+
+    bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+    limits = min(max_prompt_length, max_length - 1), max_length
+    examples = [attempt(draft.where, _make_example, draft, ids, tokenizer, bos, *limits, report) for draft in drafts]
+    examples = [example for example in examples if example is not None]
+    if not examples:
+        reasons = [f"{n} {reason}" for reason, n in report.dropped.items()] + report.skipped[:1]
+        name = rows[0][0].rpartition(":")[0]
+        raise BadInput(f"{name}: nothing is left of its {len(rows)} rows ({'; '.join(reasons)}): give other data")
+    _fill_report(report, examples, tokenizer)
+    return examples, report
+
+
+def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
+    """The first row form that at least one row matches. All rows must then have its columns."""
+    if not rows:
+        raise BadInput("the data holds no rows: give it some")
+    filled = {frozenset(name for name, value in row.items() if value is not None) for _, row in rows}
+    for form in KINDS[kind]:
+        if any(names.issuperset(form) for names in filled):
+            return form
+    columns = ", ".join(repr(str(name)[:40]) for name in sorted(set().union(*filled), key=str)[:20]) or "none"
+    needed = " | ".join(", ".join(form) for form in KINDS[kind])
+    name = rows[0][0].rpartition(":")[0]
+    others = [k for k in ("preference", "unpaired", "sft") if any(n.issuperset(f) for n in filled for f in KINDS[k])]
+    hint = f"use {SCRIPTS[others[0]]}, or rename" if others else "rename"
+    raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
+
+
+def _make_example(
+    draft: _Draft,
+    ids: dict[str, list[int]],
+    tokenizer,
+    bos: int | None,
+    max_prompt_length: int,
+    max_length: int,
+    report: Report,
+) -> Example:
+    """Look up the ids of prompt and responses, add BOS and EOS, and truncate to the two lengths."""
+    eos = tokenizer.eos_token_id
+    responses, trained = [], []
+    for pieces, ended in zip(draft.responses, draft.ended or [True] * len(draft.responses), strict=True):
+        response: list[int] = []
+        mask: list[bool] = []
+        for i, (text, train) in enumerate(pieces):
+            piece = list(ids[text])
+            if train and not piece and draft.ended is None:
+                raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
+            ends = i == len(pieces) - 1 or not tokenizer.chat_template
+            if train and ends and ended and eos is not None and piece[-1:] != [eos]:
+                piece.append(eos)
+            response += piece
+            mask += [train] * len(piece)
+        if not response:
+            raise Dropped("a response without a token")
+        responses.append(response)
+        trained.append(mask)
+
+    prompt = list(ids[draft.prompt])
+    if draft.prompt:
+        if bos is not None and prompt[:1] != [bos]:
+            prompt = [bos, *prompt]
+        if not prompt:
+            raise BadInput(f"the prompt has no token in this tokenizer ({draft.prompt[:40]!r}): give it another text")
+    else:  # the prompt of a `text` row is BOS, else EOS, else the first token of the text, which is then not trained
+        start = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        prompt = [responses[0][0] if start is None else start]
+        if responses[0][0] == prompt[0]:
+            responses, trained = [responses[0][1:]], [trained[0][1:]]
+        if not responses[0]:
+            raise BadInput("field 'text' has one token only, and nothing to predict it from: give it a longer text")
+
+    prompt_cut = len(prompt) > max_prompt_length
+    if prompt_cut:
+        head = [bos] if prompt[0] == bos else []
+        prompt = head + prompt[len(prompt) - max_prompt_length + len(head) :]
+    limit = max_length - len(prompt)
+    truncated = [response[:limit] for response in responses]
+    trained = [mask[:limit] for mask in trained]
+    if len(set(draft.ranks)) > 1 and all(response == truncated[0] for response in truncated):
+        raise Dropped("identical responses")
+    report.prompts_cut += prompt_cut
+    report.responses_cut += sum(len(response) > limit for response in responses)
+    return Example(
+        where=draft.where,
+        prompt=prompt,
+        responses=truncated,
+        prompt_text=draft.prompt,
+        response_texts=["".join(text for text, _ in pieces) for pieces in draft.responses],
+        ranks=draft.ranks,
+        labels=draft.labels,
+        trained=None if all(map(all, trained)) else trained,
+        margin=draft.margin,
+        probability=draft.probability,
+        rewards=draft.rewards,
+        noise=draft.noise,
+        row=draft.row,
+    )
+
+
+def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    responses = [response for example in examples for response in example.responses]
+    report.kept = len(examples)
+    report.bos = sum(example.prompt[0] == bos and example.prompt[1:2] != [bos] for example in examples)
+    report.eos = sum(response[-1] == eos for response in responses)
+    report.prompt_lengths = [len(example.prompt) for example in examples]
+    report.response_lengths = [len(response) for response in responses]
+    if tokenizer.unk_token_id not in (None, bos, eos):
+        rows = [*(example.prompt for example in examples), *responses]
+        report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
+    labels = [label for example in examples for label in example.labels or ()]
+    report.desirable = sum(labels) / len(labels) if labels else None
+
+    differences, longer_wins = [], []  # of each pair: expectations under the label's probability
+    for example in examples:
+        for better, worse in itertools.permutations(range(len(example.responses)), 2):
+            if example.ranks[better] < example.ranks[worse]:
+                difference = len(example.responses[better]) - len(example.responses[worse])
+                probability = example.label_probability(better, worse)
+                differences.append((2 * probability - 1) * difference)
+                correct = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
+                longer_wins.append(probability * correct + (1 - probability) * (1 - correct))
+    if longer_wins:
+        report.length_difference = sum(differences) / len(differences)
+        report.longer_wins = sum(longer_wins) / len(longer_wins)
+
+
+# ------------------------------------------------------------------------------------------ splitting, showing
+
+
+def group_of(example: Example, column: str | None = None) -> str:
+    """The key that a split keeps together: the text of the prompt, or the value of a column of the row."""
+    if column is None:
+        return example.prompt_text or example.response_texts[0]
+    value = example.row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None:
+        raise BadInput(f"{example.where}: field {column!r} is missing: name another column to split by")
+    return str(value)
+
+
+def held_out(
+    examples: Sequence[Example], fraction: float, column: str | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples. An example is held out if sha256(prompt), as a number in [0, 1), is < `fraction`.
+
+    The split depends only on the text, not on order or seed, so equal prompts stay together. For `text` rows the whole
+    text is hashed. With `column` ("topic", or "meta.topic" if nested), the column's value is hashed instead.
+    """
+    parts: tuple[list[Example], list[Example]] = [], []
+    for example in examples:
+        text = group_of(example, column)
+        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        parts[position < fraction].append(example)
+    return parts
+
+
+def probes(prompts: Sequence[Example], tokens: int, without: Collection[int] = ()) -> list[Example]:
+    """The shortest and the longest prompt, each with two artificial responses of `tokens` tokens. They serve to choose
+    the layout before anything is sampled. `without`: ids that the responses must not contain, such as the pad id."""
+    extremes = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
+    allowed = [token for token in extremes[1].prompt if token not in without] or [max(without) + 1]
+    response = (allowed * tokens)[:tokens]
+    return [replace(e, responses=[response, response[::-1]], ranks=[1, 1]) for e in extremes]
+
+
+def show(example: Example, tokenizer) -> str:
+    """The example token by token, with `+` before each trained token and `.` before the others."""
+
+    def block(ids: list[int], trained: list[bool]) -> list[str]:
+        lines = [""]
+        for token, train in zip(ids, trained, strict=True):
+            word = ("+" if train else ".") + repr(tokenizer.decode([token]))
+            if len(lines[-1]) + len(word) > 110:
+                lines.append("")
+            lines[-1] += " " + word
+        return ["   " + line for line in lines]
+
+    prompt = example.prompt
+    out = [f"{example.where}: prompt, {len(prompt)} tokens", *block(prompt, [False] * len(prompt))]
+    for i, ids in enumerate(example.responses):
+        trained = example.trained[i] if example.trained else [True] * len(ids)
+        label = f"rank {example.ranks[i]}"
+        if example.labels is not None:
+            label = "desirable" if example.labels[i] else "undesirable"
+        out += [f"response {i + 1} ({label}), {len(ids)} tokens, {sum(trained)} trained", *block(ids, trained)]
+    return "\n".join(out)

@@ -1,0 +1,345 @@
+"""Loading and saving policies, references and reward models; their adapters and their attention.
+
+Every causal language model of the `transformers` library can be a policy. A reward model is the library's sequence
+classifier with one label. Nothing here is remembered on the model: what a function needs to know, it reads from the
+model's own config and modules.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rlhf import BadInput, require
+from rlhf.logprobs import Head
+from rlhf.tree import tree_attention
+from support import answer_at_once_offline, lazy_import
+
+modeling_layers = lazy_import("transformers.modeling_layers")
+peft = lazy_import("peft")
+transformers.utils.logging.disable_progress_bar()  # the library's bars for loading and writing files would break ours
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKED = "tree_"  # before the name of a model's own attention: the attention over packed trees in its place
+
+# ------------------------------------------------------------------------------------------------- loading and saving
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--model"):
+    """The tokenizer of a run directory, a local folder or a hub id. BadInput, in one line, if there is none."""
+    with _one_line_errors(name, flag):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def require_same_tokenizer(ref: str | None, model: str, tokenizer, trust_remote_code: bool) -> None:
+    """BadInput if a reference is named whose vocabulary is not that of the model's tokenizer."""
+    if ref and load_tokenizer(ref, trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"--ref {ref}: its tokenizer is not the one of --model {model}")
+
+
+def load_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--model"):
+    """The causal language model of a run directory, a local folder or a hub id; weights in float32, dropout off.
+
+    A folder of adapters (`add_lora`) is loaded as the model that they were trained on with the adapters merged into it.
+    BadInput, in one line, if there is no such model or it is not a causal language model.
+    """
+    require(
+        not is_reward_model(name, trust_remote_code, flag),
+        f"{flag} {name}: a reward model, where a causal language model is wanted",
+    )
+    if base := _base_of_adapters(name):
+        model = load_model(base, "cpu", trust_remote_code, flag)
+        with _one_line_errors(name, flag):
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+        model.name_or_path = name  # further adapters record it as their base model
+    else:
+        with _one_line_errors(name, flag):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    return without_dropout(model).to(device)
+
+
+def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
+    """Whether the config of a run directory, local folder or hub id names a sequence classifier."""
+    while base := _base_of_adapters(name):
+        name = base
+    with _one_line_errors(name, flag):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+
+
+def load_reward_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--reward"):
+    """The reward model of a run directory, a local folder or a hub id: a sequence classifier with one label, weights
+    in float32, dropout off. BadInput, in one line, for anything else."""
+    require(
+        is_reward_model(name, trust_remote_code, flag),
+        f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
+    )
+    with _one_line_errors(name, flag, "reward model"):
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    missing = ", ".join(sorted(info["missing_keys"]))
+    require(not missing, f"{flag} {name}: no reward model: its weights lack {missing}")
+    require(model.config.pad_token_id is not None, f"{flag} {name}: no reward model: its config has no pad id")
+    require(
+        model.config.num_labels == 1 and isinstance(getattr(model, "score", None), torch.nn.Linear),
+        f"{flag} {name}: no reward model: it has {model.config.num_labels} labels, or a head that is no linear score",
+    )
+    return without_dropout(model).to(device)
+
+
+def new_reward_model(policy, tokenizer):
+    """A reward model made of the policy's own backbone and a new head w ~ N(0, 1 / sqrt(d + 1)) without bias.
+
+    The deviation is that of Stiennon et al. 2020 (arXiv 2009.01325), so that first scores have a deviation of about 1.
+    The library's classifier reads the last token that is not its pad id, so the pad id must not be the EOS id. If it
+    is, the tokenizer's pad token becomes its BOS token, or a new one. Consumes the global random state.
+    BadInput if transformers has no such class for the architecture.
+    """
+    set_attention(policy, packed=False)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id):
+            tokenizer.pad_token = tokenizer.bos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
+                policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = policy.config
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        model = None
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or type(model.base_model) is not type(
+        policy.base_model
+    ):
+        raise BadInput(
+            f"--model: transformers has no sequence classifier for {config.model_type} models, which a reward model is "
+            "saved as: start from another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-2"
+        )
+    setattr(model, model.base_model_prefix, policy.base_model)
+    head = torch.nn.Linear(model.score.in_features, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    model.score = head.to(policy.device)
+    return without_dropout(model)
+
+
+def has_reward_head(model) -> bool:
+    """Whether a loaded model is a reward model or a critic, and not a policy."""
+    return hasattr(model, "score")
+
+
+def save(model, tokenizer, out: Path, lora=None, merge: bool = False) -> None:
+    """Write weights (safetensors), config and tokenizer as `from_pretrained` reads them.
+
+    With `add_lora`'s handle only the adapters are written, and loading them needs the model that they were trained on;
+    with `merge` the model is written, with the adapters merged into its weights."""
+    if lora and merge:
+        model, lora = lora.merge_and_unload(), None
+    (lora or model).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _base_of_adapters(name: str) -> str | None:
+    """The model that the adapters in a folder were trained on; None if the folder has none."""
+    path = Path(name).expanduser() / "adapter_config.json"
+    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+
+
+@contextmanager
+def _one_line_errors(name: str, flag: str, kind: str = "causal language model") -> Iterator[None]:
+    """Turn what the library says about a model that it cannot load into one line."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise BadInput(f"{flag} {name}: no such folder")
+        answer_at_once_offline()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if os.path.isdir(name):
+            raise BadInput(f"{flag} {name}: the folder has no {kind}: {reason}") from None
+        raise BadInput(
+            f"{flag} {name}: not a local folder, and the model hub did not give it; without network, download it "
+            f"elsewhere with `hf download {name} --local-dir DIR` and use {flag} DIR ({reason})"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------- dropout, adapters, layers
+
+
+def without_dropout(model):
+    """The model in eval mode, with every dropout probability 0 in either mode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for field, value in [*vars(module).items()]:  # probabilities kept as plain numbers, and routers' noise
+            if isinstance(value, float) and ("drop" in field or "jitter" in field):
+                setattr(module, field, 0.0)
+    return model.eval()
+
+
+def add_lora(model, rank: int, seed: int = 0):
+    """Freeze the model and put low-rank adapters into it, in place; returns peft's handle on them.
+
+        W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
+
+    Every linear layer gets one except the output head (in a mixture, those experts that are such layers). At first the
+    model computes what it did before, and inside `without_lora` it always does, so the reference needs no weights of
+    its own. Of several processes that share the model each has all of the adapters. Seeds the global random state.
+    """
+    torch.manual_seed(seed)
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+@contextmanager
+def without_lora(model):
+    """Switch the adapters of `add_lora`, if there are any, off inside. BadInput if peft's layers have another switch
+    than the one that is used here."""
+    adapted = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    require(
+        bool(adapted) or not any("lora_" in name for name, _ in model.named_parameters()),
+        f"--lora-rank: without_lora in support/models.py cannot switch off the adapters of peft {peft.__version__}",
+    )
+    for module in adapted:
+        module._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
+
+
+def prepare_training(model, a: Any, lora_rank: int = 0):
+    """Apply the flags --lora-rank, --gradient-checkpointing and --compile; returns the handle on the adapters."""
+    lora = add_lora(model, lora_rank, a.seed) if lora_rank else None
+    if a.gradient_checkpointing:
+        checkpoint_layers(model)
+    if a.compile:
+        compile_layers(model)
+    return lora
+
+
+def trained(model) -> dict[str, Tensor]:
+    """The part of the model's state that is trained: everything, or with `add_lora` the adapters."""
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: weight for name, weight in model.state_dict().items() if name not in frozen}
+
+
+def layers(model) -> list[torch.nn.Module]:
+    """The model's layers, as its class names them for the library (FSDP puts its own name before theirs)."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+
+
+def checkpoint_layers(model) -> None:
+    """From now on recompute each layer's activations in the backward pass instead of keeping them.
+
+    The recomputation uses the attention that the forward pass had, even if `set_attention` was called in between.
+    BadInput if the library's model has no layers that can do that.
+    """
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _attention(model, model.config._attn_implementation)
+
+    kind = model.config.model_type
+    able = any(isinstance(module, modeling_layers.GradientCheckpointingLayer) for module in model.modules())
+    require(able, f"--gradient-checkpointing: not possible with {kind} models")
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def checkpointed_layers(model) -> list[torch.nn.Module]:
+    """The layers that `checkpoint_layers` switched. They recompute in train mode only."""
+    kind = modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind) and module.gradient_checkpointing]
+
+
+def compile_layers(model) -> None:
+    """From now on run the layers compiled (torch.compile), under the same weight names.
+
+    Each layer is a region of its own and all lengths share a graph. The attention over packed trees stays eager, so
+    that one compilation serves all layers and batches. After `checkpoint_layers` the parts of each layer are compiled,
+    because the library's checkpoint calls the layer uncompiled. Results differ by rounding.
+    BadInput if the library does not name the model's layers.
+    """
+    regions = layers(model)
+    require(bool(regions), f"--compile: the library names no layers of {model.config.model_type} models")
+    for layer in regions:
+        for region in layer.children() if getattr(layer, "gradient_checkpointing", False) else [layer]:
+            region.compile(dynamic=True)
+
+
+def eager(model) -> AbstractContextManager:
+    """Run what `compile_layers` compiled uncompiled inside: in generation each token would bring new cache sizes."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+# ------------------------------------------------------------------------------------------- attention, positions, head
+
+
+def set_attention(model, packed: bool) -> None:
+    """Set the model's attention for packed trees (a batch with `segments`), or back to its own for plain rows.
+
+    Whoever computes hidden states calls this with what the batch is, so no caller has to remember it. The setting
+    stays: a backward pass may still need it. Generation needs the model's own attention.
+    """
+    plain = (model.config._attn_implementation or "").removeprefix(PACKED)
+    name = PACKED + plain if packed else plain
+    if name == (model.config._attn_implementation or ""):
+        return
+    if packed:
+        transformers.AttentionInterface.register(name, _never_compiled(tree_attention))
+    model.set_attn_implementation(name or None)
+
+
+@contextmanager
+def _attention(model, name: str | None) -> Iterator[None]:
+    """Set the attention of this name inside, and the current one again afterwards."""
+    current = model.config._attn_implementation
+    if current == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(current)
+
+
+@functools.cache
+def _never_compiled(attention: Callable) -> Callable:
+    return torch.compiler.disable(attention)
+
+
+def pad_id(tokenizer) -> int:
+    """The id that fills padded rows. It may equal EOS: masks come from lengths, never from ids."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def positions(model) -> int | None:
+    """The number of positions that the model learnt one by one and cannot exceed; None if it computes positions."""
+    learnt = ("wpe", "embed_positions", "position_embeddings")
+    names = [name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    return model.config.max_position_embeddings if any(name in learnt for name in names) else None
+
+
+def output_head(model) -> Head:
+    """The output layer as the log-prob kernel wants it; each family's config has its own names for scale and cap."""
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))

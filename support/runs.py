@@ -1,0 +1,488 @@
+"""Around the training loop: the flags that scripts share, the run directory, progress and checkpoints.
+
+runs/NAME/
+  args.json, environment.json, train_NAME.py    what was run: flags, versions, commit, the script's source
+  metrics.jsonl, samples.jsonl, curves.png      what happened (docs/metrics.md explains each metric)
+  config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it
+  results.json                                  the final metrics; written last, so a run that has it is complete
+  checkpoint/step-N/                            while training: all that is needed to go on from step N
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+import rlhf
+from rlhf import BadInput, require
+from support import lazy_import, models, parallel, report, reviews, sharding
+
+wandb = lazy_import("wandb")
+
+PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
+FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is missing
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+@dataclass
+class Flags:
+    """Flags of every script that reads rows."""
+
+    data: str = "reviews"
+    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
+    split: str | None = None
+    """split of a hub data set; default train"""
+    skip_bad_rows: bool = False
+    """drop and count rows that cannot be used instead of stopping at the first"""
+    out: str = "runs/NAME"
+    """run directory; one that is in use is never overwritten"""
+    max_prompt_length: int = 512
+    """tokens of a prompt, >= 1; longer ones lose their beginning"""
+    max_new_tokens: int = 128
+    """tokens of a sampled answer at most, >= 1"""
+    resume: bool = False
+    """continue from the last checkpoint in --out, with the same flags; on a CPU the result is the same bit for bit"""
+    dry_run: bool = False
+    """print the data report and three examples token by token, and stop there"""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """how responses share a forward pass: tree encodes the prompt once; auto uses it if a check finds it right"""
+    micro_batch_tokens: int = 8192 if torch.cuda.is_available() else 1024
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 8192 on a machine with
+    CUDA, and 1024 on one without, where more is no faster"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """torch device"""
+    seed: int = 0
+    """of everything random: order of the data, sampling, new weights"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+
+@dataclass
+class TrainingFlags(Flags):
+    """Flags of the four training scripts."""
+
+    model: str = SFT_MODEL
+    """starting weights: a run directory, a local folder or a hub id; runs/sft is made first if it is missing"""
+    eval_fraction: float | None = None
+    """share of prompts held out, by hash of their text, in [0, 1); default 0.05 (embedded: 0.1)"""
+    eval_prompts: int | None = None
+    """held-out prompts answered before and after, >= 0; default 16 (embedded: 512)"""
+
+    lr: float | None = None
+    """peak learning rate of AdamW, > 0"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """how the learning rate goes on after the warm-up: it falls to 0 as a cosine or linearly, or stays"""
+    warmup: float = 0.1
+    """share of the steps over which the learning rate rises linearly, in [0, 1)"""
+    max_grad_norm: float = 1.0
+    """gradients with a larger norm are scaled down to it, > 0"""
+    batch_size: int = 64
+    """prompts per optimizer step, >= 1"""
+    max_steps: int | None = None
+    """stop after this many optimizer steps, >= 1; the schedule ends there too"""
+    save_every: int = 100
+    """optimizer steps between checkpoints, >= 1"""
+    wandb: bool = False
+    """log to Weights & Biases too"""
+
+    gradient_checkpointing: bool = False
+    """recompute the layers' activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; needs a C++ compiler"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights (the master copy), optimizer and log-probs are always float32"""
+
+
+@dataclass
+class EpochFlags(TrainingFlags):
+    """Flags of the scripts that train in passes over a data set: SFT, the reward model, DPO."""
+
+    eval_data: str | None = None
+    """held-out rows, in the same forms; default: a share of --data"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, >= 0"""
+    epochs: int = 1
+    """passes over the data, >= 1"""
+    max_length: int = 1024
+    """tokens of a prompt with one response, > max-prompt-length; longer responses lose their end"""
+    eval_every: int = 100
+    """optimizer steps between evaluations on the held-out rows, >= 1"""
+
+
+@dataclass
+class LoraFlags:
+    """Flags of the scripts that can train low-rank adapters of the policy."""
+
+    lora_rank: int = 0
+    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they need a learning rate
+    about ten times as high"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone"""
+
+
+RANGES = rlhf.RANGES | rlhf.ranges(  # of every flag that has one, in all scripts
+    {
+        "at least 1": (
+            lambda x: x >= 1,
+            "batch_size micro_batch_tokens epochs max_steps max_prompt_length eval_every save_every max_new_tokens k"
+            " max_prompts epochs_per_rollout overlap",
+        ),
+        "at least 0": (
+            lambda x: 0 <= x < math.inf,
+            "weight_decay eval_prompts eval_pairs keep_softmax_mib noise margin_coef lora_rank entropy_coef ptx_coef",
+        ),
+        "above 0": (lambda x: 0 < x < math.inf, "lr critic_lr adam_eps max_grad_norm temperature kl_stop"),
+        "in [0, 1)": (lambda x: 0 <= x < 1, "warmup eval_fraction"),
+        "in [0, 1]": (lambda x: 0 <= x <= 1, "overlap_share"),
+        "in (0, 1]": (lambda x: 0 < x <= 1, "kl_horizon"),
+        "in [0, 65535]": (lambda x: 0 <= x <= 65535, "port"),
+    }
+)
+
+
+def check(args: Any) -> None:
+    """BadInput if a flag of `args` is outside its range. None, where a flag allows it, is its default."""
+    for name, value in vars(args).items():
+        if name in RANGES and value is not None:
+            words, test = RANGES[name]
+            require(test(value), f"--{name.replace('_', '-')} must be {words}, not {value}")
+    merged = getattr(args, "lora_merge", False) and not args.lora_rank
+    require(not merged, "--lora-merge: there are no adapters to merge without --lora-rank")
+    if hasattr(args, "max_length"):
+        require(
+            args.max_prompt_length < args.max_length,
+            f"--max-prompt-length {args.max_prompt_length} must be below --max-length {args.max_length}",
+        )
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+
+
+def with_defaults(args: Any, defaults: dict[str, Any]) -> Any:
+    """The flags, checked, with those that were left unset (None) filled in."""
+    args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
+    check(args)
+    return args
+
+
+def cli(main: Callable, args_class: type) -> None:
+    """Read the flags and run; a BadInput is one line on stderr and exit code 2, and so is anything tyro refuses.
+
+    `--help` shows the flags that the script declares itself first, then those that it shares with the others.
+    """
+    fields = args_class.__dataclass_fields__
+    args_class.__dataclass_fields__ = {name: fields[name] for name in vars(args_class)["__annotations__"]} | fields
+    try:
+        main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
+    except BadInput as error:
+        sys.exit(_complain(error, 2))
+    except (OSError, FloatingPointError) as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _complain(error: Exception, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    if rank and not isinstance(error, OSError):  # the main process says what all processes have met, and its end is
+        for number in (signal.SIGINT, signal.SIGTERM):  # that of the others: theirs would cut its message short
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(10)
+    for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
+        bar.close()
+    print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------------------------- before and in the loop
+
+
+def is_made(out: str) -> bool:
+    """Whether a run directory holds a finished run, or a model that someone put there."""
+    has = {name: (Path(out) / name).exists() for name in ("results.json", "config.json", "args.json")}
+    return has["results.json"] or (has["config.json"] and not has["args.json"])
+
+
+def make_missing(script: ModuleType, path: str, device: str) -> None:
+    """Train the embedded task's model with a script's own defaults, or finish it, if `path` is that script's --out and
+    holds no model yet."""
+    if path != script.Args.out or is_made(path):
+        return
+    require(not parallel.several(), f"{path} is missing: run {script.__name__}.py first, or name another")
+    print(f"{path} is missing: making it with {script.__name__}.py first\n")
+    script.main(script.Args(device=device, resume=(Path(path) / "args.json").exists()))
+    print()
+
+
+def load_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, bool]:
+    """The tokenizer of --model, and whether it is the embedded task's, whose gold reward and grammar are known. The
+    default model need not be made yet."""
+    to_make = model == SFT_MODEL and not is_made(model)
+    tokenizer = reviews.tokenizer() if to_make else models.load_tokenizer(model, trust_remote_code)
+    return tokenizer, reviews.is_embedded(tokenizer)
+
+
+def start(args: Any, script: str) -> "Run":
+    """The run directory of a training script, whose processes, if torchrun started several, meet here."""
+    torch.manual_seed(args.seed)
+    parallel.start(args.device)
+    return Run(args, script)
+
+
+def schedule(step: int, steps: int, warmup: float, kind: str = "cosine") -> float:
+    """Share of the peak learning rate at `step` (0-based): a linear warm-up over the first `warmup` share of the steps,
+    then a cosine or a line that would reach 0 one step after the last, or a constant 1."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    after, rest = step - rising, steps - rising
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * after / rest)), "linear": 1 - after / rest, "constant": 1.0}[kind]
+
+
+class Run:
+    """A run directory and what is written to it while training.
+
+    A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run. Nothing
+    is written before `start`, so that a command which fails on its data can be given again as it is.
+    After SIGINT or SIGTERM `interrupted` is the signal's number: the loop finishes its step, saves, and calls `leave`.
+    Of several processes the main one writes and shows, and all take part in checkpoints and in stopping.
+    """
+
+    def __init__(self, args: Any, script: str):
+        joined = parallel.several() or int(os.environ.get("WORLD_SIZE", 1)) == 1
+        require(joined, f"{Path(script).name} works in one process only: run it without torchrun")
+        self.args, self.out, self.script, self.bar = args, Path(args.out), script, None
+        self.interrupted = self.signalled = 0
+        self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
+        keep_freed_memory()
+        begun = (self.out / "args.json").exists()
+        if args.dry_run:
+            return
+        if begun and not args.resume:
+            raise BadInput(f"--out {self.out} already holds a run: continue it with --resume, or name another --out")
+        if (self.out / "config.json").exists() and not begun:
+            raise BadInput(f"--out {self.out} already holds a model: name another --out")
+        if args.resume and not begun:
+            raise BadInput(f"--resume: {self.out} holds no run to continue")
+        if begun:
+            before = json.loads((self.out / "args.json").read_text())
+            for field in dataclasses.fields(args):  # a flag that is newer than the run had its default
+                before.setdefault(field.name, field.default)
+            names = [n for n in self.flags if n not in FREE_TO_CHANGE and before[n] != self.flags[n]]
+            if names:
+                changes = ", ".join(f"--{n.replace('_', '-')} {before[n]} -> {self.flags[n]}" for n in names)
+                raise BadInput(f"--resume: {self.out} was run with other flags: {changes}")
+            if (self.out / "results.json").exists():
+                raise BadInput(f"--resume: {self.out} is complete; name another --out for a new run")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / ".write").touch()
+            (self.out / ".write").unlink(missing_ok=True)  # another process may have been faster
+        except OSError as error:
+            raise BadInput(f"--out {self.out}: cannot write there: {error.strerror}") from None
+
+    def start(self, step: int, steps: int) -> None:
+        """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
+        progress bar; take over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+        if not parallel.is_main():
+            self.bar = tqdm(disable=True)
+            return
+        if not (self.out / "args.json").exists():
+            shutil.copy(self.script, self.out)
+            _write(self.out / "environment.json", json.dumps(environment(), indent=1))
+            _write(self.out / "args.json", json.dumps(self.flags, indent=1))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.out / name
+            if path.exists():
+                last = step - (name == "samples.jsonl" and step == steps)  # the end's samples follow its checkpoint
+                complete = path.read_text("utf-8").split("\n")[:-1]
+                _write(path, "".join(line + "\n" for line in complete if step and json.loads(line)["step"] <= last))
+        if self.args.wandb:
+            identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
+            options = {"project": "rlhf", "name": self.out.name, "dir": str(self.out), "config": self.flags}
+            wandb.init(id=identity, resume="allow", **options)
+        self.bar = tqdm(total=steps, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def _interrupt(self, number, _frame):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.signalled = number
+        if not parallel.several():
+            self.interrupted = number
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to metrics.jsonl (step counts finished optimizer steps), and to wandb."""
+        if not parallel.is_main():
+            return
+        with open(self.out / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.args.wandb:
+            wandb.log(metrics, step=step)
+
+    def progress(self, step: int, **shown: float) -> None:
+        """Move the progress bar to `step` and show these numbers beside it."""
+        self.bar.set_postfix({k: f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for k, v in shown.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if parallel.several():  # so that all stop after the same step
+            self.interrupted = max(parallel.gather([self.signalled]))
+
+    def require_finite(self, step: int, loss: float, norm: float, examples: Sequence) -> None:
+        """FloatingPointError, before the update, where the loss or its gradient is NaN or infinite."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.bar.close()
+            rows = ", ".join(e.where for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
+            last = self.newest_checkpoint()
+            kept = f"the last checkpoint, in {last}, is good" if last else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); {kept}, but --resume "
+                "would come to the same step: try a lower --lr in another --out"
+            )
+
+    def samples(self, step: int, rows: Sequence[dict]) -> None:
+        """Append rows (texts and their scores) to samples.jsonl, and to wandb as a table."""
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        if self.args.wandb and rows:
+            wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])}, step=step)
+
+    def save_checkpoint(self, step: int, state: dict) -> None:
+        """Write `state` as checkpoint/step-N, completely or not at all, and only then drop the older ones."""
+        folder = self.out / "checkpoint"
+        partial, complete = folder / f"step-{step}.partial", folder / f"step-{step}"
+        if parallel.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        if any(parallel.gather([complete.exists()])):
+            return
+        try:
+            if parallel.several():
+                sharding.save_checkpoint(partial, state)
+            else:
+                partial.mkdir(parents=True)
+                with open(partial / "state.pt", "wb") as f:
+                    torch.save(state, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+        except (OSError, RuntimeError) as error:
+            if parallel.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"no checkpoint of step {step} in {folder} ({error}); the one before it stays") from None
+        if parallel.is_main():
+            os.rename(partial, complete)
+            for other in folder.iterdir():
+                if other != complete:
+                    shutil.rmtree(other, ignore_errors=True)
+        if parallel.several():
+            dist.barrier()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The folder of the newest complete checkpoint."""
+        folders = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
+        complete = [path for path in folders if any((path / name).exists() for name in ("state.pt", ".metadata"))]
+        return max(complete, key=lambda path: int(path.name[5:]), default=None)
+
+    def load_checkpoint(self, **parts: Any) -> dict | None:
+        """The newest complete checkpoint, or None. `parts`: the models and optimizers that are in it, by name, for
+        which several processes cut it, whichever number of them wrote it.
+
+        What one process wrote is tensors and plain values only; nothing else is ever unpickled. What several wrote has
+        pickled metadata: continue your own runs only.
+        """
+        folder = self.newest_checkpoint()
+        if folder is None:
+            return None
+        by_one = None
+        if (folder / "state.pt").exists():
+            by_one = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            if not parallel.several():
+                return by_one
+        return sharding.load_checkpoint(folder, by_one, parts)
+
+    def end(self) -> None:
+        """After the loop, whose last checkpoint is written: close the bar, and let signals stop the program again."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def leave(self, step: int) -> None:
+        """After a signal, with the checkpoint written: say how to go on, and exit with 128 + the signal's number."""
+        self.bar.close()
+        print(f"\nstopped after step {step}; the same command with --resume goes on from there")
+        sys.exit(128 + self.interrupted)
+
+    def finish(self, results: dict, panels: dict[str, list[str]]) -> None:
+        """Draw curves.png if it has panels; write results.json, which makes the run complete; drop the checkpoint."""
+        if panels:
+            report.curves(self.out, panels)
+        if self.args.wandb:
+            if panels:
+                wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
+            wandb.summary.update(results)
+            wandb.finish()
+        _write(self.out / "results.json", json.dumps(results, indent=1))
+        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+
+
+def keep_freed_memory() -> None:
+    """From now on the C library keeps what is freed: a step on a CPU needs the same large blocks again and again, and
+    fetching them from the system each time costs about a tenth of it. Does nothing where the library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file by another, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def processor() -> str:
+    """The processor's name where the system says it, else its family."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", info)
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware of this run."""
+
+    def git(*command):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": git("rev-parse", "HEAD") or None,
+        "uncommitted": bool(git("status", "--porcelain")),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,229 @@
+"""One model over several processes, with FSDP2: `torchrun --nproc-per-node N train_*.py` (docs/scaling.md).
+
+Each process holds an N-th of every weight, gradient and optimizer state. A layer is gathered whole for as long as it
+computes; its gradients are added up over the processes and cut again. The loss is divided by the count of the whole
+step before that, so N processes give what one gives, up to rounding. In one process nothing here wraps anything.
+"""
+
+import functools
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf import BadInput
+from support import lazy_import, models
+from support.parallel import full_tensor, gather, is_main, several
+
+dcp = lazy_import("torch.distributed.checkpoint")
+fsdp = lazy_import("torch.distributed.fsdp")
+tensor = lazy_import("torch.distributed.tensor")
+
+
+def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
+    """make(device) in one process; in several, each process's shard of make("cpu") on the device.
+
+    The processes of a machine make their models one after the other, so that its main memory holds one whole model at a
+    time. Each layer is a unit of sharding, and the rest (embeddings, last norm, head) is one. For products in bfloat16
+    the layers are gathered in bfloat16; gradients are added up in float32.
+    """
+    if not several():
+        return make(device)
+    mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    low = {"param_dtype": dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    products = fsdp.MixedPrecisionPolicy(**(low if dtype != torch.float32 else {}))
+    for turn in range(int(os.environ["LOCAL_WORLD_SIZE"])):
+        problem = None
+        if turn == int(os.environ["LOCAL_RANK"]):
+            try:
+                model = make("cpu")
+                for layer in models.layers(model):
+                    fsdp.fully_shard(layer, mesh=mesh, mp_policy=products)
+                # True: outside of a forward or backward pass no weight is whole, so the optimizer sees shards only
+                fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=True)
+            except BadInput as error:
+                problem = error
+        for error in filter(None, gather([problem])):
+            raise error
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    model.run_gathered = MethodType(_run_gathered, model)
+    fsdp.register_fsdp_forward_method(model, "run_gathered")
+    return model
+
+
+def as_forward(measure: Callable) -> Callable:
+    """Run measure(model, ...) of a sharded model as an FSDP forward pass, where weights are gathered; those of the
+    output head too. Any other model is measured directly."""
+
+    @functools.wraps(measure)
+    def call(model, *args, **kwargs):
+        if several() and isinstance(model, fsdp.FSDPModule):
+            return model.run_gathered(measure, *args, **kwargs)
+        return measure(model, *args, **kwargs)
+
+    return call
+
+
+def _run_gathered(model, measure: Callable, *args, **kwargs):
+    """measure(model, ...), as a method that FSDP treats as a forward pass."""
+    try:
+        return measure(model, *args, **kwargs)
+    except Exception:  # the layout check continues after some
+        for unit in _units(model):
+            unit.reshard()
+        raise
+
+
+def _units(model):
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+@contextmanager
+def gathered(model, dtype: torch.dtype) -> Iterator[None]:
+    """Keep a sharded model's weights whole inside, from their first use on, if the device has the memory: for many
+    short passes, each of which would gather them again. `dtype` is that of the matrix products."""
+    units, room = _units(model) if several() else [], math.inf
+    if units and model.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        room = free / (2 * dtype.itemsize)
+    keep = units and min(gather([room])) > model.num_parameters()
+    for unit in units if keep else ():
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units if keep else ():
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def autocast(model, dtype: torch.dtype):
+    """For using a model outside of `scoring.hidden_states`: a sharded one gathers its layers in the dtype of the
+    products. One process keeps float32 there."""
+    return torch.autocast(model.device.type, dtype, enabled=several() and dtype != torch.float32)
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale gradients with a larger norm down to it; return the norm before, over all shards and all processes."""
+    if several():
+        _add_up_gradients(model)
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+
+
+def _add_up_gradients(model) -> None:
+    """Add up gradients of weights that each process holds whole (adapters); FSDP has done it for shards. A process
+    without a gradient adds zeros."""
+    for weight in model.parameters():
+        if weight.requires_grad and not isinstance(weight, tensor.DTensor):
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(weight.grad)
+
+
+def unshard(model, make: Callable[[str], Any], device: str, lora=None):
+    """The model as an ordinary one, and its handle of `models.add_lora`, in the main process, which goes on alone. In
+    the others, whose work is done, (None, None). `make` is what `load` was given. The model stays in main memory if the
+    device cannot hold it.
+    """
+    if not several():
+        return model, lora
+    ordinary = make("cpu") if is_main() else None
+    if ordinary and lora:
+        lora = models.add_lora(ordinary, lora.peft_config["default"].r)
+    weights = ordinary.state_dict() if ordinary else {}
+    for name, shard in model.state_dict().items():
+        weight = full_tensor(shard)
+        if ordinary:
+            weights[name].copy_(weight)
+    dist.barrier()
+    dist.destroy_process_group()
+    if not ordinary:
+        return None, None
+    models.set_attention(model, packed=False)
+    vars(ordinary.config).update(vars(model.config))
+    try:
+        return ordinary.to(device), lora
+    except torch.cuda.OutOfMemoryError:
+        print(f"the model does not fit {device} whole: answers to --eval-prompts come from the CPU, slowly")
+        return ordinary.to("cpu"), lora
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write a checkpoint in which every process writes its shards. OSError with the reason if that fails."""
+    try:
+        dcp.save(_flat(state), checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise OSError("; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))) from None
+
+
+def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) -> dict:
+    """A checkpoint's state, cut for the number of processes there are now, whichever number wrote it.
+
+    `parts`: the models and optimizers in it, by name; a model NAME has the optimizer NAME_optimizer, and "model" has
+    "optimizer". `by_one`: the state if one process wrote it, else None. What several processes wrote has pickled
+    metadata: continue your own runs only.
+    """
+    parts = {name: part for name, part in parts.items() if part is not None}
+    own_weights = {
+        "optimizer" if name == "model" else f"{name}_optimizer": [*part.parameters()]
+        for name, part in parts.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    current = {name: part.state_dict() for name, part in parts.items()}
+
+    def place(name: str, size, dtype: torch.dtype) -> Tensor:
+        """An empty tensor, sharded as this run shards it, for an entry of the checkpoint."""
+        part, entry = name.split("/", 1)
+        if not size:
+            return torch.zeros((), dtype=dtype)
+        if part in own_weights:
+            return torch.zeros_like(own_weights[part][int(entry.split("/")[0])])
+        return current[part][entry]
+
+    if by_one:
+        entries = {}
+        for name, x in _flat(by_one).items():
+            like = place(name, x.shape, x.dtype)
+            if isinstance(like, tensor.DTensor):
+                x = tensor.distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            entries[name] = x
+    else:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        entries = {name: place(name, info.size, info.properties.dtype) for name, info in saved.items()}
+        dcp.load(entries, checkpoint_id=folder, no_dist=not several())
+
+    state = {name: {**now, "state": defaultdict(dict)} if name in own_weights else {} for name, now in current.items()}
+    for name, x in entries.items():
+        match name.split("/"):
+            case ["value", key]:
+                state[key] = int(x) if key == "step" else x.item()
+            case [part, weight]:
+                state[part][weight] = x
+            case [part, number, field]:
+                state[part]["state"][int(number)][field] = x
+    return state
+
+
+def _flat(state: dict) -> dict[str, Tensor]:
+    """A checkpoint's tensors as MODEL/WEIGHT, OPTIMIZER/NUMBER/FIELD and value/NAME."""
+    flat = {}
+    for part, value in state.items():
+        if not isinstance(value, dict):
+            flat[f"value/{part}"] = torch.tensor(value, dtype=torch.float64)
+        elif "param_groups" not in value:
+            flat |= {f"{part}/{weight}": x for weight, x in value.items()}
+        else:
+            flat |= {f"{part}/{i}/{field}": x for i, entry in value["state"].items() for field, x in entry.items()}
+    return flat
