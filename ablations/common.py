@@ -1,12 +1,12 @@
-"""What every experiment shares: its flags, its CSV of results, runs in processes, intervals over seeds, the verdict.
+"""Shared by all experiments: flags, the CSV of results, worker processes, intervals over seeds, the verdict.
 
-An experiment is a module ablations/NAME/__main__.py, whose docstring has the criterion, with
+An experiment is a module ablations/NAME/__main__.py with the criterion in its docstring and
 
     CLAIM                 one line
     SETTINGS              {setting: flags}
-    main(a: Args)         runs what its CSV does not have yet, and ends with plot.finish
+    main(a: Args)         runs whatever its CSV lacks, and ends with plot.finish
     report(results)       -> table (markdown), verdict, effect (one line with an interval)
-    draw(results, page)   on a matplotlib figure of 6.4 x 4 inches
+    draw(results, page)   draws on a matplotlib figure of 6.4 x 4 inches
 """
 
 import csv
@@ -53,13 +53,13 @@ class Args:
     quick: bool = False
     """a smaller experiment, at most 5 minutes on 2 cores; its results stay under runs/"""
     smoke: bool = False
-    """next to nothing, at most 20 seconds: checks that it runs and says nothing about the claim"""
+    """a tiny run, at most 20 seconds: checks that the code runs, says nothing about the claim"""
     seeds: int = 5
     """seeds 0, 1, ... of every setting, >= 1; a quick or smoke run may take fewer"""
 
 
 def work(name: str, a: Args) -> Path:
-    """The experiment's folder for run directories and logs, runs/ablations/NAME/full (or quick, or smoke: emptied)."""
+    """The folder for run directories and logs: runs/ablations/NAME/full, quick, or smoke (emptied first)."""
     folder = Path("runs/ablations", name, "smoke" if a.smoke else "quick" if a.quick else "full")
     if a.smoke:
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,7 +68,7 @@ def work(name: str, a: Args) -> Path:
 
 
 def results(name: str, a: Args) -> "Results":
-    """The experiment's results: ablations/NAME/results.csv, or those of a quick or smoke run in its folder of runs/."""
+    """The experiment's results: ablations/NAME/results.csv; of a quick or smoke run, results.csv in `work`."""
     short = a.quick or a.smoke
     return Results(work(name, a) / "results.csv" if short else ROOT / name / "results.csv")
 
@@ -79,7 +79,7 @@ def results(name: str, a: Args) -> "Results":
 class Results:
     """Rows (setting, seed, step, metric, value, commit, hardware, date) of a CSV file; step is empty at a run's end.
 
-    `add` appends to the file at once, so that a run that was stopped goes on with what is not `done`.
+    `add` appends to the file at once, so a stopped experiment can continue with the runs that are not `done`.
     """
 
     def __init__(self, path: str | Path):
@@ -87,27 +87,30 @@ class Results:
         self.values_of: dict[tuple[str, int, int | None, str], float] = {}
         self.made: dict[str, set[str]] = {"commit": set(), "hardware": set(), "date": set()}
         text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is dropped
-        if whole != text:
-            self.path.write_text(whole)
-        for row in csv.DictReader(whole.splitlines()):
+        complete = text[: text.rfind("\n") + 1]  # without a last line that was cut short when the machine stopped
+        if complete != text:
+            self.path.write_text(complete)
+        for row in csv.DictReader(complete.splitlines()):
             step = int(row["step"]) if row["step"] else None
             self.values_of[row["setting"], int(row["seed"]), step, row["metric"]] = float(row["value"])
-            for name, found in self.made.items():
-                found.add(row[name])
+            for name, values in self.made.items():
+                values.add(row[name])
 
     def done(self, setting: str, seed: int) -> bool:
-        """Whether values of the end of this run are there."""
+        """Whether this run has values at its end."""
         return any(key[:3] == (setting, seed, None) for key in self.values_of)
 
     def seeds(self) -> list[int]:
-        """The seeds, in order, in which all settings that have values are done."""
+        """The seeds, in order, for which every setting that has values is done."""
         done = {key[:2] for key in self.values_of if key[2] is None}
         settings = {setting for setting, _ in done}
         return [seed for seed in sorted({seed for _, seed in done}) if all((x, seed) in done for x in settings)]
 
     def add(self, setting: str, seed: int, values: Mapping[str, float], step: int | None = None) -> None:
-        """Append a value of each metric: those of steps first, since those without a step make the run done."""
+        """Append one value per metric; add those of steps first, since values without a step make the run `done`.
+
+        ValueError if a value is not finite.
+        """
         for metric, value in values.items():
             if not math.isfinite(value):
                 raise ValueError(f"{setting}, seed {seed}, step {step}: {metric} is {value}")
@@ -126,39 +129,39 @@ class Results:
 
     def values(self, setting: str, metric: str, step: int | None = None) -> dict[int, float]:
         """Seed -> value, at the end of the run or at a step."""
-        found = {key[1]: x for key, x in self.values_of.items() if key[::2] == (setting, step) and key[3] == metric}
-        return dict(sorted(found.items()))
+        by_seed = {key[1]: x for key, x in self.values_of.items() if key[::2] == (setting, step) and key[3] == metric}
+        return dict(sorted(by_seed.items()))
 
     def steps(self, setting: str) -> list[int]:
         """The steps that have values, in order."""
         return sorted({key[2] for key in self.values_of if key[0] == setting and key[2] is not None})
 
     def minutes(self) -> float:
-        """What all runs took together, one thread each: the sum of the metric `seconds`."""
+        """The sum of the metric `seconds` over all runs, one thread each, in minutes."""
         return sum(x for key, x in self.values_of.items() if key[3] == "seconds") / 60
 
 
-_facts: dict[str, str] = {}
+_cached: dict[str, str] = {}
 
 
 def commit() -> str:
-    """The commit that is run, with a + where code differs from it."""
+    """The current commit, with a + if the code differs from it."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    if "commit" not in _facts:
+    if "commit" not in _cached:
         changed = git("status", "--porcelain", "--", "*.py")
-        _facts["commit"] = (git("rev-parse", "--short=12", "HEAD") or "none") + ("+" if changed else "")
-    return _facts["commit"]
+        _cached["commit"] = (git("rev-parse", "--short=12", "HEAD") or "none") + ("+" if changed else "")
+    return _cached["commit"]
 
 
 def hardware() -> str:
-    """Cores and version, as in "2 cores of an AMD EPYC, torch 2.13.0"."""
-    if "hardware" not in _facts:
+    """Processor and torch version, as in "2 cores of an AMD EPYC, torch 2.13.0"."""
+    if "hardware" not in _cached:
         version = torch.__version__.split("+")[0]
-        _facts["hardware"] = f"{os.cpu_count()} cores of an {processor()}, torch {version}"
-    return _facts["hardware"]
+        _cached["hardware"] = f"{os.cpu_count()} cores of an {processor()}, torch {version}"
+    return _cached["hardware"]
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -180,13 +183,13 @@ def _timed(module: str, name: str, task: Sequence) -> tuple[Any, float]:
 def each(
     function: Callable, tasks: Sequence[Sequence], jobs: int, log: Path | None = None
 ) -> Iterator[tuple[Sequence, Any, float]]:
-    """Yields (task, function(*task), its processor seconds) of independent tasks as they are done, in `jobs` processes.
+    """Run independent tasks in `jobs` processes; yield (task, function(*task), CPU seconds) as each one finishes.
 
-    Each has one torch thread, so that results do not depend on `jobs`. What they print goes to files in `log`. The
-    function is one of a module's own, and must be given all that it needs. The first error stops what has not begun.
+    Each process has one torch thread, so results do not depend on `jobs`; its output goes to a file in `log`. The
+    function must be at the top level of a module and use only its arguments. The first error cancels tasks not begun.
     """
     module = function.__module__
-    if module == "__main__":  # a new process knows it by its other name only
+    if module == "__main__":  # a new process needs the importable name
         module = sys.modules["__main__"].__spec__.name
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _worker, (log and str(log),))
     began = time.perf_counter()
@@ -194,9 +197,9 @@ def each(
         futures = {pool.submit(_timed, module, function.__name__, task): task for task in tasks}
         for n, future in enumerate(as_completed(futures), 1):
             value, seconds = future.result()
-            named = " ".join(str(x) for x in futures[future] if isinstance(x, str | int | float))
-            so_far = (time.perf_counter() - began) / 60
-            print(f"{n} of {len(tasks)} in {so_far:.1f} min: {named} ({seconds:.0f} s)", flush=True)
+            label = " ".join(str(x) for x in futures[future] if isinstance(x, str | int | float))
+            minutes = (time.perf_counter() - began) / 60
+            print(f"{n} of {len(tasks)} in {minutes:.1f} min: {label} ({seconds:.0f} s)", flush=True)
             yield futures[future], value, seconds
     finally:
         pool.shutdown(cancel_futures=True)
@@ -204,8 +207,7 @@ def each(
 
 @contextmanager
 def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
-    """Within it a script that would save a checkpoint (--save-every) calls look(step, weights) instead, and draws no
-    curves."""
+    """Inside, scripts call look(step, weights) instead of saving a checkpoint (--save-every), and draw no curves."""
     save = mock.patch.object(Run, "save_checkpoint", lambda _, step, state: look(step, state["model"]))
     with save, mock.patch("support.report.curves"):
         yield
@@ -215,14 +217,14 @@ def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half its 95 % interval by Student's t; infinite for fewer than two."""
+    """Mean over seeds, and half its 95 % t-interval, which is infinite for fewer than two values."""
     mean, half = mean_interval(values)
     return mean, half * student(len(values) - 1) / 1.96 if math.isfinite(half) else half
 
 
 def student(n: int) -> float:
-    """97.5 % quantile of Student's t with n degrees of freedom; from 10 by its expansion around the normal (Fisher and
-    Cornish 1960), which is right to 0.001 there."""
+    """97.5 % quantile of Student's t with n degrees of freedom; from 10 on the expansion around the normal quantile of
+    Fisher and Cornish 1960, exact to 0.001 there."""
     if n <= len(T):
         return T[n - 1]
     z = 1.959964
@@ -231,18 +233,19 @@ def student(n: int) -> float:
 
 
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
-    """Mean of mine - other over the seeds that both have, with half its 95 % interval."""
+    """Mean of mine - other over the seeds that both have, and half its 95 % interval."""
     return t_interval([mine[seed] - other[seed] for seed in mine if seed in other])
 
 
 def show(mean_and_half: tuple[float, float], digits: int = 2) -> str:
-    """ "mean +- half", or the mean alone where one seed gives no interval."""
+    """ "mean +- half", or the mean alone if half is infinite (a single seed)."""
     mean, half = mean_and_half
     return f"{mean:.{digits}f}" + (f" +- {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def between(points: Sequence[tuple[float, float]], nats: float) -> float:
-    """The reward at a KL, on the straight line between the first two neighbours around it; beyond the last: its own."""
+    """Reward at a KL, interpolated linearly between the first two neighbours that enclose it; after the last point, its
+    reward."""
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if x0 <= nats < x1:
             return y0 + (y1 - y0) * (nats - x0) / (x1 - x0)
@@ -250,8 +253,8 @@ def between(points: Sequence[tuple[float, float]], nats: float) -> float:
 
 
 def verdict(differences: Sequence[tuple[float, float]]) -> str:
-    """Of differences (mean, half) that the claim says are above 0: *reproduced* where every interval is above 0,
-    *contradicted* where one is below 0, else *not resolved*."""
+    """For differences (mean, half) that the claim says are above 0: *reproduced* if every interval is above 0,
+    *contradicted* if one is below 0, else *not resolved*."""
     if any(mean + half < 0 for mean, half in differences):
         return "contradicted"
     return "reproduced" if all(mean - half > 0 for mean, half in differences) else "not resolved"
@@ -267,33 +270,33 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(path: Path, rows: Iterable[dict]) -> str:
-    """A .jsonl file of these rows, and its name."""
+    """Write the rows to a .jsonl file and return its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def rows(kind: str, n: int, seed: int = 0) -> list[dict]:
-    """Rows of the embedded task, without the places where they are from."""
+    """Rows of the embedded task, without their source locations."""
     return [row for _, row in reviews.rows(kind, n, seed)]
 
 
 def trained(script: ModuleType, out: Path, **flags) -> str:
-    """The run directory `out` of a script, trained unless that is done, and gone on with where it was begun."""
+    """The run directory `out` of a script: trained if it is missing, resumed if it was begun."""
     if not is_made(str(out)):
         script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), device="cpu", **flags))
     return str(out)
 
 
 def sft_model(folder: Path, smoke: bool) -> str:
-    """The embedded task's SFT model as train_sft.py makes it, in folder/sft; a smoke run's has two updates."""
+    """The embedded task's SFT model, made by train_sft.py in folder/sft; with two updates in a smoke run."""
     short = {"data": write(folder / "sft.jsonl", rows("sft", 60)), "max_steps": 2} if smoke else {}
     return trained(train_sft, folder / "sft", eval_prompts=0, **short)
 
 
 @cache
 def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """The distinct prompts of n rows: for training, and those that an --eval-fraction of 0.1 holds out."""
+    """The distinct prompts of n rows: training prompts, and those that --eval-fraction 0.1 holds out."""
     examples, _ = build(reviews.rows("prompts", n, seed), reviews.tokenizer(), "prompts", 512, 1024)
     return held_out([*{e.prompt_text: e for e in examples}.values()], 0.1)
 
@@ -301,28 +304,28 @@ def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example
 def measured(
     model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int, reward: str = ""
 ) -> dict[str, list[float]]:
-    """`of_answers` of one sampled answer to each prompt, of so many tokens at most; where a reward model is given, its
-    reward too (proxy). The models are run directories."""
+    """`of_answers` for one sampled answer of at most `tokens` tokens to each prompt, and if a reward model is given, its
+    reward ("proxy"). The models are run directories."""
     tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
     answers = answer(policy, tokenizer, asked, tokens, seed)
-    found = of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)
+    stats = of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)
     if reward:
         texts = zip(*((e.prompt_text, e.response_texts[0]) for e in answers), strict=True)
-        found["proxy"] = load_reward(reward)(*texts, [{"ended": bool(x)} for x in found["ended"]])
-    return found
+        stats["proxy"] = load_reward(reward)(*texts, [{"ended": bool(x)} for x in stats["ended"]])
+    return stats
 
 
 @torch.no_grad()
 def entropies(policy, tokenizer, answers: Sequence[Example]) -> Float[Tensor, " n"]:
-    """The policy's entropy over the vocabulary before each token of the answers, laid flat, in nats."""
+    """The policy's entropy over the vocabulary at each token of all answers, concatenated, in nats; no gradient."""
     of_batch = lambda batch: scoring.logps_and_entropies(policy, batch)[:, 1]  # noqa: E731
     return scoring.per_token(of_batch, answers, Batching("tree", models.pad_id(tokenizer)))
 
 
 def of_answers(policy, reference, tokenizer, answers: Sequence[Example]) -> dict[str, list[float]]:
-    """Of each answer: length, ended, gold reward, grammatical (0, 1), readable (gold where it is grammatical, else 0),
-    the exact KL to the reference, nats an answer, and the reference's negative log-likelihood, nats a token."""
-    found = answer_stats(answers, end_ids(policy, tokenizer), embedded=True)
-    found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
+    """For each answer: length, ended, gold reward, grammatical (0 or 1), readable (gold if grammatical, else 0), the
+    exact KL to the reference in nats per answer, and the reference's negative log-likelihood in nats per token."""
+    stats = answer_stats(answers, end_ids(policy, tokenizer), embedded=True)
+    stats["readable"] = [x * fluent for x, fluent in zip(stats["gold"], stats["grammatical"], strict=True)]
     exact = evaluate.against_reference(policy, reference, answers, Batching("tree", models.pad_id(tokenizer)))
-    return found | {"kl": exact["kl"], "ref_nll": [-x for x in exact["ref_logp"]]}
+    return stats | {"kl": exact["kl"], "ref_nll": [-x for x in exact["ref_logp"]]}

@@ -1,35 +1,34 @@
-"""Every figure and every README's table again, from the CSVs alone: python -m ablations.plot"""
+"""Redraw every figure and rewrite every README's table from the CSVs alone: python -m ablations.plot"""
 
 import importlib
 from collections.abc import Callable
 from types import ModuleType
 
 from ablations import common
-from support import lazy_import
+from support.report import new_page
 
-figure = lazy_import("matplotlib.figure")
 START, END = "<!-- table -->\n", "<!-- end -->"
 
 
 def experiments() -> dict[str, ModuleType]:
-    """Name -> module of every folder that has one."""
+    """Name -> module of every experiment."""
     names = sorted(path.parent.name for path in common.ROOT.glob("*/__main__.py"))
     return {name: importlib.import_module(f"ablations.{name}.__main__") for name in names}
 
 
 def with_table(text: str, table: str) -> str:
-    """A README's text with this between its two marks."""
+    """The README's text with this table between its two marks."""
     before, after = text.split(START, 1)
     return f"{before}{START}{table}\n{END}{after.split(END, 1)[1]}"
 
 
 def whole(results: common.Results, module: ModuleType) -> bool:
-    """Whether every setting has values."""
+    """Whether every setting has values at a run's end."""
     return all(any(key[0] == x and key[2] is None for key in results.values_of) for x in module.SETTINGS)
 
 
 def section(results: common.Results, report: Callable) -> str:
-    """What stands in an experiment's README: table, verdict, where the numbers are from."""
+    """The generated part of an experiment's README: table, verdict, origin of the numbers."""
     table, verdict, effect = report(results)
     seeds = len({key[1] for key in results.values_of})
     hardware, date, commit = (" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
@@ -42,22 +41,22 @@ def overview(modules: dict[str, ModuleType]) -> str:
     rows = []
     for name, module in modules.items():
         results = common.Results(common.ROOT / name / "results.csv")
-        known = whole(results, module)
-        _, verdict, effect = module.report(results) if known else ("", "not run yet", "")
-        minutes = f"{results.minutes():.1f}" if known else ""
+        complete = whole(results, module)
+        _, verdict, effect = module.report(results) if complete else ("", "not run yet", "")
+        minutes = f"{results.minutes():.1f}" if complete else ""
         rows.append([f"[{name}]({name}/README.md)", module.CLAIM, verdict, effect, minutes])
     return common.markdown(["`python -m ablations.`", "claim", "verdict", "effect", "minutes"], rows)
 
 
 def picture(results: common.Results, draw: Callable, path) -> None:
-    page = figure.Figure(figsize=(6.4, 4), layout="constrained")
+    page = new_page(6.4, 4.0)
     draw(results, page)
     page.savefig(path, dpi=120)
 
 
 def finish(name: str, a: common.Args, results: common.Results, report: Callable, draw: Callable) -> None:
-    """The end of an experiment: prints table and verdict, draws the figure beside the CSV, and after a full run
-    writes the READMEs."""
+    """End an experiment: print table and verdict, draw the figure beside the CSV, and after a full run write the
+    READMEs."""
     print("\n" + section(results, report))
     if a.quick or a.smoke:
         picture(results, draw, results.path.with_name("figure.png"))
@@ -66,7 +65,7 @@ def finish(name: str, a: common.Args, results: common.Results, report: Callable,
         main()
     if a.smoke:
         columns, *rows = [line.split(",") for line in results.path.read_text().splitlines()]
-        assert columns == [*common.FIELDS] and rows, f"{results.path} has not the columns, or no rows"
+        assert columns == [*common.FIELDS] and rows, f"{results.path} lacks columns or rows"
         assert results.path.with_name("figure.png").stat().st_size > 0
 
 

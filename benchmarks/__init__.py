@@ -1,1 +1,1 @@
-"""Ours against others, side by side in one run: README.md has the rules, the commands and the results."""
+"""Compare our scripts with other libraries in the same run. README.md has the rules, the commands and the results."""

@@ -1,21 +1,21 @@
-"""An optimizer step of DPO: train_dpo.py against TRL's trainer and against the plain padded loop of the DPO paper.
+"""Time an optimizer step of DPO: train_dpo.py, TRL's trainer, and the plain padded loop of the DPO paper.
 
     python -m benchmarks.dpo_step [--model DIR] [--data FILE] [--profiles hh ultrafeedback helpsteer] [--quick]
 
     python -m benchmarks.dpo_step --device cuda --dtype bfloat16 --micro-batch-tokens 16384 --model DIR
 
-Same pairs, model and optimizer (AdamW, gradient clipping). Each side goes twice over the pairs in steps of `--pairs`;
-the second pass is timed. The sides:
+All sides have the same pairs, model and optimizer (AdamW, gradient clipping). Each makes two passes over the pairs, in
+steps of `--pairs`, and the second pass is timed. The sides:
 
-    ours          train_dpo.main with its defaults; reference log-probs before training
-    trl_best      reference log-probs before training, no gradient checkpointing, batches of like lengths
-    trl_best_1    the same in micro-batches of one pair: least padding
+    ours          train_dpo.main with its defaults; reference log-probs computed before training
+    trl_best      reference log-probs computed before training, no gradient checkpointing, batches of similar lengths
+    trl_best_1    the same with micro-batches of one pair: least padding
     trl_default   reference model in every step, gradient checkpointing
     loop          one padded batch, reference model in every step, float32 logits of every position, log_softmax
     ours_compiled on request: ours with --compile
     trl_bf16      on request, for --dtype bfloat16: trl_best with weights and optimizer in bfloat16 (rounds updates)
 
-Before any timing all sides must agree, in float32, on every summed log-prob and on the norm of the first gradient.
+Before any timing, all sides must agree in float32 on every summed log-prob and on the norm of the first gradient.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ from benchmarks import compare, watch
 from support import models, refcache
 from support.examples import Example
 
-PROFILES = {  # mean tokens of prompt and of a response; lengths are log-normal
+PROFILES = {  # mean tokens of a prompt and of a response; lengths are log-normal
     "hh": (150, 60),
     "ultrafeedback": (150, 250),
     "helpsteer": (500, 120),
@@ -44,25 +44,25 @@ SIDES = ("ours", "trl_best", "trl_best_1", "trl_default", "loop")
 @dataclass
 class Args:
     model: str | None = None
-    """a local model; default: a random Llama of 9 M parameters"""
+    """local model; default: a random Llama of 9 M parameters"""
     data: str | None = None
-    """preferences to take rows from, with the model's own tokenizer; default: random tokens with --profiles' lengths"""
+    """preference rows, tokenised by the model's own tokenizer; default: random tokens with the lengths of --profiles"""
     profiles: tuple[str, ...] = tuple(PROFILES)
     """length profiles: hh, ultrafeedback, helpsteer"""
     pairs: int = 8
-    """of an optimizer step"""
+    """pairs in an optimizer step"""
     steps: int = 2
-    """optimizer steps of a pass"""
+    """optimizer steps in a pass"""
     rounds: int = 2
-    """processes of each side"""
+    """number of processes per side"""
     sides: tuple[str, ...] = SIDES
     """ours, trl_best, trl_best_1, trl_default, loop, ours_compiled, trl_bf16"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """of both sides"""
+    """device of all sides"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products of both sides; weights are float32"""
+    """dtype of the matrix products on all sides; weights are float32"""
     micro_batch_tokens: int | None = None
-    """tokens of one forward pass of ours; default: the script's own"""
+    """ours: tokens of one forward pass; default: that of the script"""
     quick: bool = False
     """a short run"""
 
@@ -72,25 +72,25 @@ def sequences(job: dict) -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def ours(job: dict, compile: bool = False) -> dict:
-    """train_dpo.main on the job, watched from outside."""
+    """Run train_dpo.main on the job and watch it from outside."""
     import train_dpo
 
     examples = [
         Example(f"pair {i}", p, [w, r], f"pair {i}", ["", ""], [1, 2], None, None, None, 1.0, {})
         for i, (p, w, r) in enumerate(sequences(job))
     ]
-    objective, cached, extra = train_dpo.objective, refcache.cached, {}
+    objective, cached, reference = train_dpo.objective, refcache.cached, {}
 
     def watched_objective(a, part, logps, *args, **kwargs):
         if watched["steps"].first():
             names = [compare.key(e.prompt + r) for e in part for r in e.responses]
-            watched["steps"].found["logps"] |= zip(names, logps.tolist(), strict=True)
+            watched["steps"].results["logps"] |= zip(names, logps.tolist(), strict=True)
         return objective(a, part, logps, *args, **kwargs)
 
     def timed_cached(*args):
         began = time.perf_counter()
         refs = cached(*args)
-        extra["reference"] = time.perf_counter() - began
+        reference["reference"] = time.perf_counter() - began
         return refs
 
     with (
@@ -103,11 +103,11 @@ def ours(job: dict, compile: bool = False) -> dict:
         flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens") if name in job}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
         train_dpo.main(train_dpo.Args(**flags, compile=compile, eval_fraction=0.0, eval_prompts=0))
-    return watched["steps"].found | extra
+    return watched["steps"].results | reference
 
 
 def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32") -> dict:
-    """TRL's trainer on the job, with `rows` pairs a micro-batch, watched from outside."""
+    """Run TRL's trainer on the job with `rows` pairs per micro-batch, and watch it from outside."""
     import datasets
     import trl
 
@@ -142,7 +142,7 @@ def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32"
 
 
 def loop(job: dict) -> dict:
-    """Chosen and rejected as rows of one padded batch, and log_softmax of all their logits."""
+    """A plain loop: chosen and rejected are rows of one padded batch, with log_softmax over all logits."""
     device, dtype = job["device"], models.DTYPES[job["dtype"]]
     policy, reference = (models.load_model(job["model"], device) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -167,13 +167,13 @@ def loop(job: dict) -> dict:
         logps = sums(policy, ids, mask, scored)
         chosen, rejected = (logps - ref_logps).chunk(2)
         (-torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()).backward()
-        steps.found["norms"].append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
+        steps.results["norms"].append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if steps.first():
-            steps.found["logps"] = {compare.key(p + r): x for (p, r), x in zip(rows, logps.tolist(), strict=True)}
+            steps.results["logps"] = {compare.key(p + r): x for (p, r), x in zip(rows, logps.tolist(), strict=True)}
         steps.end()
-    return steps.found | {"reference": 0.0}
+    return steps.results | {"reference": 0.0}
 
 
 def make_pairs(a: Args, profile: str, model: str) -> list[dict]:
@@ -191,11 +191,11 @@ def main(a: Args) -> None:
         model = a.model or compare.small_model(folder)
         loaded = models.load_model(model, "cpu")
         rate = watch.matrix_rate(loaded, a.device, models.DTYPES[a.dtype])
-        how = {"device": a.device, "dtype": a.dtype}
+        settings = {"device": a.device, "dtype": a.dtype}
         if a.micro_batch_tokens:
-            how["micro_batch_tokens"] = a.micro_batch_tokens
+            settings["micro_batch_tokens"] = a.micro_batch_tokens
         for profile in [a.data] if a.data else a.profiles:
-            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs, **how}
+            job = {"model": model, "rows": make_pairs(a, profile, model), "batch": a.pairs, **settings}
             rows += compare.optimizer_steps("dpo_step", Path(profile).name, job, a.sides, a.rounds, loaded, rate)
     compare.report("dpo_step", rows, a.quick, a.device, a.model)
 

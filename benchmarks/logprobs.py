@@ -1,21 +1,21 @@
-"""The kernel: `rlhf.logprobs.token_logps` against other ways from hidden states to log-probs, forward and backward.
+"""Time the kernel `rlhf.logprobs.token_logps` and other ways from hidden states to log-probs, forward and backward.
 
     python -m benchmarks.logprobs [--device cuda --n 8192 --d 4096 --v 151936 --dtypes bfloat16] [--quick]
 
-    ours               keeps the softmax between the passes, whatever its size
-    ours, recompute    makes it again: no more than tiles are held
+    ours               keeps the softmax for the backward pass, whatever its size
+    ours, recompute    recomputes it, and never holds more than tiles
     naive              float32 logits, log_softmax, gather
     trl                TRL's chunked function
-    trl, as in DPO     the same with the metrics that DPOTrainer asks of it
-    torch              F.linear_cross_entropy, 256 rows a chunk, on a GPU 2,048 (with its automatic chunks it takes many
+    trl, as in DPO     the same with the metrics that DPOTrainer requests
+    torch              F.linear_cross_entropy in chunks of 256 rows, on a GPU 2,048 (its automatic chunks take many
                        times longer)
-    liger              liger-kernel's fused linear cross entropy, reduction "none"; on a GPU in bfloat16
-    liger, scaled      its per-token kernel for Hopper; the same
-    cce                cut-cross-entropy, reduction "none", which leaves out gradients below rounding; the same
+    liger              liger-kernel's fused linear cross entropy, reduction "none"; on a GPU in bfloat16 only
+    liger, scaled      its per-token kernel for Hopper; on a GPU in bfloat16 only
+    cce                cut-cross-entropy, reduction "none", without gradients below rounding; on a GPU in bfloat16 only
 
-Each in processes of its own, in turn; what the machine has not got is left out, with a line that says so. Peak: memory
-over what inputs hold, so the gradients are in it; "extra" is without them. Errors are those against float64 on the very
-same inputs: root mean square over tokens, and relative for the gradients.
+The ways take turns, each in its own processes; a way that cannot run here is skipped, and a line says why. Peak is the
+memory above the inputs, gradients included; "extra" is without gradients. Errors are those against float64 on the same
+inputs: the root mean square over tokens for log-probs, and relative for gradients.
 """
 
 import importlib.util
@@ -72,7 +72,7 @@ WAYS = {
     "liger, scaled": liger_scaled,
     "cce": cce,
 }
-PACKAGES = {  # that a way needs
+PACKAGES = {  # required by each way
     "trl": ["trl"], "trl, as in DPO": ["trl"], "liger": ["liger_kernel"], "cce": ["cut_cross_entropy"],
     "liger, scaled": ["liger_kernel", "cutlass"],
 }  # fmt: skip
@@ -89,19 +89,19 @@ class Args:
     v: int = 49152
     """vocabulary"""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """of hidden states and weight"""
+    """dtypes of the hidden states and the weight"""
     device: str = "cpu"
     """torch device"""
     others: tuple[str, ...] = tuple(WAYS)[1:]
-    """ways beside ours"""
+    """ways to measure besides ours"""
     rounds: int = 3
-    """processes of each way"""
+    """number of processes per way"""
     quick: bool = False
     """a short run"""
 
 
 def hindrance(way: str, device: str, dtype: str) -> str | None:
-    """Why a way cannot be measured here; None where it can."""
+    """Why a way cannot be measured here; None if it can."""
     if missing := [name for name in PACKAGES.get(way, ()) if importlib.util.find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
     if way in HALF_ON_GPU and not (watch.on_gpu(device) and dtype == "bfloat16"):
@@ -140,13 +140,13 @@ def worker(way: str, job: dict) -> dict:
     h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
     exact = (h64 @ w64.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     exact.backward(upstream.double())
-    off = lambda x, y: ((x.double() - y).norm() / y.norm()).item()  # noqa: E731
+    relative_error = lambda x, y: ((x.double() - y).norm() / y.norm()).item()  # noqa: E731
     return {
         "ms": 1000 * min(times),
         "peak MiB": peak,
         "extra MiB": peak - (h.numel() + w.numel()) * dtype.itemsize / 2**20,
         "error": (logps.double() - exact.detach()).square().mean().sqrt().item(),
-        "gradient error": max(off(h.grad, h64.grad), off(w.grad, w64.grad)),
+        "gradient error": max(relative_error(h.grad, h64.grad), relative_error(w.grad, w64.grad)),
     }
 
 
@@ -159,14 +159,14 @@ def main(a: Args) -> None:
         hindrances = {way: hindrance(way, a.device, dtype) for way in ("ours", *a.others)}
         for way in filter(hindrances.get, hindrances):
             print(f"{dtype}: {way} is left out: {hindrances[way]}")
-        found = compare.in_turn("logprobs", [way for way in hindrances if not hindrances[way]], job, a.rounds)
-        for way, runs in found.items():
+        results = compare.in_turn("logprobs", [way for way in hindrances if not hindrances[way]], job, a.rounds)
+        for way, runs in results.items():
             limit = 1e-4 if dtype == "float32" else 0.1
             compare.require_parity(f"log-probs of {way} and float64", runs[0]["error"], limit)
-        ours = compare.median(found["ours"], "ms")
-        for way, runs in found.items():
-            facts = {name: compare.median(runs, name) for name in NUMBERS}
-            rows.append({"dtype": dtype, "way": way, **facts, "time / ours": facts["ms"] / ours})
+        ours = compare.median(results["ours"], "ms")
+        for way, runs in results.items():
+            medians = {name: compare.median(runs, name) for name in NUMBERS}
+            rows.append({"dtype": dtype, "way": way, **medians, "time / ours": medians["ms"] / ours})
     compare.report("logprobs", rows, a.quick, a.device)
 
 

@@ -1,12 +1,12 @@
-"""One step of GRPO and of RLOO: train_ppo.py against TRL's trainers of the same names.
+"""Time one step of GRPO and of RLOO: train_ppo.py and TRL's trainers for these methods.
 
     python -m benchmarks.rl_step [--model DIR] [--quick]
 
-Same model, prompts, k, lengths, optimizer, optimizer steps a rollout, float32, nothing saved or logged; our
-micro-batches are the script's default, TRL's have `--rows` sequences, a run for each number. Both sides run their own
-loop whole: `train_ppo.main`, and the trainer's `train`. Both really sample; then the sampled answers are replaced by
-given ones, the same for both, with lengths of which one is the longest. So scores and updates are on the very same
-tokens, and the log-probs and the first gradient must agree before any timing.
+Both sides have the same model, prompts, k, lengths, optimizer and optimizer steps per rollout, in float32, and save and
+log nothing. Our micro-batches are the script's default; TRL's have `--rows` sequences, with one run for each number.
+Both sides run their whole loop: `train_ppo.main`, and the trainer's `train`. Both sample. Then the sampled answers are
+replaced by given ones, the same for both sides; at least one has the maximum length. So both sides score and update on
+the same tokens, and their log-probs and first gradients must agree before any timing.
 Phases: rollout (sampling), scoring (log-probs of policy and reference, rewards, advantages), update (all the rest).
 """
 
@@ -22,7 +22,7 @@ from support import generate, models
 from support.examples import Example
 
 PHASES = ("rollout", "scoring", "update")
-METHODS = {  # flags of ours, and of TRL
+METHODS = {  # our flags, and TRL's settings
     "grpo": (
         {"kl_in": "loss", "kl_estimator": "k3"},
         {"loss_type": "grpo", "use_bias_correction_kl": False, "scale_rewards": "group"},
@@ -35,19 +35,19 @@ KL_COEF, LR, EPSILON = 0.05, 1e-6, 1e-5
 @dataclass
 class Args:
     model: str | None = None
-    """a local model; default: a random Llama of 9 M parameters"""
+    """local model; default: a random Llama of 9 M parameters"""
     prompts: int = 8
-    """prompts of a rollout"""
+    """prompts in a rollout"""
     k: int = 4
-    """answers to each"""
+    """answers to each prompt"""
     longest_prompt: int = 192
-    """tokens; prompts have a quarter of it or more"""
+    """tokens of the longest possible prompt; the shortest has a quarter of that"""
     longest_answer: int = 96
-    """tokens; answers have an eighth of it or more"""
+    """tokens of the longest answer; the shortest possible one has an eighth of that"""
     rows: tuple[int, ...] = (4, 16)
-    """sequences of TRL's micro-batches"""
+    """sequences in TRL's micro-batches"""
     rounds: int = 2
-    """processes of each side"""
+    """number of processes per side"""
     quick: bool = False
     """a short run"""
 
@@ -57,7 +57,7 @@ def reward(prompts, responses, rows) -> list[float]:
 
 
 def ours(job: dict) -> dict:
-    """train_ppo.main on the job, watched from outside."""
+    """Run train_ppo.main on the job and watch it from outside."""
     import train_ppo
 
     given = {compare.key(prompt): answers for prompt, answers in zip(job["prompts"], job["answers"], strict=True)}
@@ -80,7 +80,7 @@ def ours(job: dict) -> dict:
             rows = [compare.key(e.prompt + answer) for e in rollout.examples for answer in e.responses]
             lengths = [len(answer) for e in rollout.examples for answer in e.responses]
             sums = [x.double().sum().item() for x in rollout.logps.split(lengths)]
-            watched["steps"].found["logps"] = dict(zip(rows, sums, strict=True))
+            watched["steps"].results["logps"] = dict(zip(rows, sums, strict=True))
         return update(a, policy, reference, critic, rollout, *args, **kwargs)
 
     flags = {
@@ -96,21 +96,21 @@ def ours(job: dict) -> dict:
         watch.script() as watched,
     ):
         train_ppo.main(train_ppo.Args(out=str(Path(folder, "run")), **METHODS[job["method"]][0], **flags))
-    return with_phases(watched["steps"].found, phases)
+    return with_phases(watched["steps"].results, phases)
 
 
-def with_phases(found: dict, phases: list[dict[str, float]]) -> dict:
-    """The times of as many rollouts; what is neither rollout nor scoring is update."""
-    updates = len(found["seconds"]) // len(phases)
-    for i, parts in enumerate(phases):
-        own = slice(i * updates, (i + 1) * updates)
-        parts["update"] = sum(found["seconds"][own]) - parts["rollout"] - parts["scoring"]
-        parts["cpu"] = sum(found["cpu"][own])
-    return {"rollouts": phases, "logps": found["logps"], "norm": found["norms"][0], "peak": found["peak"]}
+def with_phases(results: dict, phases: list[dict[str, float]]) -> dict:
+    """The results of `watch.Steps`, by rollout: time that is neither rollout nor scoring is update."""
+    updates = len(results["seconds"]) // len(phases)
+    for i, phase in enumerate(phases):
+        steps = slice(i * updates, (i + 1) * updates)
+        phase["update"] = sum(results["seconds"][steps]) - phase["rollout"] - phase["scoring"]
+        phase["cpu"] = sum(results["cpu"][steps])
+    return {"rollouts": phases, "logps": results["logps"], "norm": results["norms"][0], "peak": results["peak"]}
 
 
 def trl(job: dict, rows: int = 4) -> dict:
-    """TRL's trainer on the job with `rows` sequences a micro-batch, watched from outside."""
+    """Run TRL's trainer on the job with `rows` sequences per micro-batch, and watch it from outside."""
     import datasets
     import trl
 
@@ -167,12 +167,12 @@ def make_job(a: Args, model: str, method: str) -> dict:
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
-    """Medians over the steps of all runs but each one's first, seconds; and of the peaks, MiB."""
+    """Medians in seconds over the steps of all runs, without each run's first step; median of the peaks in MiB."""
     steps = [step for run in runs for step in run["rollouts"][1:] or run["rollouts"]]
-    found = {phase: compare.median(steps, phase) for phase in PHASES}
-    found["scoring + update"] = compare.median(steps, *PHASES[1:])
-    found["step"], found["step, cpu"] = compare.median(steps, *PHASES), compare.median(steps, "cpu")
-    return found | {"rollout share": found["rollout"] / found["step"], "peak MiB": compare.median(runs, "peak")}
+    medians = {phase: compare.median(steps, phase) for phase in PHASES}
+    medians["scoring + update"] = compare.median(steps, *PHASES[1:])
+    medians["step"], medians["step, cpu"] = compare.median(steps, *PHASES), compare.median(steps, "cpu")
+    return medians | {"rollout share": medians["rollout"] / medians["step"], "peak MiB": compare.median(runs, "peak")}
 
 
 def main(a: Args) -> None:
@@ -190,10 +190,10 @@ def main(a: Args) -> None:
             compare.require_parity("gradient norms", abs(mine["norm"] / theirs["norm"] - 1), 1e-4)
             for epochs, minibatches in ((1, 1), (2, 2)):
                 updates = {"epochs": epochs, "minibatches": minibatches}
-                found = {x: summary(y) for x, y in compare.in_turn("rl_step", sides, job | updates, a.rounds).items()}
-                for side, own in found.items():
-                    over = {f"ours: {x}": found["ours"][x] / own[x] for x in ("scoring + update", "step", "peak MiB")}
-                    rows.append({"method": method, "updates": str(epochs * minibatches), "side": side, **own, **over})
+                medians = {x: summary(y) for x, y in compare.in_turn("rl_step", sides, job | updates, a.rounds).items()}
+                for side, x in medians.items():
+                    over = {f"ours: {n}": medians["ours"][n] / x[n] for n in ("scoring + update", "step", "peak MiB")}
+                    rows.append({"method": method, "updates": str(epochs * minibatches), "side": side, **x, **over})
     compare.report("rl_step", rows, a.quick)
 
 

@@ -1,10 +1,10 @@
-"""Sampling: `support.generate.generate` against the library's own `model.generate`, same prompts, k samples of each.
+"""Time sampling: `support.generate.generate` and the library's `model.generate`, with k samples of the same prompts.
 
     python -m benchmarks.rollout [--model DIR] [--quick]
 
-Both sample from softmax(logits), in float32, 128 tokens (or to the last EOS of the batch). The library's side is one
-call on all p * k rows, padded to the left. A pass's time, prompts included, is divided by the tokens of its longest
-answer. The processes take turns, A B A B. Greedy answers must agree.
+Both sides sample from softmax(logits) in float32, 128 tokens or up to the last EOS of the batch. The library's side is
+one call on all p * k rows, padded on the left. The time of a pass, prompts included, is divided by the tokens of its
+longest answer. The sides take turns in new processes, A B A B. Their greedy answers must agree.
 """
 
 import random
@@ -19,23 +19,23 @@ from benchmarks import compare
 from support import models
 from support.generate import generate
 
-CASES = [(16, 1, 64), (8, 4, 64), (8, 4, 256), (4, 8, 512), (32, 4, 128)]  # prompts, samples of each, longest prompt
+CASES = [(16, 1, 64), (8, 4, 64), (8, 4, 256), (4, 8, 512), (32, 4, 128)]  # prompts, samples per prompt, longest prompt
 
 
 @dataclass
 class Args:
     model: str | None = None
-    """a local model; default: a random Llama of 9 M parameters"""
+    """local model; default: a random Llama of 9 M parameters"""
     tokens: int = 128
-    """new tokens at most"""
+    """most new tokens per sample"""
     rounds: int = 3
-    """processes of each side"""
+    """number of processes per side"""
     quick: bool = False
     """one small case, one round"""
 
 
 def library(model, tokenizer, prompts: list[list[int]], tokens: int, temperature: float, k: int) -> list[list[int]]:
-    """The library's `generate` on every prompt k times."""
+    """Sample every prompt k times with the library's `generate`."""
     width, pad = max(map(len, prompts)), models.pad_id(tokenizer)
     rows = [prompt for prompt in prompts for _ in range(k)]
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -59,8 +59,8 @@ def worker(side: str, job: dict) -> dict:
     passes = []
     for _ in range(3):
         began = time.perf_counter()
-        found = sample(1.0, tokens)
-        passes.append((time.perf_counter() - began) / max(map(len, found)))
+        answers = sample(1.0, tokens)
+        passes.append((time.perf_counter() - began) / max(map(len, answers)))
     return {"greedy": [row[:16] for row in greedy], "seconds a token": statistics.median(passes)}
 
 
@@ -72,11 +72,11 @@ def main(a: Args) -> None:
             lengths = [rng.randint(longest // 4, longest) for _ in range(p)]
             prompts = [compare.random_ids(model, rng, n) for n in lengths]
             job = {"model": model, "prompts": prompts, "k": k, "tokens": 16 if a.quick else a.tokens}
-            found = compare.in_turn("rollout", ["ours", "library"], job, 1 if a.quick else a.rounds)
-            pairs = zip(found["ours"][0]["greedy"], found["library"][0]["greedy"], strict=True)
+            results = compare.in_turn("rollout", ["ours", "library"], job, 1 if a.quick else a.rounds)
+            pairs = zip(results["ours"][0]["greedy"], results["library"][0]["greedy"], strict=True)
             different = sum(x != y[: len(x)] for x, y in pairs)
             compare.require_parity("greedy answers", different, 0)
-            ours, theirs = (compare.median(found[side], "seconds a token") for side in ("ours", "library"))
+            ours, theirs = (compare.median(results[side], "seconds a token") for side in ("ours", "library"))
             rows.append({
                 "prompts": f"{p} x {k}", "longest prompt": longest, "ours, ms a token": 1000 * ours,
                 "library, ms a token": 1000 * theirs, "time ratio": ours / theirs,

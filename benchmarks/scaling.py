@@ -1,10 +1,10 @@
-"""How the cost of a training step grows: forward and backward of train_dpo.py's scoring, one size at a time.
+"""Measure how the cost of a training step grows: forward and backward of train_dpo.py's scoring, one size at a time.
 
     python -m benchmarks.scaling [--quick]
 
-From a base (9 M parameters, a prompt of 128 tokens with 4 responses of 64) one size doubles twice: tokens of prompt and
-responses, responses, vocabulary, width, layers. The slope is that of log time over log size, by least squares: 1 is
-linear, below 1 is shared work. `k, padded` is what more responses cost where each has the prompt to itself.
+The base has 9 M parameters and a prompt of 128 tokens with 4 responses of 64. One size at a time doubles twice: tokens
+of prompt and responses, responses, vocabulary, width, layers. The slope of log time over log size, by least squares, is
+1 for linear growth and below 1 if work is shared. `k, padded` adds responses that each have a copy of the prompt.
 """
 
 import math
@@ -21,7 +21,7 @@ from support import models, scoring
 from support.examples import Example
 
 BASE = {"prompt": 128, "response": 64, "k": 4, "vocabulary": 16384, "width": 256, "layers": 6}
-GROWS = {  # what doubles
+GROWS = {  # sizes that are doubled together
     "length": ("prompt", "response"),
     "k": ("k",),
     "k, padded": ("k",),
@@ -34,13 +34,13 @@ GROWS = {  # what doubles
 @dataclass
 class Args:
     repeats: int = 5
-    """steps that are timed at each size; the fastest counts"""
+    """timed steps at each size; the fastest counts"""
     quick: bool = False
-    """sizes that are a quarter, two steps each"""
+    """a quarter of each size, two steps each"""
 
 
 def seconds(size: dict[str, int], layout: str, repeats: int) -> float:
-    """Of a forward and backward pass over one prompt with its responses."""
+    """Seconds of the fastest forward and backward pass over one prompt with its responses."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         name = compare.small_model(folder, size["layers"], size["width"], size["vocabulary"])
@@ -65,13 +65,13 @@ def slope(sizes: list[int], times: list[float]) -> float:
 def main(a: Args) -> None:
     base = {name: max(size // 4, 1) if name != "layers" else 2 for name, size in BASE.items()} if a.quick else BASE
     rows = []
-    for what, names in GROWS.items():
-        layout, factors = "padded" if "padded" in what else "tree", (1, 2, 4)
+    for row, names in GROWS.items():
+        layout, factors = "padded" if "padded" in row else "tree", (1, 2, 4)
         sizes = [base | {name: base[name] * factor for name in names} for factor in factors]
         times = [seconds(size, layout, 2 if a.quick else a.repeats) for size in sizes]
-        shown = "/".join(str(size[names[0]]) for size in sizes)
+        size_text = "/".join(str(size[names[0]]) for size in sizes)
         cells = {f"ms at {factor}x": 1000 * t for factor, t in zip(factors, times, strict=True)}
-        rows.append({"what grows": what, "sizes": shown, **cells, "slope": slope([*factors], times)})
+        rows.append({"what grows": row, "sizes": size_text, **cells, "slope": slope([*factors], times)})
     compare.report("scaling", rows, a.quick)
 
 

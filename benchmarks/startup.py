@@ -1,14 +1,14 @@
-"""Waiting: for the first optimizer step of a run, for the next run of a sweep, and for `--help`.
+"""Time the wait for the first optimizer step of a run, for the next run of a sweep, and for `--help`.
 
     python -m benchmarks.startup [--model DIR] [--rounds 3] [--quick]
 
-    first step   from `python train_dpo.py` to the end of its first optimizer step, on the embedded task with its SFT
-                 model made before and no reference log-probs in the cache; at most 10 s is the aim
-    next run     the same with another --beta, so that the reference log-probs are in the cache: from having the model
-                 to the beginning of the first training step; at most 2 s is the aim
+    first step   from `python train_dpo.py` to the end of its first optimizer step, on the embedded task. The SFT model
+                 exists, the cache of reference log-probs is empty. Target: at most 10 s
+    next run     the same with another --beta, so the reference log-probs are in the cache: from the loaded model to the
+                 start of the first training step. Target: at most 2 s
     help         `python train_dpo.py --help`
 
-Each in a process of its own. "cpu" is processor time of all threads, in the program and in the system for it.
+Each runs in its own process. "cpu" is the CPU time of all threads, user and system.
 """
 
 import os
@@ -25,33 +25,32 @@ from benchmarks import compare
 from benchmarks.watch import Done
 from support import models, refcache, runs, scoring
 
-AIMS = {"first step": 10.0, "next run": 2.0, "help": None}
+TARGETS = {"first step": 10.0, "next run": 2.0, "help": None}
 
 
 @dataclass
 class Args:
     model: str = "runs/sft"
-    """starting weights; runs/sft is made first where it is missing"""
+    """starting weights; runs/sft is made first if it is missing"""
     rounds: int = 3
-    """processes of each"""
+    """number of processes for each measurement"""
     quick: bool = False
-    """once, with the reference log-probs of a single step"""
+    """measure once, with reference log-probs for a single step only"""
 
 
 def flags(job: dict) -> dict:
-    """Those of both runs of train_dpo.py; the cache stays from one to the next."""
+    """Flags of both runs of train_dpo.py, in an empty run directory; the cache is kept from the first to the next."""
     shutil.rmtree(Path(job["folder"], "run"), ignore_errors=True)
-    given = {"model": job["model"], "out": f"{job['folder']}/run", "ref_cache": f"{job['folder']}/cache"}
-    given["device"] = "cpu"
-    return given | job["flags"]
+    common = {"model": job["model"], "out": f"{job['folder']}/run", "ref_cache": f"{job['folder']}/cache"}
+    return common | {"device": "cpu"} | job["flags"]
 
 
 def first_step(job: dict) -> dict:
-    """Starts train_dpo.py, and ends it when metrics.jsonl has a row of step 1."""
-    given = flags(job)
-    shutil.rmtree(given["ref_cache"], ignore_errors=True)
-    command = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    metrics = Path(given["out"], "metrics.jsonl")
+    """Start train_dpo.py, and kill it once metrics.jsonl has a row for step 1."""
+    run_flags = flags(job)
+    shutil.rmtree(run_flags["ref_cache"], ignore_errors=True)
+    command = [f"--{name.replace('_', '-')}={value}" for name, value in run_flags.items()]
+    metrics = Path(run_flags["out"], "metrics.jsonl")
     began = time.perf_counter()
     run = subprocess.Popen([sys.executable, "train_dpo.py", *command], cwd=compare.ROOT, stdout=subprocess.DEVNULL)
     while not (metrics.exists() and '{"step": 1,' in metrics.read_text()):
@@ -65,19 +64,19 @@ def first_step(job: dict) -> dict:
 
 
 def next_run(job: dict) -> dict:
-    """train_dpo.main with the cache that `first_step` left, up to its first training step."""
+    """Run train_dpo.main with the cache that `first_step` left, up to its first training step."""
     import train_dpo
 
-    load, found = models.load_model, {}
+    load, times = models.load_model, {}
 
     def loaded(*args):
         model = load(*args)
-        found.update(seconds=-time.perf_counter(), cpu=-time.process_time())
+        times.update(seconds=-time.perf_counter(), cpu=-time.process_time())
         return model
 
     def training(*_):
-        found["seconds"] += time.perf_counter()
-        found["cpu"] += time.process_time()
+        times["seconds"] += time.perf_counter()
+        times["cpu"] += time.process_time()
         raise Done
 
     def missed(*_):
@@ -91,7 +90,7 @@ def next_run(job: dict) -> dict:
         try:
             train_dpo.main(train_dpo.Args(**flags(job), beta=0.3))
         except Done:
-            return found
+            return times
 
 
 def show_help(_: dict) -> dict:
@@ -112,10 +111,10 @@ def main(a: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = {"model": str(Path(a.model).absolute()), "folder": folder, "flags": {"max_steps": 1} if a.quick else {}}
         rows = []
-        for what, timed in compare.in_turn("startup", [*AIMS], job, a.rounds).items():
-            aim = "" if AIMS[what] is None else f"{AIMS[what]:g}"
-            facts = {name: compare.median(timed, name) for name in ("seconds", "cpu")}
-            rows.append({"what": what, **facts, "at most": aim})
+        for name, times in compare.in_turn("startup", [*TARGETS], job, a.rounds).items():
+            target = "" if TARGETS[name] is None else f"{TARGETS[name]:g}"
+            medians = {field: compare.median(times, field) for field in ("seconds", "cpu")}
+            rows.append({"what": name, **medians, "at most": target})
     compare.report("startup", rows, a.quick)
 
 

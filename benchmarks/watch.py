@@ -1,4 +1,4 @@
-"""Watching a training loop from outside, ours or TRL's: time and memory of its steps, log-probs, gradient norms."""
+"""Watch a training loop, ours or TRL's, from outside: time and memory of its steps, log-probs, gradient norms."""
 
 import contextlib
 import ctypes
@@ -15,11 +15,11 @@ from support.runs import Run
 
 
 class Done(Exception):
-    """What is measured is over, and the rest of a script need not run."""
+    """Raised to end a script once everything is measured."""
 
 
 def _status(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
+    """A field of /proc/self/status, in MiB."""
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
 
@@ -28,13 +28,13 @@ def on_gpu(device: str | torch.device) -> bool:
 
 
 def wait(device: str | torch.device) -> None:
-    """Until the device has done what it was given, so that the clock can be read."""
+    """Wait until the device has finished its work, so that the clock can be read."""
     if on_gpu(device):
         torch.cuda.synchronize()
 
 
 def forget_peak(device: str | torch.device = "cpu") -> float:
-    """Begin a new peak of memory (resident, or on a GPU allocated), and give freed memory back; MiB in use now."""
+    """Reset the memory peak; returns the MiB in use: allocated on a GPU, or resident once freed memory is returned."""
     if on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -45,19 +45,19 @@ def forget_peak(device: str | torch.device = "cpu") -> float:
 
 
 def peak(device: str | torch.device = "cpu") -> float:
-    """Largest memory in use since `forget_peak`, MiB."""
+    """Peak of the memory in use since `forget_peak`, in MiB."""
     return torch.cuda.max_memory_allocated() / 2**20 if on_gpu(device) else _status("VmHWM")
 
 
 def read_weights(*models) -> None:
-    """Weights are read from their file when first used: use them."""
+    """Use all weights once, because they are not read from their file before their first use."""
     for model in models:
         sum(float(x.detach().sum()) for x in model.parameters())
 
 
 def matrix_rate(model, device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 4.0) -> float:
-    """Floating-point operations a second of the model's own matrix products (each weight's three: output, gradient of
-    the input, gradient of the weight) on 2,048 tokens, on a GPU 8,192, timed alone: what a step cannot exceed."""
+    """Floating-point operations per second of the model's matrix products alone, an upper bound for a step. Each weight
+    has three (output, gradient of the input, gradient of the weight), here with 2,048 tokens, or 8,192 on a GPU."""
     rows, repeats = (8192, 10) if on_gpu(device) else (2048, 1)
     shapes = {tuple(x.shape) for x in model.parameters() if x.ndim == 2}
     work = spent = 0.0
@@ -81,12 +81,12 @@ def matrix_rate(model, device: str = "cpu", dtype: torch.dtype = torch.float32, 
 
 
 class Steps:
-    """Of each optimizer step (of PPO: rollout) the seconds of the clock and of the processor, and the gradient norm
-    before clipping; log-probs of the first one's sequences, by their tokens; peak memory over the loaded weights, MiB.
-    """
+    """Results for each optimizer step (train_ppo.py: for each rollout): wall and CPU seconds, and the gradient norm
+    before clipping. Also the log-prob of each sequence in the first step, and the peak of memory above what was in use
+    at the start, in MiB."""
 
     def __init__(self, device: str | torch.device = "cpu"):
-        self.found = {"seconds": [], "cpu": [], "norms": [], "logps": {}, "peak": 0.0}
+        self.results = {"seconds": [], "cpu": [], "norms": [], "logps": {}, "peak": 0.0}
         self.device, self.resident = device, forget_peak(device)
 
     def begin(self) -> None:
@@ -95,18 +95,18 @@ class Steps:
 
     def end(self) -> None:
         wait(self.device)
-        self.found["seconds"].append(time.perf_counter() - self.began)
-        self.found["cpu"].append(time.process_time() - self.cpu)
-        self.found["peak"] = peak(self.device) - self.resident
+        self.results["seconds"].append(time.perf_counter() - self.began)
+        self.results["cpu"].append(time.process_time() - self.cpu)
+        self.results["peak"] = peak(self.device) - self.resident
         self.begin()
 
     def first(self) -> bool:
-        return not self.found["seconds"]
+        return not self.results["seconds"]
 
 
 @contextlib.contextmanager
 def script() -> Iterator[dict]:
-    """A script's `main` under watch: its Run saves and logs nothing, and after the last step nothing more is done."""
+    """Watch a script's `main`. Its Run saves and logs nothing, and the script ends after its last step."""
     watched: dict = {}
 
     def start(run, *_):
@@ -116,7 +116,7 @@ def script() -> Iterator[dict]:
     def log(run, step, metrics):
         if step:
             watched["steps"].end()
-            watched["steps"].found["norms"].append(metrics["grad_norm"])
+            watched["steps"].results["norms"].append(metrics["grad_norm"])
 
     def end(run):
         raise Done
@@ -128,8 +128,8 @@ def script() -> Iterator[dict]:
 
 
 def settings(job: dict, weights: str = "float32") -> dict:
-    """What every trainer of TRL is given: the job's device and dtype of products, weights in float32 or in `weights`;
-    nothing is logged, saved or shown."""
+    """Settings of every TRL trainer: the job's device, epochs and dtype of products. Weights are float32, or `weights`
+    if the products are bfloat16. Nothing is logged, saved or shown."""
     return {
         "bf16": job["dtype"] == "bfloat16", "use_cpu": not on_gpu(job["device"]), "num_train_epochs": job["epochs"],
         "model_init_kwargs": {"dtype": weights if job["dtype"] == "bfloat16" else "float32"}, "max_length": None,
@@ -137,14 +137,14 @@ def settings(job: dict, weights: str = "float32") -> dict:
     }  # fmt: skip
 
 
-def trainer(own) -> dict:
-    """What happens while this trainer of transformers trains, as `Steps` has it."""
+def trainer(trl_trainer) -> dict:
+    """Run the training of a TRL trainer, and return its results as in `Steps`."""
     watched: dict = {}
 
     class Watch(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
-            read_weights(*filter(None, (own.model, getattr(own, "ref_model", None))))
-            watched["steps"] = Steps(own.args.device)
+            read_weights(*filter(None, (trl_trainer.model, getattr(trl_trainer, "ref_model", None))))
+            watched["steps"] = Steps(trl_trainer.args.device)
 
         def on_step_begin(self, *_, **__):
             watched["steps"].begin()
@@ -158,19 +158,19 @@ def trainer(own) -> dict:
         ids, logps = kwargs["input_ids"], out.log_probs.detach().double()
         if "attention_mask" in kwargs:
             rows = [row[mask.bool()] for row, mask in zip(ids, kwargs["attention_mask"], strict=True)]
-        else:  # all in one row, a sequence from one position 0 to the next
+        else:  # packed into one row, in which each sequence starts at position 0
             starts = (kwargs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
             rows, logps = ids[0].tensor_split(starts), logps[0].tensor_split(starts)
-        for row, own in zip(rows, logps, strict=True):
-            watched["steps"].found["logps"][key(row.tolist())] = own.sum().item()
+        for row, row_logps in zip(rows, logps, strict=True):
+            watched["steps"].results["logps"][key(row.tolist())] = row_logps.sum().item()
 
-    def clip(*args, _clip=own.accelerator.clip_grad_norm_, **kwargs):
+    def clip(*args, _clip=trl_trainer.accelerator.clip_grad_norm_, **kwargs):
         norm = _clip(*args, **kwargs)
-        watched["steps"].found["norms"].append(float(norm))
+        watched["steps"].results["norms"].append(float(norm))
         return norm
 
-    own.add_callback(Watch())
-    own.model.register_forward_hook(keep_logps, with_kwargs=True)
-    own.accelerator.clip_grad_norm_ = clip
-    own.train()
-    return watched["steps"].found
+    trl_trainer.add_callback(Watch())
+    trl_trainer.model.register_forward_hook(keep_logps, with_kwargs=True)
+    trl_trainer.accelerator.clip_grad_norm_ = clip
+    trl_trainer.train()
+    return watched["steps"].results

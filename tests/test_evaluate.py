@@ -539,11 +539,11 @@ def test_the_plot_has_a_point_for_each_model(tmp_path):
             return lambda *args, **kwargs: None
 
     class Page:
-        def __init__(self, **_):
+        def __init__(self, *_):
             self.add_subplot, self.savefig = Axes, lambda path, dpi: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "figure", type("figure", (), {"Figure": Page}))
+        patch.setattr(evaluate, "new_page", Page)
         evaluate.plot(results, tmp_path / "plot.png")
     assert {name: seen[name] for name in points} == points
     drawn = [seen[i] for i in seen if isinstance(i, int)]

@@ -423,7 +423,7 @@ def draw(results: common.Results, page) -> None:
     """D_w, that of fresh answers and D_l by run; D_w against the margin on the way, with edits."""
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     runs = [x for x in RUNS if results.values(x, "D_w")]
-    for i, (name, colour) in enumerate({"D_w": "tab:blue", "fresh": "gray", "D_l": "tab:orange"}.items()):
+    for i, (name, colour) in enumerate({"D_w": "C0", "fresh": "gray", "D_l": "C1"}.items()):
         points = [t_interval([*results.values(x, name).values()]) for x in runs]
         bars = [half if half < float("inf") else 0.0 for _, half in points]
         xs = [j + 0.27 * (i - 1) for j in range(len(runs))]

@@ -219,7 +219,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
 def draw(results: common.Results, page) -> None:
     """Gold reward against KL along the runs, and entropy and fluency along the steps; means over seeds."""
     axes_of = page.subplots(1, 3)
-    for x, colour in zip(SETTINGS, ("tab:blue", "tab:orange", "tab:red"), strict=True):
+    for x, colour in zip(SETTINGS, ("C0", "C1", "C3"), strict=True):
         steps = results.steps(x)
         mean = lambda metric, x=x, steps=steps: [t_interval([*results.values(x, metric, s).values()])[0] for s in steps]  # noqa: E731
         axes_of[0].plot(mean("kl"), mean("gold"), marker="o", markersize=3, color=colour, label=x)

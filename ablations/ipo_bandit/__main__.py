@@ -144,7 +144,7 @@ def draw(results: common.Results, page) -> None:
     fine = torch.logspace(-1.1, 1.1, 60).tolist()
     for axes, data in zip(grid.flat, ("D1", "D2", "D3"), strict=False):
         exact = torch.tensor([optimum(data, tau) for tau in fine])
-        for i, colour in enumerate(("tab:blue", "tab:orange", "tab:green")):
+        for i, colour in enumerate(("C0", "C1", "C2")):
             axes.plot(fine, exact[:, i], color=colour, linewidth=1)
             for method, marker, filled in (("IPO", "o", colour), ("DPO", "s", "none")):
                 found = [chances(results, f"{method} {data} {tau:g}")[i] for tau in TAUS]
@@ -156,7 +156,7 @@ def draw(results: common.Results, page) -> None:
         axes.set_title(f"{data}: {PAIRS[data].replace(' ', ', ')}", fontsize=9)
         axes.set_xlabel("tau", fontsize=8)
     for method, line in (("IPO", "-"), ("DPO", "--")):
-        for tau, colour in zip(TAUS, ("tab:purple", "tab:red", "tab:brown", "tab:gray"), strict=True):
+        for tau, colour in zip(TAUS, ("C4", "C3", "C6", "C7"), strict=True):
             setting = f"{method} D1 {tau:g}"
             steps = results.steps(setting)
             means = [t_interval([*results.values(setting, "a", step).values()])[0] for step in steps]
@@ -166,7 +166,7 @@ def draw(results: common.Results, page) -> None:
     grid[1, 1].set_title("pi(a) on D1", fontsize=9)
     grid[1, 1].set_xlabel("thousand steps", fontsize=8)
     grid[1, 1].legend(fontsize=5, ncols=2, loc="lower right")
-    for name, colour in zip("abc", ("tab:blue", "tab:orange", "tab:green"), strict=True):
+    for name, colour in zip("abc", ("C0", "C1", "C2"), strict=True):
         grid[0, 1].plot([], [], color=colour, label=f"{name}, closed form of IPO")
     grid[0, 1].plot([], [], "ko", markersize=4, label="IPO")
     grid[0, 1].plot([], [], "ks", markersize=4, mfc="none", label="DPO")
