@@ -10,7 +10,8 @@ the probability of w against that of l, both measured against a frozen reference
     loss = -log sigmoid( beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ] )
 
 beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta is the strength of the leash
-to the reference. What happens below, in order: data, model, reference log-probs (once), the loop, before and after.
+to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, before and
+after.
 """
 
 import math
@@ -54,10 +55,10 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
     "simpo": lambda a, x: losses.simpo(x.chosen_logps, x.rejected_logps, *x.lengths, a.beta, a.gamma_beta_ratio),
     "orpo": lambda a, x: losses.orpo(x.chosen_logps, x.rejected_logps, *x.lengths, a.orpo_lambda),
 }
-REFERENCE_FREE = {"simpo", "orpo"}  # for these the reference's log-probs count as 0
-PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these see means over tokens, and so do their reward metrics
+REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
+PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and reward metrics of means over tokens
 TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
-LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # loss where policy and reference agree, whatever the flags
+LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
 DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
     "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512},
@@ -207,7 +208,7 @@ def main(a: Args) -> dict[str, float]:
     # ------------------------------------------------------------ reference: its log-probs once, then it leaves memory
     everything = train + held
     others: list[Example] = []
-    if a.loss == "kto":  # one more response a prompt, that belongs to another prompt: it estimates the KL term z0
+    if a.loss == "kto":  # each prompt with a response of another prompt: these estimate the KL term z0
         matched = zip(everything, mismatched(everything, a.seed), strict=True)
         others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in matched]
     if a.loss in REFERENCE_FREE:
@@ -355,9 +356,9 @@ def means(parts: Sequence[dict[str, tuple[Tensor, float]]]) -> dict[str, float]:
 
 
 def guard(a: Args, gaps: Tensor, loss: float) -> None:
-    """Before the first update the policy is the reference: log-ratios are 0 and the loss has its value there.
+    """BadInput unless the policy is the reference before the first update: log-ratios 0, and the loss as it is there.
 
-    `gaps` are |log pi - log ref| of the step's responses. What would break this: a reference scored with other weights,
+    `gaps` are |log pi - log ref| of the step's responses. These would break it: a reference scored with other weights,
     another dtype or template, dropout, attention that leaks between responses, a wrong shift.
     """
     if a.ref:

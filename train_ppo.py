@@ -39,7 +39,7 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # what a minibatch's sum over tokens is divided by; "responses": each response's own mean first
+COUNTS = {  # a minibatch's sum over tokens is divided by this; "responses": the mean of each response's mean
     "gae": "tokens",
     "reinforce++": "tokens",
     "rloo": "sequences",
@@ -70,11 +70,11 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     k: int = 4
     """answers to each prompt, >= 1; rloo, grpo and drgrpo need 2 or more"""
     temperature: float = 1.0
-    """of the sampling, and of every log-prob of policy and reference, > 0"""
+    """temperature of the sampling, and of every log-prob of policy and reference, > 0"""
     kl_coef: float | None = None
     """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """of the KL at each token (rlhf/advantages.py); in the reward only k1 gives the exact gradient"""
+    """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 gives the exact gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
     """whether the KL is taken off each token's reward, or added to the loss (as GRPO does, with k3)"""
     kl_target: float | None = None
@@ -84,27 +84,27 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_stop: float | None = None
     """end a rollout's epochs when the policy's approximate KL from the one that sampled exceeds this, nats a token"""
     gamma: float = 1.0
-    """gae: discount per token, in [0, 1]; 1, since an answer is one decision"""
+    """gae: discount per token, in [0, 1]; 1 treats an answer as one decision"""
     lam: float = 0.95
-    """gae: 1 is unbiased, lower trusts the critic more, in [0, 1]"""
+    """gae: lambda, in [0, 1]; 1 is unbiased, lower values trust the critic more"""
     whiten_advantages: bool = True
-    """gae: mean 0 and deviation 1 over the rollout; keeps the step size whatever the scale of the reward"""
+    """gae: mean 0 and deviation 1 over the rollout, so that the step size does not depend on the reward's scale"""
     whiten_rewards: Literal["no", "scale", "shift"] = "no"
-    """gae: divide the tokens' rewards by their deviation; shift takes off their mean too; both change the objective"""
+    """gae: divide the tokens' rewards by their deviation; shift subtracts their mean too; both change the objective"""
     missing_eos: Literal["no", "replace", "subtract"] = "no"
-    """score of an answer that was cut: as it is, replaced by --missing-eos-value, or less that value"""
+    """score of an answer without EOS: kept, replaced by --missing-eos-value, or reduced by that value"""
     missing_eos_value: float = -1.0
-    """see --missing-eos; in reward"""
+    """see --missing-eos; in units of reward"""
     clip_range: float = 0.2
-    """a token's ratio to the policy that sampled it has no gradient beyond 1 -+ this, > 0"""
+    """no gradient for a token whose ratio to the policy that sampled it is beyond 1 -+ this, > 0"""
     value_clip: float | None = 0.2
-    """change of the critic since the rollout beyond which its error has no gradient, > 0, in reward; None: none"""
+    """no gradient for a value that moved further than this since the rollout, > 0, in reward; None: no clip"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
-    """the critic starts as the reward model (which knows what is good), or as the policy with a new head, or with 0"""
+    """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
     """bonus for the entropy of each next-token distribution, >= 0"""
     ptx_coef: float = 0.0
-    """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx; against forgetting)"""
+    """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
     ptx_data: str = "reviews"
     """rows for --ptx-coef, as train_sft.py takes them"""
     epochs_per_rollout: int = 4
@@ -114,7 +114,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     lr: float | None = None
     """learning rate of the policy's AdamW at the start, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
-    """that of the critic, > 0; default 5 times --lr (embedded: 10/3 times)"""
+    """learning rate of the critic's AdamW, > 0; default 5 times --lr (embedded: 10/3 times)"""
     adam_eps: float = 1e-5
     """AdamW's epsilon, > 0; with 1e-8 the first updates are several times larger (Huang et al. 2024)"""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
@@ -316,11 +316,11 @@ def main(a: Args) -> dict[str, float]:
             scores = advantages.missing_eos(raw, ended, a.missing_eos, a.missing_eos_value)
         if a.advantage == "remax":
             greedy = score(answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype))
-        own = lambda batch: scoring.logps_and_entropies(policy, batch, dtype, a.temperature)  # noqa: E731
-        logps, entropy = scoring.per_token(own, examples, batching).unbind(1)
+        by_policy = lambda batch: scoring.logps_and_entropies(policy, batch, dtype, a.temperature)  # noqa: E731
+        logps, entropy = scoring.per_token(by_policy, examples, batching).unbind(1)
         with models.without_lora(reference):
-            ref = lambda batch: scoring.response_logps(reference, batch, dtype, a.temperature)[0]  # noqa: E731
-            ref_logps = scoring.per_token(ref, examples, batching)
+            by_ref = lambda batch: scoring.response_logps(reference, batch, dtype, a.temperature)[0]  # noqa: E731
+            ref_logps = scoring.per_token(by_ref, examples, batching)
         values = None
         if critic:
             values = scoring.per_token(lambda batch: scoring.token_values(critic, batch, dtype), examples, batching)
@@ -476,7 +476,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
 
 
 def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batching) -> dict[str, float]:
-    """Gradient of --ptx-coef times the mean negative log-likelihood of these rows' tokens, added to the minibatch's."""
+    """Add the gradient of --ptx-coef times the mean negative log-likelihood of these rows' tokens."""
     total, tokens = 0.0, train_sft.trained_tokens(rows)
     for group in scoring.micro_batches(policy, rows, batching):
         batch = collate([rows[i] for i in group], batching.layout, batching.pad_id, a.device)
@@ -487,10 +487,11 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: Batching) -> None:
-    """Before a rollout's first update the policy is the one that sampled: scorer, sampler and loss agree on log-probs.
+    """BadInput unless scorer, sampler and loss agree on log-probs before a rollout's first update, while the policy is
+    the one that sampled.
 
     `ratio` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
-    their beginnings) are compared with the sampler's own cached, left-padded computation. What would break this:
+    their beginnings) are compared with the sampler's own cached, left-padded computation. These would break it:
     log-probs at another temperature, dropout, attention that leaks, a wrong shift, generation settings that warp the
     distribution.
     """

@@ -107,10 +107,7 @@ class Results:
         return [seed for seed in sorted({seed for _, seed in done}) if all((x, seed) in done for x in settings)]
 
     def add(self, setting: str, seed: int, values: Mapping[str, float], step: int | None = None) -> None:
-        """Append one value per metric; add those of steps first, since values without a step make the run `done`.
-
-        ValueError if a value is not finite.
-        """
+        """Append a value per metric, steps first: values without one make the run done. ValueError if not finite."""
         for metric, value in values.items():
             if not math.isfinite(value):
                 raise ValueError(f"{setting}, seed {seed}, step {step}: {metric} is {value}")
@@ -244,8 +241,7 @@ def show(mean_and_half: tuple[float, float], digits: int = 2) -> str:
 
 
 def between(points: Sequence[tuple[float, float]], nats: float) -> float:
-    """Reward at a KL, interpolated linearly between the first two neighbours that enclose it; after the last point, its
-    reward."""
+    """The reward at a KL, linear between the first two neighbours around it; beyond the last point, that point's."""
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if x0 <= nats < x1:
             return y0 + (y1 - y0) * (nats - x0) / (x1 - x0)
@@ -304,8 +300,8 @@ def prompts(n: int = 24_000, seed: int = 0) -> tuple[list[Example], list[Example
 def measured(
     model: str, ref: str, asked: Sequence[Example], seed: int, tokens: int, reward: str = ""
 ) -> dict[str, list[float]]:
-    """`of_answers` for one sampled answer of at most `tokens` tokens to each prompt, and if a reward model is given, its
-    reward ("proxy"). The models are run directories."""
+    """`of_answers` for one sampled answer of at most `tokens` tokens to each prompt; with a reward model, "proxy", its
+    reward, too. The models are run directories."""
     tokenizer, policy = models.load_tokenizer(model), models.load_model(model, "cpu")
     answers = answer(policy, tokenizer, asked, tokens, seed)
     stats = of_answers(policy, models.load_model(ref, "cpu"), tokenizer, answers)

@@ -1,12 +1,12 @@
-"""A world small enough to write down: eight tokens, answers of at most four, and every policy's KL and reward exact.
+"""A world small enough to enumerate: eight tokens, answers of at most four, exact KL and reward of every policy.
 
 A language of seven words and EOS; a prompt is three words, an answer ends at EOS or at four tokens, so there are 2,801
-answers to a prompt. What people write (the source) is a random table of the last two words, the gold reward a random
-function of prompt and answer in (0, 1), as the sentiment of Rafailov et al. 2023 is, and both are drawn by the world's
-seed. The scripts train a small transformer through their own `main`; here its chance of every answer is written
-down, and with that KL, reward, Best-of-n and the most reward that any policy has at a KL, without a sampling error.
+answers to a prompt. The texts that people write (the source) follow a random table of the last two words. The gold
+reward is a random function of prompt and answer in (0, 1), like the sentiment of Rafailov et al. 2023. Both are drawn
+with the world's seed. The scripts train a small transformer through their own `main`; here the probability of every
+answer is computed, and from it KL, reward, Best-of-n and the most reward of any policy at a KL, without sampling error.
 
-Leading axis p: prompts. Axis s: the answers, those of l words and EOS for l = 0 to 3, and then the full ones.
+Axis p: prompts. Axis s: answers, first those of l words and EOS for l = 0 to 3, then those of four words.
 """
 
 import dataclasses
@@ -30,24 +30,21 @@ from ablations.common import write
 from support import models
 from support.runs import is_made
 
-WORDS, EOS, PAD = "abcdefg", 0, 8  # a word's id is its place, from 1 on; EOS stands in front of a prompt too
-PROMPT, LONGEST = 3, 4  # words of a prompt, tokens of an answer
+WORDS, EOS, PAD = "abcdefg", 0, 8  # ids of words: 1 to 7; EOS also begins a prompt
+PROMPT, LONGEST = 3, 4  # words of a prompt, most tokens of an answer
 VALIDATION, TEST = 16, 32  # prompts that no run trains on, of 343
-SENTENCES = 6400  # of the source, that the SFT model learns from
-LIMITS = {
-    "max_prompt_length": 1 + PROMPT,
-    "max_length": 1 + PROMPT + LONGEST,
-}  # so that a fourth word is not followed by EOS
+SENTENCES = 6400  # of the source, for SFT
+LIMITS = {"max_prompt_length": 1 + PROMPT, "max_length": 1 + PROMPT + LONGEST}  # no EOS after a fourth word
 ANSWERS = [p for n in range(LONGEST + 1) for p in itertools.product(range(1, 8), repeat=n)]
 TEXTS = [" ".join(WORDS[i - 1] for i in answer) for answer in ANSWERS]
 
 
 def prompts(seed: int) -> dict[str, list[str]]:
-    """All prompts, split at random into those of training, validation and test."""
-    found = [" ".join(words) for words in itertools.product(WORDS, repeat=PROMPT)]
-    random.Random(f"prompts {seed}").shuffle(found)
+    """All prompts, split at random into validation, test and train."""
+    texts = [" ".join(words) for words in itertools.product(WORDS, repeat=PROMPT)]
+    random.Random(f"prompts {seed}").shuffle(texts)
     ends = VALIDATION, VALIDATION + TEST
-    return {"validation": found[: ends[0]], "test": found[ends[0] : ends[1]], "train": found[ends[1] :]}
+    return {"validation": texts[: ends[0]], "test": texts[ends[0] : ends[1]], "train": texts[ends[1] :]}
 
 
 # -------------------------------------------------------------------------------------------------------------- reward
@@ -55,13 +52,13 @@ def prompts(seed: int) -> dict[str, list[str]]:
 
 @functools.cache
 def _taste(seed: int) -> Float[Tensor, "first previous word"]:
-    """What a word is worth after another, to a prompt with this first word: a sum of three normal tables."""
+    """The worth of a word after another, for a prompt with this first word: a sum of three normal tables."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return draw(8) + draw(8, 8) + draw(8, 1, 8)
 
 
 def reward(seed: int, prompt: str, answer: str) -> float:
-    """sigmoid(2 * mean over the answer's words of their worth), 0 for an answer without words; in [0, 1)."""
+    """sigmoid(2 * mean worth of the answer's words), 0 for an answer without words; in [0, 1)."""
     if not answer:
         return 0.0
     ids = [WORDS.index(word) + 1 for word in f"{prompt} {answer}".split()]
@@ -70,54 +67,54 @@ def reward(seed: int, prompt: str, answer: str) -> float:
 
 
 def gold(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """The gold reward as `train_ppo.py --reward ablations.world:gold` takes it; each row names its world."""
+    """The gold reward for `train_ppo.py --reward ablations.world:gold`; each row names its world."""
     return [reward(row["world"], x, y) for x, y, row in zip(prompts, responses, rows, strict=True)]
 
 
 def rewards(seed: int, asked: Sequence[str]) -> Float[Tensor, "p s"]:
-    """The gold reward of every answer."""
-    taste, found = _taste(seed), []
+    """The gold reward of every answer to each prompt."""
+    taste, rows = _taste(seed), []
     for prompt in asked:
         first, _, last = (WORDS.index(word) + 1 for word in prompt.split())
-        sums = [torch.zeros(1, dtype=torch.float64)]  # of the worths of n words, for n = 0, 1, ...
+        sums = [torch.zeros(1, dtype=torch.float64)]  # summed worths of n words, for n = 0, 1, ...
         before = torch.tensor([last])
         for _ in range(LONGEST):
             sums.append((sums[-1][:, None] + taste[first, before, 1:]).flatten())
             before = torch.arange(1, 8).repeat(len(before))
-        found.append(torch.cat([sums[0], *((2 * x / n).sigmoid() for n, x in enumerate(sums[1:], 1))]))
-    return torch.stack(found)
+        rows.append(torch.cat([sums[0], *((2 * x / n).sigmoid() for n, x in enumerate(sums[1:], 1))]))
+    return torch.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------------- model and source
 
 
 def source(seed: int, n: int) -> list[dict]:
-    """n rows {prompt, completion} for SFT: a prompt, and an answer of one word at least that the source writes."""
+    """n rows {prompt, completion} for SFT: a training prompt, and an answer of at least one word by the source."""
     draw = torch.Generator().manual_seed(1_000_000 + seed)
     last, before = (torch.randn(8, 7, generator=draw) for _ in range(2))
-    table = (last[:, None] + 0.5 * before[None]).softmax(-1).tolist()  # of the last word and the one before it
+    table = (last[:, None] + 0.5 * before[None]).softmax(-1).tolist()  # [last word, the one before it, next word]
     rng, asked = random.Random(f"source {seed}"), prompts(seed)["train"]
-    found = []
+    rows = []
     for _ in range(n):
         words = rng.choice(asked).split()
         for place in range(LONGEST):
             if place and rng.random() < 0.15:
                 break
-            two = [WORDS.index(word) + 1 for word in words[-2:]]
-            words += rng.choices(WORDS, weights=table[two[1]][two[0]])
-        found.append({"prompt": " ".join(words[:PROMPT]), "completion": " ".join(words[PROMPT:])})
-    return found
+            before_last, last_word = (WORDS.index(word) + 1 for word in words[-2:])
+            words += rng.choices(WORDS, weights=table[last_word][before_last])
+        rows.append({"prompt": " ".join(words[:PROMPT]), "completion": " ".join(words[PROMPT:])})
+    return rows
 
 
 def new_model(folder: Path, seed: int) -> None:
-    """An untrained transformer of 0.04 M parameters with its tokenizer. PAD, which a reward model needs, has a bias
-    that keeps its chance at 0, so that nothing but words and EOS is ever written."""
+    """Save an untrained transformer of 0.04 M parameters with its tokenizer. PAD, which a reward model needs, gets a
+    bias that keeps its probability at 0, so that only words and EOS are ever written."""
     vocabulary = {"<eos>": EOS, **{word: i for i, word in enumerate(WORDS, 1)}, "<pad>": PAD}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.post_processor = tokenizers.processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
-    named = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **named)
+    special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     torch.manual_seed(seed)
     config = transformers.PhiConfig(
         vocab_size=9,
@@ -137,7 +134,7 @@ def new_model(folder: Path, seed: int) -> None:
 
 
 def learn_source(folder: Path, seed: int, sentences: int = SENTENCES, **flags) -> str:
-    """The SFT model of this world, in folder/sft, as train_sft.py makes it; made where it is missing."""
+    """The path of this world's SFT model, folder/sft, which train_sft.py makes if it is missing."""
     out = folder / "sft"
     if not is_made(str(out)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -149,20 +146,20 @@ def learn_source(folder: Path, seed: int, sentences: int = SENTENCES, **flags) -
 
 
 def args(script: ModuleType, **flags):
-    """Arguments of a script: as all runs here have them (no rows held out, since other prompts measure, no answers, and
-    the world's lengths), and these flags."""
-    usual = {"eval_fraction": 0.0, "eval_prompts": 0, "max_new_tokens": LONGEST, "device": "cpu", **LIMITS}
+    """Arguments of a script: the defaults of all runs here (no held-out rows and no answers, since other prompts are
+    measured, and the world's lengths), and these flags."""
+    defaults = {"eval_fraction": 0.0, "eval_prompts": 0, "max_new_tokens": LONGEST, "device": "cpu", **LIMITS}
     known = {field.name for field in dataclasses.fields(script.Args)}
-    return script.Args(**{name: value for name, value in usual.items() if name in known} | flags)
+    return script.Args(**{name: value for name, value in defaults.items() if name in known} | flags)
 
 
 # --------------------------------------------------------------------------------------------------- policies, exactly
 
 
 def differentiable_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
-    """The log-prob of every answer to each prompt, float64, with gradient: their chances add up to 1.
+    """Log-prob of every answer to each prompt, float64, with gradient; the probabilities of a prompt sum to 1.
 
-    By the library's own cached forward, a level of the tree of answers at a time.
+    Uses the library's cached forward, one level of the tree of answers at a time.
     """
     models.set_attention(model.eval(), packed=False)
     ids = torch.tensor([[EOS, *(WORDS.index(word) + 1 for word in prompt.split())] for prompt in asked])
@@ -185,31 +182,31 @@ def answer_logps(model, asked: Sequence[str]) -> Float[Tensor, "p s"]:
 
 
 def held(model, seed: int, parts: Mapping[str, Sequence[str]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """For the prompts of each part: the model's log-probs of all answers, and their gold rewards, [p s] each."""
+    """Part -> the model's log-probs of all answers to its prompts, and their gold rewards, [p s] each."""
     return {part: (answer_logps(model, asked), rewards(seed, asked)) for part, asked in parts.items()}
 
 
 def kl(logps: Float[Tensor, "p s"], ref: Float[Tensor, "p s"]) -> float:
-    """KL(pi || ref), nats, the mean over prompts."""
+    """KL(pi || ref) in nats, averaged over prompts."""
     return (logps.exp() * (logps - ref)).sum(1).mean().item()
 
 
 def expected(logps: Float[Tensor, "p s"], r: Float[Tensor, "p s"]) -> float:
-    """The mean of r over the policy's answers, and over prompts."""
+    """The policy's expected r, averaged over prompts."""
     return (logps.exp() * r).sum(1).mean().item()
 
 
 def tilted(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], beta: float) -> tuple[float, float]:
-    """KL and reward of pi* = ref exp(r / beta) / Z, the most of its KL. Rafailov et al. 2023, Eq. 4."""
+    """KL and reward of pi* = ref exp(r / beta) / Z, the best policy at its KL. Rafailov et al. 2023, Eq. 4."""
     best = (ref + r / beta).log_softmax(1)
     return kl(best, ref), expected(best, r)
 
 
 def optimum(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], nats: float) -> float:
-    """The most reward that a policy can have whose KL, the mean over prompts, is at most this: the exact frontier.
+    """The exact frontier: the most reward of any policy whose KL, averaged over prompts, is at most this.
 
-    By bisection for the beta of `tilted`, then the tangent there (its slope is beta, since the frontier is concave), so
-    that the result is never below the true one, and within 1e-12 above it.
+    Bisects for the beta of `tilted` and follows the tangent there. Its slope is beta and the frontier is concave, so
+    the result is never below the true one, and within 1e-12 above it.
     """
     if nats <= 0:
         return expected(ref, r)
@@ -222,52 +219,53 @@ def optimum(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], nats: float) -> 
 
 
 def law(p: Float[Tensor, " s"], rewards: Float[Tensor, " s"], n: int) -> Float[Tensor, " s"]:
-    """Chance of each answer to be the best of n, ties broken at random: ((F + q)^n - F^n) p / q, where q is the
-    chance of its reward and F that of a lower one."""
+    """Probability that each answer is the best of n, ties broken at random: ((F + q)^n - F^n) p / q, where q is the
+    probability of its reward and F that of a lower one."""
     levels, which = rewards.unique(return_inverse=True)
     q = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)
-    upto = q.cumsum(0) / q.sum()
-    below = torch.cat([upto.new_zeros(1), upto[:-1]])
-    return ((upto**n - below**n) / q)[which] * p
+    cdf = q.cumsum(0) / q.sum()
+    below = torch.cat([cdf.new_zeros(1), cdf[:-1]])
+    return ((cdf**n - below**n) / q)[which] * p
 
 
 def bound(n: int) -> float:
-    """KL of the best of n to the policy, nats, at most (Beirami et al. 2024, arXiv 2401.01879)."""
+    """Upper bound on the KL of the best of n to the policy, nats (Beirami et al. 2024, arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 
 def best_of(ref: Float[Tensor, "p s"], r: Float[Tensor, "p s"], n: int) -> Float[Tensor, "p s"]:
-    """Log-probs of the best of n of the reference's answers, equal ones taken at random: its exact law."""
-    chances = [law(q, own, n) for q, own in zip(ref.exp(), r, strict=True)]
-    return torch.stack(chances).clamp(min=1e-300).log()
+    """Exact log-probs of the best of n of the reference's answers, ties broken at random."""
+    probs = [law(p, of_prompt, n) for p, of_prompt in zip(ref.exp(), r, strict=True)]
+    return torch.stack(probs).clamp(min=1e-300).log()
 
 
 def rankings(
     seed: int, logps: Float[Tensor, "p s"], asked: Sequence[str], n: int, k: int, flip: float = 0.0
 ) -> list[dict]:
-    """n rows {prompt, responses, ranks} of k answers that the policy gave to these prompts in turn, best first by gold
-    reward; a pair (k = 2) is turned round with the chance `flip`. Rows with an empty answer are drawn again."""
+    """n rows {prompt, responses, ranks} of k answers sampled from the policy, cycling through these prompts; rank 1 has
+    the most gold reward. A pair (k = 2) is flipped with probability `flip`. Rows with an empty answer, or with k equal
+    answers, are drawn again."""
     draw = torch.Generator().manual_seed(2_000_000 + seed)
-    chances, r, found = logps.exp(), rewards(seed, asked), []
+    probs, r, rows = logps.exp(), rewards(seed, asked), []
     order = [*range(len(asked))]
     random.Random(f"rankings {seed}").shuffle(order)
     for p in itertools.islice(itertools.cycle(order), n):
         drawn = [0]
         while 0 in drawn or len(set(drawn)) == 1:
-            drawn = torch.multinomial(chances[p], k, replacement=True, generator=draw).tolist()
+            drawn = torch.multinomial(probs[p], k, replacement=True, generator=draw).tolist()
         values = r[p, drawn].tolist()
         ranks = [1 + sum(other > value for other in values) for value in values]
         if flip and torch.rand((), generator=draw) < flip:
             ranks.reverse()
-        found.append({"prompt": asked[p], "responses": [TEXTS[i] for i in drawn], "ranks": ranks})
-    return found
+        rows.append({"prompt": asked[p], "responses": [TEXTS[i] for i in drawn], "ranks": ranks})
+    return rows
 
 
 def chosen(rows: Sequence[dict]) -> list[dict]:
-    """The rows {prompt, completion} of Preferred-FT: the preferred answer of each pair of these rankings."""
-    found = []
+    """Rows {prompt, completion} for Preferred-FT: the preferred answer of each pair of these rankings."""
+    completions = []
     for row in rows:
         for text, rank in zip(row["responses"], row["ranks"], strict=True):
             worse = sum(rank < other for other in row["ranks"])
-            found += [{"prompt": row["prompt"], "completion": text}] * worse if text.strip() else []
-    return found
+            completions += [{"prompt": row["prompt"], "completion": text}] * worse if text.strip() else []
+    return completions

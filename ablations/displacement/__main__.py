@@ -1,4 +1,4 @@
-"""Likelihood displacement: DPO makes the preferred answer less likely, the more so the more alike the two answers are.
+"""Likelihood displacement: DPO makes the preferred answer less likely, most when the two answers are alike.
 
     python -m ablations.displacement            --quick, --smoke, --seeds
     python -m ablations.displacement --tier s   one pair of one token on a real model (tier_s.py)
@@ -7,23 +7,23 @@ Claim (Razin et al. 2024, arXiv 2410.08847; Pal et al. 2024, arXiv 2402.13228): 
 answers and lowers the log-prob of both, most of all between answers that are alike; DPO-positive, an NLL term (Pang et
 al. 2024, arXiv 2404.19733) and NCA (Chen et al. 2024, arXiv 2402.05369), which hold on to the preferred answer, do not.
 
-By hand first. A step of DPO on one pair (w, l) moves the logits themselves along e_w - e_l, and log pi(w) by
-1 - pi(w) + pi(l) times a factor above 0: a table of logits never displaces. Where logits are W h and h is trained, the
-step is along W_w - W_l, and log pi(w) moves by <W_w - sum_v pi(v) W_v, W_w - W_l>, which may be below 0.
+By hand first. A DPO step on one pair (w, l) of a table of logits moves it along e_w - e_l, and log pi(w) by
+1 - pi(w) + pi(l) times a positive factor: a table never displaces. If the logits are W h and h is trained, the step is
+along W_w - W_l, and log pi(w) moves by <W_w - sum_v pi(v) W_v, W_w - W_l>, which may be below 0.
 
-Then the embedded task. Of each prompt the same preferred answer is paired with its own copy, in which one opinion word
-is exchanged for a weaker one of its kind ("edit 1"), with another answer of less gold reward ("random"), or with the
-one or the other by turns ("mixed"). D_w is log pi(w) - log ref(w) after the training, of pairs that were trained on.
-CHES is Razin et al.'s measure of how alike two answers are, by length: <S_w, S_l> / (n_w n_l) - |S_w|^2 / n_w^2, with S
-the sum over an answer's n tokens of the SFT model's last hidden states that predict them.
+Then the embedded task. The same preferred answer to each prompt is paired with a copy of itself in which one opinion
+word is replaced by a weaker one of its kind ("edit 1"), with another answer of less gold reward ("random"), or with
+either in turn ("mixed"). D_w is log pi(w) - log ref(w) after training, on pairs that were trained on. CHES is Razin et
+al.'s measure of how alike two answers are, normalised by length: <S_w, S_l> / (n_w n_l) - |S_w|^2 / n_w^2, with S the
+sum over an answer's n tokens of the SFT model's last hidden states that predict them.
 
 The preferred answers are samples of the grammar that the SFT model learnt, and the mean of log pi - log ref over such
 samples is about -KL(ref || pi): below 0 for any policy that moves at all (Rafailov et al. 2024, arXiv 2406.02900). So
-D_w is compared with that mean itself, over other answers of the grammar to the same prompts ("fresh"). And a loss that
-hardly moves hardly lowers anything. So the losses are compared at one margin too: where, on its way, a run first has
-the mean margin D_w - D_l at which the less far of the two ends, between two checkpoints on the line. The strength of
-each loss (beta, or the coefficient of its own term) is that of three with the most gold reward on validation prompts,
-of trials with pairs of their own.
+D_w is compared with that mean over other answers of the grammar to the same prompts ("fresh"). A loss that hardly moves
+also hardly lowers anything, so the losses are compared at one margin too: where each run first reaches the mean margin
+D_w - D_l at which the run with the smaller one ends, interpolated linearly between checkpoints. The strength of each
+loss (beta, or the coefficient of its own term) is the one of three with the most gold reward on validation prompts, in
+trials with pairs of their own.
 
 Criterion, written before the full run. Paired by seed, 95 % t-intervals. Reproduced: all of these are above 0.
 Contradicted: one is below 0. Else not resolved. That D_w is higher need not mean more gold reward, which is reported.
@@ -70,24 +70,24 @@ METHODS = {  # loss, flag and its three trials
     "NCA": ("nca", "beta", (0.03, 0.1, 0.3)),
 }
 TRIALS = {f"{m} {flag} {x:g}": (m, x) for m, (_, flag, values) in METHODS.items() for x in values}
-TRIAL_SEED = 1000  # of the trials' pairs and answers; in results.csv they are of seed 0
+TRIAL_SEED = 1000  # of the trials' pairs and answers; results.csv lists the trials under seed 0
 KINDS = ("edit 1", "random")
 RUNS = {f"{m}, {kind}": (m, kind) for m in METHODS for kind in KINDS} | {"DPO, mixed": ("DPO", "mixed")}
 BY_HAND = ("table", "unlike rows", "like rows")
 SETTINGS = dict.fromkeys((*BY_HAND, "SFT", *RUNS))
 PROBLEMS, WORDS, WIDTH = 500, 8, 4  # by hand
-LIKE = 0.3  # deviation of W_l from W_w in like rows; that of an entry of W is 1
-BETA = 0.1  # but where it is tried
-PAIRS, HELD = 2100, 0.25  # and the share of them that is held out
-MEASURED = 512  # of the pairs trained on, and of those held out
-FRESH = 2  # other answers to the prompt of each
-PROMPTS, TEST = 6000, 256  # prompts; of the tenth that is held out, as many more for the trials
+LIKE = 0.3  # deviation of W_l from W_w in like rows; entries of W have deviation 1
+BETA = 0.1  # except in trials of beta
+PAIRS, HELD = 2100, 0.25  # and their held-out share
+MEASURED = 512  # pairs trained on, and held-out pairs
+FRESH = 2  # other answers per prompt
+PROMPTS, TEST = 6000, 256  # prompts; test prompts of the held-out tenth, and as many for the trials
 FULL = {"batch_size": 32, "max_steps": 50, "epochs": 2}
 SMOKE = {"batch_size": 4, "max_steps": 2}
-EVERY = 7  # steps between two looks at a run
+EVERY = 7  # steps between measurements
 OF_KIND = {symbol: " ".join(levels.values()).split() for symbol, levels in reviews.OPINIONS.items()}
 SYMBOL = {word: symbol for symbol, words in OF_KIND.items() for word in words}
-MASS = ("preferred", "other", "kind", "opposite", "else")  # words at the place where an edit differs
+MASS = ("preferred", "other", "kind", "opposite", "else")  # groups of words at the edit
 
 
 @dataclass
@@ -95,14 +95,14 @@ class Args(common.Args):
     tier: Literal["w", "s"] = "w"
     """w: by hand and the embedded task; s: one pair of one token on a real model (tier_s.py), into tier_s.csv"""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """of --tier s: a causal language model, as a local folder or a hub id"""
+    """causal language model for --tier s: a local folder or a hub id"""
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand
 
 
 def by_hand(setting: str, seed: int) -> dict[str, float]:
-    """Gradient descent on DPO's loss of one pair, in many problems at once: words 0 and 1 of each are w and l."""
+    """Gradient descent on DPO's loss for one pair, in many problems at once; words 0 and 1 of each are w and l."""
     world = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(PROBLEMS, *shape, generator=world, dtype=torch.float64)  # noqa: E731
     rows = torch.eye(WORDS, dtype=torch.float64).expand(PROBLEMS, -1, -1)
@@ -113,16 +113,16 @@ def by_hand(setting: str, seed: int) -> dict[str, float]:
     state = normal(rows.shape[2]).requires_grad_()
     logps = lambda: torch.einsum("pvd, pd -> pv", rows, state).log_softmax(1)  # noqa: E731
     before = now = logps().detach()
-    fell, off = torch.zeros(PROBLEMS, dtype=torch.bool), 0.0
+    fell, gap = torch.zeros(PROBLEMS, dtype=torch.bool), 0.0
     for step in range(100):
-        found = logps()
-        chosen, rejected = (found - before)[:, :2].unbind(1)
+        current = logps()
+        chosen, rejected = (current - before)[:, :2].unbind(1)
         (gradient,) = torch.autograd.grad(losses.dpo(chosen, rejected, BETA).sum(), state, retain_graph=step == 0)
-        if step == 0:  # the change of log pi(w) that the formula above says, against autograd's; 1/2 is s(-beta h)
-            (of_chosen,) = torch.autograd.grad(found[:, 0].sum(), state)
-            mean = torch.einsum("pv, pvd -> pd", found.detach().exp(), rows)
+        if step == 0:  # the formula's change of log pi(w) against autograd's; 1/2 is sigmoid(-beta h) at h = 0
+            (of_chosen,) = torch.autograd.grad(current[:, 0].sum(), state)
+            mean = torch.einsum("pv, pvd -> pd", current.detach().exp(), rows)
             formula = ((rows[:, 0] - mean) * (rows[:, 0] - rows[:, 1])).sum(1) * BETA / 2
-            off = (-(gradient * of_chosen).sum(1) - formula).abs().max().item()
+            gap = (-(gradient * of_chosen).sum(1) - formula).abs().max().item()
         with torch.no_grad():
             state -= gradient
             fell |= logps()[:, 0] < now[:, 0]
@@ -133,7 +133,7 @@ def by_hand(setting: str, seed: int) -> dict[str, float]:
         "below 0": (moved[:, 0] < 0).double().mean().item(),
         "D_w": moved[:, 0].mean().item(),
         "margin": (moved[:, 0] - moved[:, 1]).mean().item(),
-        "formula off": off,
+        "formula off": gap,
     }
 
 
@@ -141,7 +141,7 @@ def by_hand(setting: str, seed: int) -> dict[str, float]:
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run whatever results.csv lacks, and write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     if a.tier == "s":
         real = common.Results(results.path.with_name("tier_s.csv"))
@@ -155,10 +155,10 @@ def main(a: Args) -> None:
             values = by_hand(setting, seed)
             results.add(setting, seed, values | {"seconds": time.process_time() - began})
     pairs, prompts, steps = (60, 100, SMOKE) if a.smoke else (PAIRS, PROMPTS, FULL)
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    torch.set_num_threads(1)  # as in the processes of `each`, so that results do not depend on the number of cores
 
     def go(tasks: Sequence[tuple[str, int, str, dict]]) -> None:
-        """Those of (setting, seed, kind of pairs, flags) that are not there yet; without flags it is the SFT model."""
+        """Run the missing tasks of (setting, seed, kind of pairs, flags); one without flags measures the SFT model."""
         given = []
         for setting, seed, kind, flags in tasks:
             if not results.done(setting, seed):
@@ -183,27 +183,27 @@ def main(a: Args) -> None:
 
 
 def strengths(results: common.Results) -> dict[str, float]:
-    """Method -> the value of its flag whose trial has the most gold reward."""
+    """Method -> the value of its flag in the trial with the most gold reward."""
     gold = {name: results.values(name, "gold")[0] for name in TRIALS if results.done(name, 0)}
     best = {TRIALS[name][0]: TRIALS[name][1] for name in sorted(gold, key=lambda name: gold[name])}
     return {m: best[m] for m in METHODS if m in best}
 
 
 def edited(prompt: str, text: str, rng: random.Random) -> tuple[str, int] | None:
-    """The text with one opinion word exchanged for another of its kind so that gold reward falls, and its place."""
+    """The text with one opinion word replaced by one of its kind that lowers gold reward, and its position; or None."""
     words = text.split()
     places = [i for i, word in enumerate(words) if word in SYMBOL]
     for i in rng.sample(places, len(places)):
         others = OF_KIND[SYMBOL[words[i]]]
         for other in rng.sample(others, len(others)):
-            found = " ".join([*words[:i], other, *words[i + 1 :]])
-            if reviews.gold_reward(f"{prompt} {found}") < reviews.gold_reward(f"{prompt} {text}"):
-                return found, i
+            edit = " ".join([*words[:i], other, *words[i + 1 :]])
+            if reviews.gold_reward(f"{prompt} {edit}") < reviews.gold_reward(f"{prompt} {text}"):
+                return edit, i
     return None
 
 
 def data(folder: Path, seed: int, kind: str, pairs: int) -> str:
-    """Preferences of a seed as a file: of each prompt the same preferred answer, whatever the kind."""
+    """The file of a seed's preferences; the preferred answer to a prompt is the same for every kind."""
     path = folder / f"pairs-{seed}-{kind}.jsonl".replace(" ", "-")
     if not path.exists():
         rng, rows = random.Random(seed), []
@@ -225,15 +225,15 @@ def data(folder: Path, seed: int, kind: str, pairs: int) -> str:
 def run(
     setting: str, seed: int, drawn: int, sft: str, flags: dict, folder: Path, prompts: int
 ) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
-    """One run of DPO with these flags (none for "SFT"), of the seed `drawn` -> what became of the pairs at its steps,
-    and all that is measured at its end."""
-    asked = common.prompts(prompts)[1]
-    half = len(asked) // 2
-    asked = (asked[half:] if setting in TRIALS else asked[:half])[:TEST]
+    """One DPO run with these flags (none for "SFT") and the seed `drawn` -> {step: values of the pairs}, and all values
+    at its end."""
+    held_prompts = common.prompts(prompts)[1]
+    half = len(held_prompts) // 2
+    held_prompts = (held_prompts[half:] if setting in TRIALS else held_prompts[:half])[:TEST]
 
     def answers(model: str) -> dict[str, float]:
-        found = common.measured(model, sft, asked, drawn, 64)
-        return {name: statistics.fmean(found[name]) for name in ("gold", "kl", "grammatical", "length")}
+        stats = common.measured(model, sft, held_prompts, drawn, 64)
+        return {name: statistics.fmean(stats[name]) for name in ("gold", "kl", "grammatical", "length")}
 
     if not flags:
         return {}, answers(sft)
@@ -252,26 +252,26 @@ def run(
         along[step] = {"D_w": D_w, "D_l": D_l, "fresh": (score(policy, others) - other_before).mean().item()}
 
     out = folder / f"{setting}-{seed}".replace(" ", "-").replace(",", "")
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
     flags = {"eval_fraction": HELD, "eval_prompts": 0, "device": "cpu", "seed": drawn} | flags
     with at_checkpoints(look):
         train_dpo.main(train_dpo.Args(model=sft, out=str(out), ref_cache=str(folder / "ref_cache"), **flags))
     end = along[max(along)] | answers(str(out)) | measure(policy, reference, tokenizer, pairs)
-    not_seen = measure(policy, reference, tokenizer, held)
+    held_out_values = measure(policy, reference, tokenizer, held)
     shutil.rmtree(out)
-    return along, end | {f"{name} held out": not_seen[name] for name in ("D_w", "below 0")}
+    return along, end | {f"{name} held out": held_out_values[name] for name in ("D_w", "below 0")}
 
 
 def fresh(pairs: Sequence[Example], tokenizer, seed: int) -> list[Example]:
-    """Other answers of the grammar to the prompts of these pairs, FRESH to each."""
+    """Other answers of the grammar to the prompts of these pairs, FRESH per prompt."""
     rng = random.Random(f"fresh {seed}")
-    found = [(e.prompt_text, text) for e in pairs for text in reviews.continuations(e.prompt_text, FRESH, rng)]
-    rows = [("fresh", {"prompt": prompt, "completion": text}) for prompt, text in found]
+    texts = [(e.prompt_text, text) for e in pairs for text in reviews.continuations(e.prompt_text, FRESH, rng)]
+    rows = [("fresh", {"prompt": prompt, "completion": text}) for prompt, text in texts]
     return build(rows, tokenizer, "sft", 512, 1024)[0]
 
 
 def measure(policy, reference, tokenizer, pairs: Sequence[Example]) -> dict[str, float]:
-    """What became of pairs: log-probs, by place of the edit too; where the mass went; CHES and its correlation."""
+    """Changes in log-prob, also before, at and after the edit; mass moved at the edit; CHES and its correlation."""
     pad, lengths = models.pad_id(tokenizer), [len(r) for e in pairs for r in e.responses]
     targets = torch.tensor([t for e in pairs for r in e.responses for t in r])
     states, logps = {}, {}
@@ -303,14 +303,14 @@ def measure(policy, reference, tokenizer, pairs: Sequence[Example]) -> dict[str,
 
 
 def mass(moved: Tensor, pair: Example, tokenizer) -> dict[str, float]:
-    """What the words gained at the place of the edit, by what they are; all together 0."""
+    """Probability gained at the edit by each group of words in MASS; they sum to 0."""
     preferred, other = (text.split()[pair.row["place"]] for text in pair.response_texts)
     symbol = SYMBOL[preferred]
     of = lambda words: moved[tokenizer.convert_tokens_to_ids(words)].sum().item()  # noqa: E731
     kind = [word for word in OF_KIND[symbol] if word not in (preferred, other)]
     opposite = OF_KIND[symbol.translate(str.maketrans("+-", "-+"))]
-    found = [of([preferred]), of([other]), of(kind), of(opposite)]
-    return dict(zip(MASS, [*found, -sum(found)], strict=True))
+    gains = [of([preferred]), of([other]), of(kind), of(opposite)]
+    return dict(zip(MASS, [*gains, -sum(gains)], strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -318,37 +318,37 @@ def mass(moved: Tensor, pair: Example, tokenizer) -> dict[str, float]:
 
 def excess(results: common.Results, setting: str) -> dict[int, float]:
     """Seed -> D_w less the mean of fresh answers."""
-    usual = results.values(setting, "fresh")
-    return {seed: x - usual[seed] for seed, x in results.values(setting, "D_w").items()}
+    fresh_mean = results.values(setting, "fresh")
+    return {seed: x - fresh_mean[seed] for seed, x in results.values(setting, "D_w").items()}
 
 
 def path(results: common.Results, setting: str, seed: int) -> list[dict[str, float]]:
-    """Margin, D_w and D_w less the mean of fresh answers at the start of a run and whenever it was looked at."""
+    """Margin, D_w, and D_w less the mean of fresh answers ("excess"), at the start and at each measured step."""
     points = [{"margin": 0.0, "D_w": 0.0, "excess": 0.0}]
     for step in results.steps(setting):
-        D_w, D_l, usual = (results.values_of[setting, seed, step, name] for name in ("D_w", "D_l", "fresh"))
-        points.append({"margin": D_w - D_l, "D_w": D_w, "excess": D_w - usual})
+        D_w, D_l, fresh_mean = (results.values_of[setting, seed, step, name] for name in ("D_w", "D_l", "fresh"))
+        points.append({"margin": D_w - D_l, "D_w": D_w, "excess": D_w - fresh_mean})
     return points
 
 
 def at_one_margin(results: common.Results, *settings: str) -> dict[str, dict[str, dict[int, float]]]:
-    """Setting -> margin, D_w and excess (`path`) -> seed -> the value where all first have the margin at which the
-    least far of them ends."""
-    found: dict[str, dict[str, dict[int, float]]] = {x: {"margin": {}, "D_w": {}, "excess": {}} for x in settings}
+    """Setting -> margin, D_w and excess (`path`) -> seed -> the value where each first reaches the smallest of their
+    last margins."""
+    values_of: dict[str, dict[str, dict[int, float]]] = {x: {"margin": {}, "D_w": {}, "excess": {}} for x in settings}
     for seed in results.values(settings[0], "D_w"):
         paths = {x: path(results, x, seed) for x in settings}
         least = min(points[-1]["margin"] for points in paths.values())
         for x, points in paths.items():
-            for name, values in found[x].items():
+            for name, values in values_of[x].items():
                 values[seed] = between([(point["margin"], point[name]) for point in points], least)
-    return found
+    return values_of
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
-    """The differences of the criterion, with half their intervals."""
+    """Clause of the criterion -> mean and half its interval."""
     of = results.values
     alone = lambda values, sign=1: t_interval([sign * x for x in values.values()])  # noqa: E731
-    found = {
+    differences = {
         "by hand, share with D_w < 0: like rows - unlike rows": paired(
             of("like rows", "below 0"), of("unlike rows", "below 0")
         ),
@@ -356,13 +356,13 @@ def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
         "fresh - D_w of DPO, edit 1": alone(excess(results, "DPO, edit 1"), -1),
     }
     for name in ("D_w", "D_w held out"):
-        found[f"{name} of DPO: random - edit 1"] = paired(of("DPO, random", name), of("DPO, edit 1", name))
-    found["- Spearman(CHES, D_w), mixed"] = alone(of("DPO, mixed", "spearman"), -1)
+        differences[f"{name} of DPO: random - edit 1"] = paired(of("DPO, random", name), of("DPO, edit 1", name))
+    differences["- Spearman(CHES, D_w), mixed"] = alone(of("DPO, mixed", "spearman"), -1)
     for m in [m for m in METHODS if m != "DPO" and of(f"{m}, edit 1", "D_w")]:
-        usual, mine = (x["D_w"] for x in at_one_margin(results, "DPO, edit 1", f"{m}, edit 1").values())
-        found[f"D_w, edit 1: {m}"] = alone(of(f"{m}, edit 1", "D_w"))
-        found[f"D_w, edit 1, at one margin: {m} - DPO"] = paired(mine, usual)
-    return found
+        dpo, other = (x["D_w"] for x in at_one_margin(results, "DPO, edit 1", f"{m}, edit 1").values())
+        differences[f"D_w, edit 1: {m}"] = alone(of(f"{m}, edit 1", "D_w"))
+        differences[f"D_w, edit 1, at one margin: {m} - DPO"] = paired(other, dpo)
+    return differences
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
@@ -370,7 +370,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
     all_of = lambda values, digits=2: show(t_interval([*values.values()]), digits) if values else ""  # noqa: E731
     cell = lambda setting, name, digits=2: all_of(results.values(setting, name), digits)  # noqa: E731
     hand = [[x, cell(x, "fell", 3), cell(x, "below 0", 3), cell(x, "D_w"), cell(x, "margin")] for x in BY_HAND]
-    off = max(x for setting in BY_HAND for x in results.values(setting, "formula off").values())
+    gap = max(x for setting in BY_HAND for x in results.values(setting, "formula off").values())
     columns = ("D_w", "D_l", "fresh", "below 0", "D_w held out", "below 0 held out", "ches", "spearman")
     of_answers = ("gold", "kl", "grammatical", "length")
     runs, edits, sampled, at_one = [], [], [], []
@@ -383,19 +383,19 @@ def report(results: common.Results) -> tuple[str, str, str]:
             edits.append([x, *where, *(cell(x, f"mass {n}", 3) for n in MASS)])
     against = {x: f"DPO, {kind}" for x, (m, kind) in RUNS.items() if m != "DPO"} | {"DPO, random": "DPO, edit 1"}
     for x, y in [(x, y) for x, y in against.items() if all(results.values(z, "D_w") for z in (x, y))]:
-        usual, mine = at_one_margin(results, y, x).values()
-        differences = [show(paired(mine[n], usual[n]), 3) for n in ("D_w", "excess")]
+        second, first = at_one_margin(results, y, x).values()
+        differences = [show(paired(first[n], second[n]), 3) for n in ("D_w", "excess")]
         differences += [show(paired(results.values(x, n), results.values(y, n)), 3) for n in ("D_w", "gold")]
-        at_one.append([f"{x} - {y}", all_of(mine["margin"]), all_of(usual["D_w"]), all_of(mine["D_w"]), *differences])
+        at_one.append([f"{x} - {y}", *map(all_of, (first["margin"], second["D_w"], first["D_w"])), *differences])
     trials = []
     for name in [x for x in TRIALS if results.done(x, 0)]:
         trials.append([name, *(cell(name, n) for n in ("gold", "kl", "D_w", "D_l"))])
-    found = clauses(results)
-    lines = [[name, show(x, 3), common.verdict([x])] for name, x in found.items()]
+    criterion = clauses(results)
+    lines = [[name, show(x, 3), common.verdict([x])] for name, x in criterion.items()]
     taken = "; ".join(f"{m}: {METHODS[m][1]} {x:g}" for m, x in strengths(results).items())
     parts = [
         markdown(["by hand", "log pi(w) falls at some step", "ends below", "D_w", "margin"], hand),
-        f"By hand, the formula's change of log pi(w) and autograd's differ by {off:.0e} at most.",
+        f"By hand, the formula's change of log pi(w) and autograd's differ by {gap:.0e} at most.",
         markdown(["pairs", *columns, "D_w - fresh"], runs),
         markdown(["answers", *of_answers], sampled),
         markdown(["run", "D_w before the edit", "at it", "after it", *(f"mass: {n}" for n in MASS)], edits),
@@ -416,11 +416,11 @@ def report(results: common.Results) -> tuple[str, str, str]:
         f"of fresh answers, edit 1: {cell('DPO, edit 1', 'fresh')}; "
         f"Spearman with CHES, mixed: {cell('DPO, mixed', 'spearman')}."
     )
-    return "\n\n".join(parts), common.verdict([*found.values()]), effect
+    return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
 
 
 def draw(results: common.Results, page) -> None:
-    """D_w, that of fresh answers and D_l by run; D_w against the margin on the way, with edits."""
+    """Left: D_w, fresh and D_l of each run. Right: D_w against the margin along the runs with edits."""
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     runs = [x for x in RUNS if results.values(x, "D_w")]
     for i, (name, colour) in enumerate({"D_w": "C0", "fresh": "gray", "D_l": "C1"}.items()):

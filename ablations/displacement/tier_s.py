@@ -2,13 +2,13 @@
 
     python -m ablations.displacement --tier s --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Does the model say a statement, Yes, No or Never? DPO is trained on one statement and one pair of these words, each a
-single token, until the margin is wide. A seed is a statement; the model is one, so the intervals are over statements.
+Would the model say a statement: Yes, No or Never? DPO is trained on one statement and one pair of these words, each a
+single token, until the margin is wide. Each seed is a statement; there is one model, so intervals are over statements.
 "by formula" is the first step's change of log pi(w) through the last hidden state h alone, without its factor beta / 2:
-<W_w - sum_v ref(v) W_v, W_w - W_l>, W being the rows of the output matrix.
+<W_w - sum_v ref(v) W_v, W_w - W_l>, where W_v are the rows of the output matrix.
 
-Criterion, written before the run: displaces, alike and fixed of __main__.py, with "No > Never" in the place of edits,
-and "No > Yes" in that of random pairs.
+Criterion, written before the run: displaces, alike and fixed of __main__.py, with "No > Never" in place of edits, and
+"No > Yes" in place of random pairs.
 """
 
 import json
@@ -49,7 +49,7 @@ SETTINGS = {  # loss, preferred word, other word
 BETA = 0.1
 FULL = {"lr": 3e-6, "epochs": 24, "save_every": 4}
 SMOKE = {"lr": 3e-6, "epochs": 2, "save_every": 1}
-COLUMNS = {  # of the table: digits
+COLUMNS = {  # metric: column of the table, digits
     "before": ("ref(w)", 3),
     "after": ("pi(w)", 3),
     "D_w": ("D_w", 2),
@@ -62,7 +62,7 @@ COLUMNS = {  # of the table: digits
 
 
 def main(results: common.Results, folder: Path, model: str, smoke: bool) -> None:
-    """Runs what the CSV does not have yet."""
+    """Run whatever the CSV lacks."""
     settings, seeds, size = ([*SETTINGS][:1], 1, SMOKE) if smoke else (SETTINGS, len(STATEMENTS), FULL)
     tasks = [(x, seed, model, folder, size) for seed in range(seeds) for x in settings if not results.done(x, seed)]
     for (setting, seed, *_), (along, end), seconds in common.each(run, tasks, 2, folder):
@@ -72,14 +72,14 @@ def main(results: common.Results, folder: Path, model: str, smoke: bool) -> None
 
 
 def run(setting: str, seed: int, name: str, folder: Path, size: dict) -> tuple[dict, dict]:
-    """One pair -> {step: D_w, D_l}, and what is known at the end."""
+    """One pair -> {step: D_w, D_l}, and the values at the end. BadInput if a word is not one token."""
     loss, *pair = SETTINGS[setting]
     tokenizer, model = models.load_tokenizer(name), models.load_model(name, "cpu")
-    said = [ASK.format(STATEMENTS[seed]), *pair]
+    texts = [ASK.format(STATEMENTS[seed]), *pair]
     if tokenizer.chat_template:
         roles = ("user", "assistant", "assistant")
-        said = [[{"role": role, "content": text}] for role, text in zip(roles, said, strict=True)]
-    row = dict(zip(("prompt", "chosen", "rejected"), said, strict=True))
+        texts = [[{"role": role, "content": text}] for role, text in zip(roles, texts, strict=True)]
+    row = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
     [example] = build([("", row)], tokenizer, "preference", 512, 1024)[0]
     require(all(len(x) == 2 for x in example.responses), f"{name}: {' and '.join(pair)} are not one token and EOS each")
     w, other = (response[0] for response in example.responses)
@@ -103,9 +103,9 @@ def run(setting: str, seed: int, name: str, folder: Path, size: dict) -> tuple[d
 
     data, out = folder / f"{setting}-{seed}.jsonl", folder / f"{setting}-{seed}"
     data.write_text(json.dumps(row) + "\n")
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
     flags = {"eval_fraction": 0.0, "eval_prompts": 0, "batch_size": 1, "warmup": 0.0, "device": "cpu", **size}
-    flags |= {"max_prompt_length": len(ids[0]), "max_length": len(ids[0]) + 1}  # so that no EOS follows the word
+    flags |= {"max_prompt_length": len(ids[0]), "max_length": len(ids[0]) + 1}  # no EOS after the word
     flags |= {"ref_cache": str(folder / "ref_cache"), "loss": loss, "beta": BETA}
     with at_checkpoints(look):
         train_dpo.main(train_dpo.Args(model=name, data=str(data), out=str(out), **flags))
@@ -124,22 +124,22 @@ def run(setting: str, seed: int, name: str, folder: Path, size: dict) -> tuple[d
 def report(results: common.Results) -> str:
     """Tables and verdict."""
     of, dpo = results.values, "DPO, No > Never"
-    there = [x for x in SETTINGS if of(x, "D_w")]
-    rows = [[x, *(show(t_interval([*of(x, n).values()]), k) for n, (_, k) in COLUMNS.items())] for x in there]
-    found = {f"- D_w: {dpo}": t_interval([-x for x in of(dpo, "D_w").values()])}
-    if "DPO, No > Yes" in there:
-        found["D_w of DPO: No > Yes - No > Never"] = paired(of("DPO, No > Yes", "D_w"), of(dpo, "D_w"))
-    for x in there:
+    settings = [x for x in SETTINGS if of(x, "D_w")]
+    rows = [[x, *(show(t_interval([*of(x, n).values()]), k) for n, (_, k) in COLUMNS.items())] for x in settings]
+    criterion = {f"- D_w: {dpo}": t_interval([-x for x in of(dpo, "D_w").values()])}
+    if "DPO, No > Yes" in settings:
+        criterion["D_w of DPO: No > Yes - No > Never"] = paired(of("DPO, No > Yes", "D_w"), of(dpo, "D_w"))
+    for x in settings:
         if not x.startswith("DPO,"):
-            found[f"D_w, No > Never: {x.split(',')[0]} - DPO"] = paired(of(x, "D_w"), of(dpo, "D_w"))
-    differences = [[name, show(x, 3), common.verdict([x])] for name, x in found.items()]
+            criterion[f"D_w, No > Never: {x.split(',')[0]} - DPO"] = paired(of(x, "D_w"), of(dpo, "D_w"))
+    differences = [[name, show(x, 3), common.verdict([x])] for name, x in criterion.items()]
     made = ", ".join(" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
     return "\n\n".join(
         [
             "On a real model:",
             markdown(["one pair", *(title for title, _ in COLUMNS.values())], rows),
             markdown(["difference, above 0 by the claim", "mean", ""], differences),
-            f"Verdict on this model: *{common.verdict([*found.values()])}*. {len(of(dpo, 'D_w'))} statements, "
+            f"Verdict on this model: *{common.verdict([*criterion.values()])}*. {len(of(dpo, 'D_w'))} statements, "
             f"{results.minutes():.1f} minutes of one thread, {made}.",
         ]
     )

@@ -1,4 +1,4 @@
-"""Estimators without noise: of the KL and its gradient, of the policy gradient by groups, and the KL of Best-of-n.
+"""Estimators without noise: the KL and its gradient, the policy gradient by groups, and the KL of Best-of-n.
 
     python -m ablations.estimators            --smoke, --seeds
 
@@ -15,13 +15,13 @@ contradicted.
                  rewards are off by more than 1 %
     training     gradient ascent on E[r] less 0.5 times the estimator, from ref on: k1 as a reward and k2 as a loss end
                  at ref exp(r / 0.5) / Z, k3 as a loss at 0.5 ref / (l - r), the best by KL(ref || pi), within 1e-6 of
-                 each chance; and there E[r] - 0.5 KL(pi || ref) is lower by more than 1 % of what is to be gained
+                 each probability; and there E[r] - 0.5 KL(pi || ref) is lower by more than 1 % of the possible gain
     groups       mean over all groups of k: RLOO (Kool et al. 2019) and ReMax (Li et al. 2023, arXiv 2310.10505) are the
                  exact gradient, Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is (k - 1) / k of it, GRPO's (Shao et al.
                  2024, arXiv 2402.03300) division by the group's deviation turns it: cosine below 0.999
     Best-of-n    KL to the policy is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879), and within 1 %
-                 of it where rewards are distinct and no response has more chance than 1 / (20 n); wins against one
-                 response of the policy, a tie being half a win, are at most n / (n + 1)
+                 of it if rewards are distinct and no response is more probable than 1 / (20 n); the win rate against
+                 one response of the policy, a tie being half a win, is at most n / (n + 1)
 """
 
 import itertools
@@ -57,7 +57,7 @@ PLACES = ("k1 reward", "k2 loss", "k3 loss")
 METHODS = ("no baseline", "RLOO", "ReMax", "Dr. GRPO", "GRPO", "Dr. GRPO / length")
 CHANCES = (0.02, 0.1, 0.5)
 DRAWN = (2, 4, 8, 16, 32, 64)  # n of Best-of-n
-LAWS = {  # responses: equally likely, but for the last
+LAWS = {  # numbers of responses, equally likely unless "of random chance"
     "2 responses": 2,
     "5 responses": 5,
     "50 responses": 50,
@@ -76,24 +76,24 @@ TINY = 1e-9
 
 
 def main(a: common.Args) -> None:
-    """Computes what results.csv does not have, and writes table and figure."""
+    """Compute whatever results.csv lacks, and write table and figure."""
     results = common.results(NAME, a)
     for seed in range(a.seeds):
         for setting, of_world in zip(SETTINGS, (normals, gradients, training, groups, best_of_n), strict=True):
-            if results.done(setting, seed) or (setting == "normals" and seed):  # which has no world
+            if results.done(setting, seed) or (setting == "normals" and seed):  # normals has no worlds
                 continue
             began = time.process_time()
-            found = of_world(torch.Generator().manual_seed(seed))
-            results.add(setting, seed, found | {"seconds": time.process_time() - began})
+            values = of_world(torch.Generator().manual_seed(seed))
+            results.add(setting, seed, values | {"seconds": time.process_time() - began})
     plot.finish(NAME, a, results, report, draw)
 
 
-# ------------------------------------------------------------------------------------------------------- what is summed
+# ------------------------------------------------------------------------------------------------------- the exact sums
 
 
 def normals(_) -> dict[str, float]:
     """Bias and deviation of the estimates of KL(N(0, 1) || N(m, 1)) = m^2 / 2, as shares of it."""
-    x, found = torch.linspace(-16, 16, 320_001, dtype=torch.float64), {}
+    x, metrics = torch.linspace(-16, 16, 320_001, dtype=torch.float64), {}
     weights = (-x.square() / 2).exp()
     weights /= weights.sum()
     for shift in SHIFTS:
@@ -101,70 +101,70 @@ def normals(_) -> dict[str, float]:
         for name in KS:
             estimate = advantages.kl_estimate(logratios, name)
             mean = weights @ estimate
-            found[f"{shift:g} {name} bias"] = (mean.item() - true) / true
-            found[f"{shift:g} {name} deviation"] = (weights @ (estimate - mean).square()).sqrt().item() / true
-    return found
+            metrics[f"{shift:g} {name} bias"] = (mean.item() - true) / true
+            metrics[f"{shift:g} {name} deviation"] = (weights @ (estimate - mean).square()).sqrt().item() / true
+    return metrics
 
 
 def random_logits(world: torch.Generator, size: int = RESPONSES) -> Tensor:
     return torch.randn(size, generator=world, dtype=torch.float64)
 
 
-def off(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
+def off(mean: Tensor, exact: Tensor) -> float:
+    return ((mean - exact).norm() / exact.norm()).item()
 
 
 def gradients(world: torch.Generator) -> dict[str, float]:
-    """Mean gradients to the policy's logits, of k1, k2 and k3 as a loss and as a reward that is paid for."""
+    """Mean gradients of k1, k2 and k3 with respect to the policy's logits, as a loss and as a reward."""
     logits, ref = random_logits(world).requires_grad_(), random_logits(world).log_softmax(0)
     logp = logits.log_softmax(0)
-    p, found = logp.exp().detach(), {}
+    p, metrics = logp.exp().detach(), {}
     gradient = lambda x: torch.autograd.grad(x, logits, retain_graph=True)[0]  # noqa: E731
     backward, forward = gradient((logp.exp() * (logp - ref)).sum()), gradient((ref.exp() * (ref - logp)).sum())
     for name in KS:
         estimate = advantages.kl_estimate(logp - ref, name)
         loss, reward = gradient((p * estimate).sum()), gradient((p * estimate.detach() * logp).sum())
-        found[f"{name} loss size"] = (loss.norm() / backward.norm()).item()
-        found[f"{name} loss off KL(pi, ref)"] = off(loss, backward)
-        found[f"{name} loss off KL(ref, pi)"] = off(loss, forward)
-        found[f"{name} reward off KL(pi, ref)"] = off(reward, backward)
-    return found
+        metrics[f"{name} loss size"] = (loss.norm() / backward.norm()).item()
+        metrics[f"{name} loss off KL(pi, ref)"] = off(loss, backward)
+        metrics[f"{name} loss off KL(ref, pi)"] = off(loss, forward)
+        metrics[f"{name} reward off KL(pi, ref)"] = off(reward, backward)
+    return metrics
 
 
 def training(world: torch.Generator) -> dict[str, float]:
-    """Where mean gradients lead, of E[r] less BETA times an estimator as a loss or as a reward that is paid for: the
-    distance of the chances to their closed form, KL to the reference, and what of J = E[r] - BETA KL is gained."""
-    ref, rewards, found = random_logits(world).log_softmax(0), random_logits(world), {}
+    """Gradient ascent on E[r] less BETA times an estimator, as a loss or as a reward: distance of the probabilities to
+    their closed form, KL to the reference, and share of the possible gain in J = E[r] - BETA KL."""
+    ref, rewards, metrics = random_logits(world).log_softmax(0), random_logits(world), {}
     optimum = (ref + rewards / BETA).log_softmax(0)
-    low, high = rewards.max(), rewards.max() + BETA  # of l, at which the chances BETA ref / (l - r) add up to 1
+    low, high = rewards.max(), rewards.max() + BETA  # of l, at which the probabilities BETA ref / (l - r) sum to 1
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if (BETA * ref.exp() / (middle - rewards)).sum() > 1 else (low, middle)
-    wanted = {"k1 reward": optimum.exp(), "k2 loss": optimum.exp(), "k3 loss": BETA * ref.exp() / (high - rewards)}
+    expected = {"k1 reward": optimum.exp(), "k2 loss": optimum.exp(), "k3 loss": BETA * ref.exp() / (high - rewards)}
     objective = lambda logp: logp.exp() @ (rewards - BETA * (logp - ref))  # noqa: E731
-    for name, place in (x.split() for x in PLACES):
+    for name, use in (x.split() for x in PLACES):
         logits = ref.clone().requires_grad_()
         for _ in range(STEPS):
             logp = logits.log_softmax(0)
             estimate = BETA * advantages.kl_estimate(logp - ref, name)
-            paid = (rewards - estimate.detach()) * logp if place == "reward" else rewards * logp - estimate
-            [gradient] = torch.autograd.grad(logp.exp().detach() @ paid, logits)
+            terms = (rewards - estimate.detach()) * logp if use == "reward" else rewards * logp - estimate
+            [gradient] = torch.autograd.grad(logp.exp().detach() @ terms, logits)
             logits.data += gradient
         logp = logits.detach().log_softmax(0)
         share = (objective(logp) - objective(ref)) / (objective(optimum) - objective(ref))
-        found[f"{name} {place} off"] = (logp.exp() - wanted[f"{name} {place}"]).abs().max().item()
-        found |= {f"{name} {place} KL": (logp.exp() @ (logp - ref)).item(), f"{name} {place} share": share.item()}
-    return found
+        metrics[f"{name} {use} off"] = (logp.exp() - expected[f"{name} {use}"]).abs().max().item()
+        metrics |= {f"{name} {use} KL": (logp.exp() @ (logp - ref)).item(), f"{name} {use} share": share.item()}
+    return metrics
 
 
 def groups(world: torch.Generator) -> dict[str, float]:
     """Mean and variance, over all groups of k responses, of the group's mean of A grad log pi."""
-    p, rewards = random_logits(world).softmax(0), random_logits(world) + 2  # only "no baseline" feels their mean
-    exact, found = p * (rewards - p @ rewards), {}
+    p, rewards = random_logits(world).softmax(0), random_logits(world) + 2  # only "no baseline" depends on their mean
+    exact, metrics = p * (rewards - p @ rewards), {}
     for k in GROUPS:
         which = torch.tensor([*itertools.product(range(RESPONSES), repeat=k)])
         R, chance = rewards[which], p[which].prod(1)
-        scores = torch.eye(RESPONSES, dtype=torch.float64)[which] - p  # gradients of log pi to the logits, [group k v]
+        scores = torch.eye(RESPONSES, dtype=torch.float64)[which] - p  # gradients of log pi by the logits, [group k v]
         centred = advantages.drgrpo(R)
         A = {
             "no baseline": R,
@@ -177,24 +177,24 @@ def groups(world: torch.Generator) -> dict[str, float]:
         for name in METHODS:
             of_group = (A[name][:, :, None] * scores).mean(1)
             mean = chance @ of_group
-            share = (mean @ exact / exact.square().sum()).item()  # of the exact gradient that is left
-            found[f"{name} {k} off"] = off(mean, exact)
-            found[f"{name} {k} share"] = share
-            found[f"{name} {k} off share"] = off(mean, (k - 1) / k * exact)
-            found[f"{name} {k} cosine"] = torch.cosine_similarity(mean, exact, 0).item()
-            found[f"{name} {k} turned"] = (mean.sign() != exact.sign()).sum().item()
+            share = (mean @ exact / exact.square().sum()).item()  # projection on the exact gradient
+            metrics[f"{name} {k} off"] = off(mean, exact)
+            metrics[f"{name} {k} share"] = share
+            metrics[f"{name} {k} off share"] = off(mean, (k - 1) / k * exact)
+            metrics[f"{name} {k} cosine"] = torch.cosine_similarity(mean, exact, 0).item()
+            metrics[f"{name} {k} turned"] = (mean.sign() != exact.sign()).sum().item()
             noise = (chance @ (of_group - mean).square().sum(1)).item()
-            found[f"{name} {k} noise"] = noise / mean.square().sum().item()
+            metrics[f"{name} {k} noise"] = noise / mean.square().sum().item()
         right = torch.tensor([*itertools.product((0.0, 1.0), repeat=k)], dtype=torch.float64)
-        for x in CHANCES:  # of a right answer, the reward being 1 or 0: the gradient to its log-odds
+        for x in CHANCES:  # of a right answer, with reward 1 or 0: the gradient by its log-odds
             mean = (right * x + (1 - right) * (1 - x)).prod(1) @ (advantages.grpo(right) * (right - x)).mean(1)
-            found[f"GRPO {k} share at {x:g}"] = mean.item() / (x * (1 - x))
-    return found
+            metrics[f"GRPO {k} share at {x:g}"] = mean.item() / (x * (1 - x))
+    return metrics
 
 
 def best_of_n(world: torch.Generator) -> dict[str, float]:
-    """KL of the best of n to the policy, and how far it is above its formula."""
-    found = {}
+    """KL and win rate of the best of n against the policy, and how far they exceed their bounds."""
+    metrics = {}
     for name, size in LAWS.items():
         p = torch.full((size,), 1 / size, dtype=torch.float64)
         if "random" in name:
@@ -203,20 +203,20 @@ def best_of_n(world: torch.Generator) -> dict[str, float]:
         if "0 or 1" in name:
             rewards = rewards % 2
         levels, which = rewards.unique(return_inverse=True)
-        chance = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)  # of a reward
-        beaten = (chance.cumsum(0) - chance / 2)[which]  # the chance of a lower one, and half that of the same
-        found[f"{name} largest chance"] = p.max().item()
+        q = torch.zeros(len(levels), dtype=torch.float64).index_add(0, which, p)  # probability of each reward
+        beaten = (q.cumsum(0) - q / 2)[which]  # probability of a lower reward, and half that of the same
+        metrics[f"{name} largest chance"] = p.max().item()
         for n in DRAWN:
             best = law(p, rewards, n)
             kl = torch.xlogy(best, best / p).sum().item()
-            found |= {f"{name} {n} kl": kl, f"{name} {n} above": kl - bound(n)}
-            found[f"{name} {n} wins above"] = (best @ beaten).item() - n / (n + 1)
+            metrics |= {f"{name} {n} kl": kl, f"{name} {n} above": kl - bound(n)}
+            metrics[f"{name} {n} wins above"] = (best @ beaten).item() - n / (n + 1)
     p, rewards, n = random_logits(world, 5).softmax(0), torch.tensor([0, 1, 1, 2, 2]), 4
     drawn = torch.tensor([*itertools.product(range(5), repeat=n)])
     is_best = (rewards[drawn] == rewards[drawn].amax(1, keepdim=True)).double()
     share = p[drawn].prod(1, keepdim=True) * is_best / is_best.sum(1, keepdim=True)
     counted = torch.zeros(5, dtype=torch.float64).index_add(0, drawn.flatten(), share.flatten())
-    return found | {"law - enumeration": (law(p, rewards, n) - counted).abs().max().item()}
+    return metrics | {"law - enumeration": (law(p, rewards, n) - counted).abs().max().item()}
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -228,21 +228,21 @@ def worst(results: common.Results, setting: str, metric: str, most: bool = True)
 
 
 def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
-    """Rows of the table: part, what, what was found, what should be, whether it holds."""
+    """Rows of the table: part, quantity, computed value, claimed value, whether it holds."""
     rows = []
     for (shift, name), (bias, deviation) in BLOG.items():
-        b, d = (worst(results, "normals", f"{shift:g} {name} {what}") for what in ("bias", "deviation"))
+        b, d = (worst(results, "normals", f"{shift:g} {name} {x}") for x in ("bias", "deviation"))
         holds = abs(b - bias) <= 0.0005 + TINY and abs(d / deviation - 1) <= 0.02
-        what = f"{name}, N(0, 1) to N({shift:g}, 1): bias, deviation"
-        rows.append(("KL", what, f"{round(b, 4) + 0.0:.4f}, {d:.3f}", f"{bias}, {deviation}", holds))
+        label = f"{name}, N(0, 1) to N({shift:g}, 1): bias, deviation"
+        rows.append(("KL", label, f"{round(b, 4) + 0.0:.4f}, {d:.3f}", f"{bias}, {deviation}", holds))
 
-    def small(part: str, setting: str, metric: str, what: str) -> None:
+    def small(part: str, setting: str, metric: str, label: str) -> None:
         x = worst(results, setting, metric)
-        rows.append((part, what, f"{x:.1g}", "0", x < TINY))
+        rows.append((part, label, f"{x:.1g}", "0", x < TINY))
 
-    def large(part: str, setting: str, metric: str, what: str) -> None:
+    def large(part: str, setting: str, metric: str, label: str) -> None:
         x = worst(results, setting, metric, most=False)
-        rows.append((part, what, f"at least {x:.3f}", "> 0.01", x > 0.01))
+        rows.append((part, label, f"at least {x:.3f}", "> 0.01", x > 0.01))
 
     part = "gradients"
     small(part, "gradients", "k1 loss size", "k1 as a loss: size")
@@ -271,8 +271,8 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
     chance = {x: worst(results, "best of n", f"{x} largest chance") for x in distinct}
     fine = [(x, n) for x in distinct for n in DRAWN if chance[x] < 1 / (20 * n)]
     gap = max(1 - worst(results, "best of n", f"{name} {n} kl", most=False) / bound(n) for name, n in fine)
-    what = f"1 - KL / formula, no chance above 1 / (20 n) ({len(fine)} cases)"
-    rows.append(("Best-of-n", what, f"at most {gap:.1g}", "< 0.01", gap < 0.01))
+    label = f"1 - KL / formula, no chance above 1 / (20 n) ({len(fine)} cases)"
+    rows.append(("Best-of-n", label, f"at most {gap:.1g}", "< 0.01", gap < 0.01))
     above = max(worst(results, "best of n", f"{name} {n} wins above") for name in LAWS for n in DRAWN)
     rows.append(("Best-of-n", "wins - n / (n + 1), everywhere", f"at most {above:.0e}", "<= 0", above <= TINY))
     small("Best-of-n", "best of n", "law - enumeration", "exact law less all draws of 4 from 5, with ties")
@@ -325,11 +325,11 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 
 def draw(results: common.Results, page) -> None:
-    """Deviation of the KL estimates; variance and bias of the group gradients; Best-of-n's KL."""
+    """Deviation of the KL estimates; angle of the group gradients to the exact one; Best-of-n's KL."""
     left, middle, right = page.subplots(1, 3)
     for name in KS:
-        found = [worst(results, "normals", f"{shift:g} {name} deviation") for shift in SHIFTS]
-        left.loglog(SHIFTS, found, marker="o", markersize=3, label=name)
+        deviations = [worst(results, "normals", f"{shift:g} {name} deviation") for shift in SHIFTS]
+        left.loglog(SHIFTS, deviations, marker="o", markersize=3, label=name)
     left.set_title("KL estimates: deviation / KL", fontsize=8)
     left.set_xlabel("m, of N(0, 1) to N(m, 1)", fontsize=8)
     for name in METHODS:
@@ -340,8 +340,8 @@ def draw(results: common.Results, page) -> None:
     middle.set_xscale("log", base=2)
     middle.set_xlabel("k", fontsize=8)
     for name in LAWS:
-        found = [worst(results, "best of n", f"{name} {n} kl") for n in DRAWN]
-        right.plot(DRAWN, found, marker="o", markersize=3, label=name)
+        kls = [worst(results, "best of n", f"{name} {n} kl") for n in DRAWN]
+        right.plot(DRAWN, kls, marker="o", markersize=3, label=name)
     right.plot(DRAWN, [bound(n) for n in DRAWN], "k--", linewidth=1, label="log n - (n - 1) / n")
     right.set_title("Best-of-n: KL, nats", fontsize=8)
     right.set_xscale("log", base=2)

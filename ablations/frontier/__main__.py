@@ -1,19 +1,19 @@
-"""The frontier of reward and KL: DPO and its rivals on a world where the best that any policy can do is known exactly.
+"""The frontier of reward and KL: DPO and its rivals in a world where the optimum at each KL is known exactly.
 
     python -m ablations.frontier                    --quick, --smoke, --seeds, --jobs
     python -m ablations.frontier --tune             the learning rates, in a world that is not among the seeds
     python -m ablations.frontier --tier s           a real model on film reviews, on a GPU (README.md)
 
 Claim (Rafailov et al. 2023, section 6.1 and figure 2 left, arXiv 2305.18290): at every KL to the reference, DPO has the
-most reward. A seed is a world of its own (ablations/world.py): a source, a gold reward in [0, 1), an SFT model, and
-rankings of 4 of its answers by gold reward, as sure as in the paper, which all methods share. Every method has four
-settings (the exact gradient two), as many updates, checkpoints at four places along each run, and a learning rate from
-the same five. KL and reward of every checkpoint are sums over all answers to 32 test prompts; 16 others are for
-validation.
+most reward. Each seed is a world of its own (ablations/world.py): a source, a gold reward in [0, 1), an SFT model, and
+rankings of 4 of its answers by gold reward, without noise as in the paper, shared by all methods. Every method has four
+settings (the exact gradient two), as many updates, four checkpoints per run, and a learning rate from the same five. KL
+and reward of every checkpoint are sums over all answers to 32 test prompts; 16 others are for validation.
 
-At matched KL: of a method's checkpoints (and its start) those on the upper concave hull of its points on the validation
-prompts are kept. On the test prompts its reward at a KL is that of a coin that picks between the two neighbours, whose
-KL is at most that; beyond the last point it is that of the last. No such coin is above the exact frontier either.
+At matched KL: a method keeps those of its checkpoints (and its start) that are on the upper concave hull of its points
+on the validation prompts. On the test prompts its reward at a KL is that of a coin that picks one of the two
+neighbouring points, a policy whose KL is at most that; beyond the last point it is that of the last. No such coin is
+above the exact frontier either.
 
 Criterion, written before the full run. Differences at KL 0.25, 0.5, 1 and 2 nats are paired by seed, with 95 %
 t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
@@ -22,15 +22,15 @@ t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0.
     Unlikelihood    reward of DPO - Unlikelihood, at three of the four KL, likewise
     optimum         the exact frontier + 1e-6 - reward, of every checkpoint of every run
 
-Preferred-FT has a ceiling: what it learns from is the better of two answers, so it goes to the law of Best-of-2, of at
-most ln 2 - 1/2 = 0.193 nats. At each of the four KL it stands at its end. So DPO and Preferred-FT are compared at
-Preferred-FT's own KL too, where the claim is harder; that is reported and not judged.
+Preferred-FT has a ceiling: it learns from the better of two answers, so it approaches the distribution of Best-of-2, of
+at most ln 2 - 1/2 = 0.193 nats, and at each of the four KL it is past its last point. So DPO and Preferred-FT are also
+compared at Preferred-FT's own KL, where the claim is harder; that is reported and not judged.
 
-Judged apart, since the paper does not claim it: the exact law of Best-of-n has within 5 % of the gain that the frontier
-has at its KL, for each n from 2 to 64. Reported and not judged: PPO on a learned reward, PPO on the gold reward, and
-the same objective, E r - beta KL, by its exact gradient, a sum over all answers to 8 prompts: what this model learns in
-as many updates when nothing is sampled. PPO on the gold reward should come near that, which is a check of the code.
-"DPO slow", DPO at the learning rate of Unlikelihood, was added after the results.
+Judged apart, since the paper does not claim it: exact Best-of-n is within 5 % of the gain that the frontier has at its
+KL, for each n from 2 to 64. Reported and not judged: PPO on a learned reward, PPO on the gold reward, and ascent of the
+same objective, E r - beta KL, by its exact gradient, a sum over all answers to 8 prompts, which shows what this model
+learns in as many updates without sampling. PPO on the gold reward should come near that, which checks the code. "DPO
+slow", DPO at the learning rate of Unlikelihood, was added after the results.
 """
 
 import random
@@ -56,9 +56,9 @@ from support.runs import cli, is_made
 NAME = "frontier"
 CLAIM = "at the same KL DPO has more reward than Preferred-FT, and no less than Unlikelihood; none is above the optimum"
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)  # the paper's
+# at these coefficients pi* has about 2, 1, 0.5 and 0.25 nats in the world of --tune, by the learned and the gold reward
 COEFS, GOLD_COEFS = (0.4, 0.8, 1.3, 2.0), (0.08, 0.17, 0.28, 0.4)
-# at these pi* has about 2, 1, 0.5 and 0.25 nats in the world of --tune, by the learned and by the gold reward
-SETTINGS = {  # method: script, and the flags that are its own
+SETTINGS = {  # setting: script and its flags
     **{f"DPO {x:g}": (train_dpo, {"beta": x}) for x in BETAS},
     **{f"Unlikelihood {x:g}": (train_dpo, {"loss": f"unlikelihood {x:g}"}) for x in ALPHAS},
     **{f"Preferred-FT {x}": (train_sft, {"seed": x}) for x in range(4)},
@@ -74,16 +74,16 @@ GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of learning rates, for --tune
 RATES = {"DPO": 3e-3, "Unlikelihood": 1e-3, "Preferred-FT": 1e-2, "PPO": 3e-4, "PPO-gold": 3e-3, "Exact gradient": 1e-2}
 RATES["DPO slow"] = RATES["Unlikelihood"]
 CRITIC_RATE = 3e-3
-NATS = (0.25, 0.5, 1.0, 2.0)  # where methods are compared
-CURVE = (0.05, 0.1, *NATS, 3.0, 4.0, 6.0)  # and the optimum is drawn
+NATS = (0.25, 0.5, 1.0, 2.0)  # at which methods are compared
+CURVE = (0.05, 0.1, *NATS, 3.0, 4.0, 6.0)  # at which the optimum is drawn
 DRAWN = (2, 4, 8, 16, 32, 64)  # n of Best-of-n
 PARTS = ("validation", "test")
-ENDS = ("kl", "reward", "share")  # of a run's end: the last is of the optimum's gain at its KL
+ENDS = ("kl", "reward", "share")  # at a run's end; share: of the optimum's gain at its KL
 NEAR, ROUNDING = 0.05, 1e-6
-UPDATES, BATCH, POINTS = 128, 32, 4  # of prompts with 4 answers each, and checkpoints along a run
-WHOLE = 8  # prompts of an update by the exact gradient
-TUNED_IN = 100  # world
-LOSSES = {  # of its own, for train_dpo.py: -log pi(chosen) + alpha log pi(rejected)
+UPDATES, BATCH, POINTS = 128, 32, 4  # updates, prompts of 4 answers in each, checkpoints per run
+WHOLE = 8  # prompts per update of the exact gradient
+TUNED_IN = 100  # the world of --tune
+LOSSES = {  # added to those of train_dpo.py: -log pi(chosen) + alpha log pi(rejected)
     f"unlikelihood {alpha:g}": lambda a, x, alpha=alpha: -x.chosen_logps + alpha * x.rejected_logps for alpha in ALPHAS
 }
 
@@ -93,9 +93,9 @@ class Args(common.Args):
     tier: Literal["e", "s"] = "e"
     """e: the enumerable world; s: a real model on film reviews, on a GPU, one seed and no verdict (tier_s.py)"""
     model: str = "HuggingFaceTB/SmolLM2-135M"
-    """of --tier s: a causal language model, as a local folder or a hub id"""
+    """causal language model for --tier s: a local folder or a hub id"""
     tune: bool = False
-    """instead, each method at each learning rate of a grid, in a world that is not among the seeds"""
+    """only run each method at each learning rate of a grid, in a world that is not one of the seeds"""
     jobs: int = 2
     """processes, one thread each, >= 1; the results do not depend on it"""
 
@@ -104,12 +104,12 @@ class Args(common.Args):
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run whatever results.csv lacks, and write table and figure."""
     if a.tier == "s":
         with mock.patch.dict(train_dpo.LOSSES, LOSSES):
             tier_s.main(SETTINGS, a.model, a.smoke)
         return
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    torch.set_num_threads(1)  # as in the processes of `each`, so that results do not depend on the number of cores
     updates = 8 if a.smoke else UPDATES
     if a.tune:
         tune(Path("runs/ablations", NAME, "tune"), updates, a.jobs)
@@ -134,16 +134,16 @@ def main(a: Args) -> None:
 
 
 def tune(folder: Path, updates: int, jobs: int) -> None:
-    """Prints for each method and learning rate the mean, over the four KL, of its reward on validation prompts."""
+    """Print each method's reward on validation prompts at each learning rate, averaged over the four KL."""
     results = common.Results(folder / "results.csv")
     prepare(TUNED_IN, folder, updates)
     settings = {method: [x for x in SETTINGS if method_of(x) == method] for method in METHODS[:-1]}
-    for method in METHODS[2:-1]:  # whose KL hardly depends on the rate: one is enough
+    for method in METHODS[2:-1]:  # one setting is enough: their KL hardly depends on the rate
         settings[method] = settings[method][1:2]
-    named = {f"{x} at {rate:g}": (x, rate) for found in settings.values() for x in found for rate in GRID}
-    named["optimum"] = ("optimum", 0.0)
+    runs = {f"{x} at {rate:g}": (x, rate) for of_method in settings.values() for x in of_method for rate in GRID}
+    runs["optimum"] = ("optimum", 0.0)
     tasks = [
-        (x, TUNED_IN, folder, updates, rate) for name, (x, rate) in named.items() if not results.done(name, TUNED_IN)
+        (x, TUNED_IN, folder, updates, rate) for name, (x, rate) in runs.items() if not results.done(name, TUNED_IN)
     ]
     for (setting, seed, *_, rate), (along, end), _ in common.each(run, tasks, jobs, folder):
         name = setting if setting == "optimum" else f"{setting} at {rate:g}"
@@ -170,27 +170,27 @@ def method_of(setting: str) -> str:
 
 
 def prepare(seed: int, folder: Path, updates: int) -> None:
-    """The world's SFT model, its rankings and their preferred answers, and a reward model that learns from them."""
-    own = folder / f"world-{seed}"
-    sft = world.learn_source(own, seed, 100 * updates)
-    if not (own / "chosen.jsonl").exists():
-        asked = world.prompts(seed)["train"]
-        logps = world.answer_logps(models.load_model(sft, "cpu"), asked)
-        rows = world.rankings(seed, logps, asked, updates * BATCH, 4)
-        common.write(own / "prompts.jsonl", [{"prompt": x, "world": seed} for x in asked])
-        common.write(own / "rankings.jsonl", rows)
-        common.write(own / "chosen.jsonl", world.chosen(rows))
-    if not is_made(str(own / "rm")):
-        shutil.rmtree(own / "rm", ignore_errors=True)
-        flags = {"model": sft, "data": str(own / "rankings.jsonl"), "out": str(own / "rm"), "seed": seed}
+    """Make the world's SFT model, its rankings and their preferred answers, and a reward model of these rankings."""
+    place = folder / f"world-{seed}"
+    sft = world.learn_source(place, seed, 100 * updates)
+    if not (place / "chosen.jsonl").exists():
+        prompts = world.prompts(seed)["train"]
+        logps = world.answer_logps(models.load_model(sft, "cpu"), prompts)
+        rows = world.rankings(seed, logps, prompts, updates * BATCH, 4)
+        common.write(place / "prompts.jsonl", [{"prompt": x, "world": seed} for x in prompts])
+        common.write(place / "rankings.jsonl", rows)
+        common.write(place / "chosen.jsonl", world.chosen(rows))
+    if not is_made(str(place / "rm")):
+        shutil.rmtree(place / "rm", ignore_errors=True)
+        flags = {"model": sft, "data": str(place / "rankings.jsonl"), "out": str(place / "rm"), "seed": seed}
         train_rm.main(world.args(train_rm, lr=3e-3, batch_size=BATCH, **flags))
 
 
 def run(setting: str, seed: int, folder: Path, updates: int, rate: float) -> tuple[dict, dict]:
-    """One setting in one world -> {step: values} of its checkpoints, and its last values."""
-    own, asked = folder / f"world-{seed}", world.prompts(seed)
-    parts = {part: asked[part] for part in PARTS} | {"training": asked["train"][: world.TEST]}
-    model = models.load_model(str(own / "sft"), "cpu")
+    """One setting in one world -> {step: values} of its checkpoints, and its values at the end."""
+    place, prompts = folder / f"world-{seed}", world.prompts(seed)
+    parts = {part: prompts[part] for part in PARTS} | {"training": prompts["train"][: world.TEST]}
+    model = models.load_model(str(place / "sft"), "cpu")
     held = world.held(model, seed, parts)
     ref, r = held["test"]
     if setting == "optimum":
@@ -199,10 +199,10 @@ def run(setting: str, seed: int, folder: Path, updates: int, rate: float) -> tup
         return {}, {f"{x:g}": world.optimum(ref, r, x) for x in CURVE} | of_coefs | starts
     if setting == "Best-of-n":
         laws = {n: world.best_of(ref, r, n) for n in DRAWN}
-        found = {n: (world.kl(x, ref), world.expected(x, r)) for n, x in laws.items()}
+        points = {n: (world.kl(x, ref), world.expected(x, r)) for n, x in laws.items()}
         return {}, {
             f"{n} {name}": value
-            for n, (nats, most) in found.items()
+            for n, (nats, most) in points.items()
             for name, value in (("kl", nats), ("reward", most), ("optimum", world.optimum(ref, r, nats)))
         }
 
@@ -220,13 +220,13 @@ def run(setting: str, seed: int, folder: Path, updates: int, rate: float) -> tup
     script, flags = SETTINGS[setting]
     if script:
         out = folder / f"{setting}-{seed}-{rate:g}".replace(" ", "-")
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-        shared = {"model": str(own / "sft"), "out": str(out), "lr": rate, "seed": seed}
+        shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
+        shared = {"model": str(place / "sft"), "out": str(out), "lr": rate, "seed": seed}
         with at_checkpoints(look), mock.patch.dict(train_dpo.LOSSES, LOSSES):
-            script.main(world.args(script, **shared | flags_of(setting, own, updates) | flags))
+            script.main(world.args(script, **shared | flags_of(setting, place, updates) | flags))
         shutil.rmtree(out)
     else:
-        exact_gradient(seed, str(own / "sft"), flags["kl_coef"], rate, updates, look)
+        exact_gradient(seed, str(place / "sft"), flags["kl_coef"], rate, updates, look)
 
     end = along[max(along)] | measure("training")
     for part in ("test", "training"):
@@ -236,17 +236,17 @@ def run(setting: str, seed: int, folder: Path, updates: int, rate: float) -> tup
 
 
 def exact_gradient(seed: int, sft: str, coef: float, rate: float, updates: int, look: Callable) -> None:
-    """Ascent of E r - coef KL, the sum over all answers to a few training prompts at a time, as the scripts step."""
-    policy, asked = models.load_model(sft, "cpu"), world.prompts(seed)["train"]
-    ref, r = world.held(policy, seed, {"train": asked})["train"]
+    """Ascent of E r - coef KL, summed over all answers to WHOLE training prompts per update; POINTS calls of look."""
+    policy, prompts = models.load_model(sft, "cpu"), world.prompts(seed)["train"]
+    ref, r = world.held(policy, seed, {"train": prompts})["train"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
     rng = random.Random(f"exact gradient {seed}")
     for step in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / updates)
-        places = rng.sample(range(len(asked)), WHOLE)
-        logps = world.differentiable_logps(policy, [asked[i] for i in places])
-        loss = -(logps.exp() * (r[places] - coef * (logps - ref[places]))).sum(1).mean()
+        drawn = rng.sample(range(len(prompts)), WHOLE)
+        logps = world.differentiable_logps(policy, [prompts[i] for i in drawn])
+        loss = -(logps.exp() * (r[drawn] - coef * (logps - ref[drawn]))).sum(1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -255,55 +255,54 @@ def exact_gradient(seed: int, sft: str, coef: float, rate: float, updates: int, 
             look(step + 1, policy.state_dict())
 
 
-def flags_of(setting: str, own: Path, updates: int) -> dict:
-    """Data and sizes of a run, so that every method makes as many updates, of 4 answers to each of 32 prompts."""
-    if setting.startswith("PPO"):  # each update is on new answers: a rollout is one pass of 4 minibatches
+def flags_of(setting: str, place: Path, updates: int) -> dict:
+    """Data and sizes of a run, so that every method makes as many updates of 32 prompts with 4 answers."""
+    if setting.startswith("PPO"):  # each update is on new answers: a rollout is one pass of 4 mini-batches
         gold = {"reward": "ablations.world:gold", "value_init": "zero"}
-        learned = {"reward": str(own / "rm"), "value_init": "reward"}
+        learned = {"reward": str(place / "rm"), "value_init": "reward"}
         size = {"batch_size": 4 * BATCH, "minibatches": 4, "epochs_per_rollout": 1, "critic_lr": CRITIC_RATE}
         rollouts = updates // 4
-        size |= {"data": str(own / "prompts.jsonl"), "max_steps": rollouts, "save_every": max(rollouts // POINTS, 1)}
+        size |= {"data": str(place / "prompts.jsonl"), "max_steps": rollouts, "save_every": max(rollouts // POINTS, 1)}
         return size | (gold if "gold" in setting else learned)
     size = {"batch_size": BATCH, "max_steps": updates, "save_every": updates // POINTS}
     if setting.startswith("Preferred-FT"):  # a batch is the preferred answers of the 6 pairs of each ranking
-        return size | {"data": str(own / "chosen.jsonl"), "batch_size": 6 * BATCH}
-    return size | {"data": str(own / "rankings.jsonl"), "ref_cache": str(own / "ref_cache")}
+        return size | {"data": str(place / "chosen.jsonl"), "batch_size": 6 * BATCH}
+    return size | {"data": str(place / "rankings.jsonl"), "ref_cache": str(place / "ref_cache")}
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
 
 
 def hull(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points on the upper concave hull of (KL, reward), by KL, as far as the reward rises."""
-    found: list[int] = []
+    """Indices of the points on the upper concave hull of (KL, reward), in order of KL, as far as the reward rises."""
+    kept: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         x, y = points[i]
-        while len(found) > 1:
-            (x0, y0), (x1, y1) = points[found[-2]], points[found[-1]]
+        while len(kept) > 1:
+            (x0, y0), (x1, y1) = points[kept[-2]], points[kept[-1]]
             if (y1 - y0) * (x - x0) > (y - y0) * (x1 - x0):
                 break
-            found.pop()
-        if not found or y > points[found[-1]][1]:
-            found.append(i)
-    return found
+            kept.pop()
+        if not kept or y > points[kept[-1]][1]:
+            kept.append(i)
+    return kept
 
 
 def path(results: common.Results, method: str, seed: int) -> list[tuple[float, float]]:
-    """A method's points (KL, reward) on the test prompts, of its hull on the validation prompts; its start first."""
-    found = {part: [] for part in PARTS}
+    """A method's points (KL, reward) on the test prompts that are on its validation hull, beginning with its start."""
+    points = {part: [(0.0, results.values("optimum", f"start {part}")[seed])] for part in PARTS}
     for setting in (x for x in SETTINGS if method_of(x) == method):
         for step in results.steps(setting):
-            for part, points in found.items():
-                points.append(tuple(results.values_of[setting, seed, step, f"{x} {part}"] for x in ("kl", "reward")))
-    start = {part: results.values("optimum", f"start {part}")[seed] for part in PARTS}
-    points = {part: [(0.0, start[part]), *found[part]] for part in PARTS}
+            for part in PARTS:
+                kl_and_reward = (results.values_of[setting, seed, step, f"{x} {part}"] for x in ("kl", "reward"))
+                points[part].append(tuple(kl_and_reward))
     return [points["test"][i] for i in hull(points["validation"])]
 
 
 def starts(results: common.Results) -> dict[int, float]:
-    """Seed -> the reference's reward, in the worlds where all is done."""
-    found = results.values("optimum", "start test")
-    return {seed: found[seed] for seed in results.seeds()}
+    """Seed -> the reference's reward, for the worlds that are complete."""
+    rewards = results.values("optimum", "start test")
+    return {seed: rewards[seed] for seed in results.seeds()}
 
 
 def matched(results: common.Results, method: str, nats: float) -> dict[int, float]:
@@ -312,41 +311,41 @@ def matched(results: common.Results, method: str, nats: float) -> dict[int, floa
 
 
 def shares(results: common.Results, method: str) -> list[tuple[float, float]]:
-    """At each KL a method's gain in reward, as a share of the optimum's, with half its interval."""
-    start, found = starts(results), []
+    """A method's share of the optimum's gain in reward at each KL, with half its interval."""
+    start, intervals = starts(results), []
     for nats in NATS:
         best = results.values("optimum", f"{nats:g}")
         gains = {seed: x - start[seed] for seed, x in matched(results, method, nats).items()}
-        found.append(t_interval([gain / (best[seed] - start[seed]) for seed, gain in gains.items()]))
-    return found
+        intervals.append(t_interval([gain / (best[seed] - start[seed]) for seed, gain in gains.items()]))
+    return intervals
 
 
 def clauses(results: common.Results) -> dict[str, dict[str, tuple[float, float]]]:
-    """Claim -> what it says is above 0, with half its interval."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    """Clause -> KL or n -> the mean that it says is above 0, and half its interval."""
+    means: dict[str, dict[str, tuple[float, float]]] = {}
     start = starts(results)
     for other in METHODS[1:]:
-        found[other] = {}
+        means[other] = {}
         for nats in NATS:
-            found[other][f"{nats:g}"] = paired(matched(results, "DPO", nats), matched(results, other, nats))
+            means[other][f"{nats:g}"] = paired(matched(results, "DPO", nats), matched(results, other, nats))
     rooms = [x for (*_, metric), x in results.values_of.items() if metric == "room"]
-    found["optimum"] = {"": (min(rooms) + ROUNDING, 0.0)}
-    found["Best-of-n"] = {}
+    means["optimum"] = {"": (min(rooms) + ROUNDING, 0.0)}
+    means["Best-of-n"] = {}
     for n in DRAWN:
         of = lambda name, n=n: results.values("Best-of-n", f"{n} {name}")  # noqa: E731
         gains = [(of("reward")[seed] - start[seed]) / (of("optimum")[seed] - start[seed]) for seed in start]
         mean, half = t_interval(gains)
-        found["Best-of-n"][str(n)] = mean - (1 - NEAR), half
-    return found
+        means["Best-of-n"][str(n)] = mean - (1 - NEAR), half
+    return means
 
 
 def without_the_least_clear(differences: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """All but the one whose interval reaches lowest."""
+    """All but the difference whose interval reaches lowest."""
     return sorted(differences, key=lambda x: x[0] - x[1])[1:]
 
 
 def at_the_end_of_preferred(results: common.Results) -> list[list[str]]:
-    """Rows: Preferred-FT at its largest KL, DPO at that same KL in each world, and the law that the former goes to."""
+    """Rows: Preferred-FT at its largest KL, DPO at the same KL in each world, and Best-of-2, Preferred-FT's limit."""
     last = {seed: max(path(results, "Preferred-FT", seed)) for seed in starts(results)}
     nats, rewards = ({seed: point[i] for seed, point in last.items()} for i in (0, 1))
     dpo = {seed: between(path(results, "DPO", seed), x) for seed, x in nats.items()}
@@ -361,8 +360,8 @@ def at_the_end_of_preferred(results: common.Results) -> list[list[str]]:
 
 
 def ends(results: common.Results) -> list[list[str]]:
-    """Rows of settings: KL where a run ends, that of the objective's optimum, and the share of the exact frontier's
-    gain at its own KL, on test prompts and on prompts that it learned from."""
+    """Rows of settings: KL at a run's end, KL of its objective's optimum, and its share of the exact frontier's gain at
+    its own KL, on test prompts and on training prompts."""
     rows = []
     for setting in (x for x in SETTINGS if method_of(x) in ("DPO", "PPO-gold", "Exact gradient")):
         if not results.values(setting, "kl test"):  # of a smoke run
@@ -376,7 +375,7 @@ def ends(results: common.Results) -> list[list[str]]:
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
-    found = clauses(results)
+    differences = clauses(results)
     start = starts(results)
     rows = [["optimum", *(show(t_interval([*results.values("optimum", f"{x:g}").values()]), 3) for x in NATS), ""]]
     for method in METHODS:
@@ -386,29 +385,27 @@ def report(results: common.Results) -> tuple[str, str, str]:
     rows.append(["reference", show(t_interval([*start.values()]), 3) + " (KL 0)", "", "", "", ""])
     header = ["reward on test prompts", *(f"KL {x:g}" for x in NATS), "largest KL of the hull"]
 
-    judged = {x: without_the_least_clear([*found[x].values()]) for x in ("Preferred-FT", "Unlikelihood")}
-    differences = []
+    judged = {x: without_the_least_clear([*differences[x].values()]) for x in ("Preferred-FT", "Unlikelihood")}
+    lines = []
     for other in METHODS[1:]:
-        cells = [show(x, 3) for x in found[other].values()]
-        differences.append(
-            [f"DPO - {other}", *cells, common.verdict(judged[other]) if other in judged else "not judged"]
-        )
+        cells = [show(x, 3) for x in differences[other].values()]
+        lines.append([f"DPO - {other}", *cells, common.verdict(judged[other]) if other in judged else "not judged"])
     slow = [paired(matched(results, "DPO slow", x), matched(results, "Unlikelihood", x)) for x in NATS]
-    differences.append(["DPO slow - Unlikelihood", *(show(x, 3) for x in slow), "not judged"])
-    margin = found["optimum"][""]
+    lines.append(["DPO slow - Unlikelihood", *(show(x, 3) for x in slow), "not judged"])
+    margin = differences["optimum"][""]
     count = sum(metric == "room" for (*_, metric) in results.values_of)
     least = f"{margin[0] - ROUNDING:.2g}"
-    differences.append([f"optimum - reward, least of {count} checkpoints", least, "", "", "", common.verdict([margin])])
+    lines.append([f"optimum - reward, least of {count} checkpoints", least, "", "", "", common.verdict([margin])])
     of_n = [["share of the frontier's gain at its KL"]]
-    of_n[0] += [show((mean + 1 - NEAR, half), 3) for mean, half in found["Best-of-n"].values()]
+    of_n[0] += [show((mean + 1 - NEAR, half), 3) for mean, half in differences["Best-of-n"].values()]
     of_n.append(
         ["reward", *(show(t_interval([*results.values("Best-of-n", f"{n} reward").values()]), 3) for n in DRAWN)]
     )
     of_n.append(["KL, nats", *(show(t_interval([*results.values("Best-of-n", f"{n} kl").values()])) for n in DRAWN)])
-    of_n.append(["within 5 %", *(common.verdict([x]) for x in found["Best-of-n"].values())])
+    of_n.append(["within 5 %", *(common.verdict([x]) for x in differences["Best-of-n"].values())])
     parts = [
         markdown(header, rows),
-        markdown(["difference", *(f"KL {x:g}" for x in NATS), ""], differences),
+        markdown(["difference", *(f"KL {x:g}" for x in NATS), ""], lines),
         markdown(["at Preferred-FT's own KL", "KL, nats", "reward"], at_the_end_of_preferred(results)),
         markdown(["Best-of-n", *(f"n = {n}" for n in DRAWN)], of_n),
         markdown(
@@ -426,8 +423,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 
 def draw(results: common.Results, page) -> None:
-    """Left: every checkpoint of the first world and the methods' hulls, under its exact frontier. Right: the share of
-    the optimum's gain at matched KL, with intervals over the worlds."""
+    """Left: all checkpoints of the first world, the methods' hulls, the exact frontier. Right: share of the optimum's
+    gain at matched KL, with intervals over the worlds."""
     left, right = page.subplots(1, 2, width_ratios=[3, 2])
     start = starts(results)
     seed = min(start)

@@ -1,10 +1,10 @@
-"""The frontier on a real model, on a GPU: the settings of the small world on film reviews, one seed, no optimum.
+"""The frontier on a real model, on a GPU: the settings of the small world, on film reviews; one seed, no optimum.
 
     python -m ablations.frontier --tier s --model HuggingFaceTB/SmolLM2-135M
 
-The reviews are the embedded task's texts and its gold reward, through the model's own tokenizer. Reward and KL are of
-one answer to each of 256 prompts that are held out by the hash of their text, with bootstrap intervals over them
-(evaluate.py). There is no exact optimum, and no interval over seeds, so this gives no verdict.
+The reviews are the embedded task's texts, with its gold reward and the model's own tokenizer. Reward and KL are
+measured on one answer to each of 256 prompts held out by the hash of their text, with bootstrap intervals over them
+(evaluate.py). There is no exact optimum and no interval over seeds, so this gives no verdict.
 """
 
 import json
@@ -27,7 +27,7 @@ RATES = {train_sft: 2e-5, train_dpo: 5e-6, train_rm: 1e-5, train_ppo: 5e-6}
 
 
 def main(settings: dict, model: str, smoke: bool) -> dict:
-    """Trains what is not there yet in runs/ablations/frontier/tier-s, and compares all of it by evaluate.py."""
+    """Train the missing runs of runs/ablations/frontier/tier-s, and compare all of them by evaluate.py."""
     size, out = SMOKE if smoke else FULL, Path("runs/ablations/frontier", "tier-s-smoke" if smoke else "tier-s")
     place = lambda name: str(out / name)  # noqa: E731
     texts = write(out / "texts.jsonl", rows("sft", size["texts"], 0))
@@ -36,7 +36,7 @@ def main(settings: dict, model: str, smoke: bool) -> dict:
     held = write(out / "held.jsonl", [e.row for e in others[: size["held"]]])
 
     def train(script, name: str, **flags) -> None:
-        """Train NAME, unless that is done; go on with it if it was begun."""
+        """Train `name` unless it is done; resume it if it was begun."""
         if not is_made(place(name)):
             resume = (out / name / "args.json").exists()
             flags = {"model": place("sft"), "lr": RATES[script], "batch_size": size["batch"], "eval_prompts": 0} | flags
@@ -54,7 +54,7 @@ def main(settings: dict, model: str, smoke: bool) -> dict:
         if script is None:
             continue
         flags = {"max_steps": size["updates"]} | flags
-        if script is train_ppo:  # as in the small world each update is on new answers
+        if script is train_ppo:  # each update is on new answers, as in the small world
             gold = "gold" in setting
             flags |= {"reward": "gold" if gold else place("rm"), "value_init": "zero" if gold else "reward"}
             flags |= {"batch_size": 4 * size["batch"], "minibatches": 4, "epochs_per_rollout": 1, "data": prompts}

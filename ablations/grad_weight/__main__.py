@@ -1,22 +1,22 @@
-"""DPO's gradient without its weight: is the policy more degenerate for it, and does it lose reward at the same KL?
+"""DPO's gradient without its weight: does the policy degenerate more, and does it lose reward at the same KL?
 
     python -m ablations.grad_weight            --quick, --smoke, --seeds, --jobs
 
-Claim (Rafailov et al. 2023, section 4 and appendix C.3, arXiv 2305.18290): DPO's gradient weighs each pair by how
+Claim (Rafailov et al. 2023, section 4 and appendix C.3, arXiv 2305.18290): DPO's gradient weights each pair by how
 wrong the implicit reward still is about it, and "a naive version of this method without the weighting coefficient can
-cause the language model to degenerate". The paper shows samples of Unlikelihood for it, and no number. Three losses of
-a pair, h being the margin of the log-ratios of chosen and rejected response:
+cause the language model to degenerate". The paper shows samples of Unlikelihood for this, and no number. Three losses
+of a pair, where h is the margin of the log-ratios of chosen and rejected response:
 
     DPO             -log sigmoid(beta h)                        gradient in h: -beta sigmoid(-beta h)
-    weight 1/2      -beta h / 2                                 -beta / 2, which is DPO's at the start, for ever
+    weight 1/2      -beta h / 2                                 -beta / 2, DPO's at the start, throughout
     Unlikelihood    -log pi(chosen) + alpha log pi(rejected)    at alpha = 1 the same direction, 2 / beta times as long
 
 Everything else is the same: the embedded task's SFT model, for each seed pairs of its own with the annotators' usual
-noise, a tenth of them held out by their prompt, a learning rate of several times the script's own, and 240 updates,
-about seven epochs. That is to be five times DPO's optimum or more: the table has the update at which readable gold is
-largest. At fifteen places along a run 128 answers to held-out prompts are measured, which are in no run's pairs.
-Reward at matched KL is on the straight line between the first two neighbouring places around it; beyond the last place
-of a run it is that of the last.
+noise, a tenth of them held out by their prompt, a learning rate of several times the script's default, and 240 updates,
+about seven epochs. That should be at least five times DPO's optimum: the table has the update at which readable gold is
+largest. At fifteen points of a run 128 answers to held-out prompts, which are in no run's pairs, are measured. Reward
+at matched KL is interpolated linearly between the first two neighbouring points around it; beyond the last point of a
+run it is that of the last.
 
 Criterion, written before the full run. Differences are paired by seed, with 95 % t-intervals. Reproduced: all of these
 are above 0. Contradicted: one is below 0. Else not resolved.
@@ -27,7 +27,7 @@ are above 0. Contradicted: one is below 0. Else not resolved.
 
 Reported and not judged: the same for Unlikelihood, which under AdamW differs from weight 1/2 only by the clipping of
 gradients, and so is no second test; gold reward at the end; repeated 4-grams, at the end and at their largest along a
-run; distinct-2, grammatical share, and readable gold (that of the grammatical answers, and 0 for all others).
+run; distinct-2, grammatical share, and readable gold (gold reward for grammatical answers, 0 for all others).
 """
 
 import json
@@ -49,16 +49,16 @@ from support.runs import cli
 
 NAME = "grad_weight"
 CLAIM = "without DPO's weight on each pair the policy degenerates, and has less reward at the same KL"
-LOSSES = {  # of its own, for train_dpo.py
+LOSSES = {  # added to those of train_dpo.py
     "weight 1/2": lambda a, x: -a.beta / 2 * (x.chosen - x.rejected),
     "unlikelihood": lambda a, x: x.rejected_logps - x.chosen_logps,
 }
 SETTINGS = {"DPO": {}, "weight 1/2": {"loss": "weight 1/2"}, "Unlikelihood": {"loss": "unlikelihood"}}
 PAIRS, PROMPTS, TOKENS = 2304, 128, 48
 FULL = {"beta": 0.1, "lr": 1e-3, "batch_size": 64, "epochs": 100, "max_steps": 240, "warmup": 0.05}
-PLACES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 144, 192, 240)  # updates after which a run is measured
+PLACES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 144, 192, 240)  # updates after which it measures
 NATS = (2.0, 4.0, 8.0)
-COLUMNS = {  # of the table: digits
+COLUMNS = {  # metric: column of the table, digits
     "gold": ("gold reward", 2),
     "readable": ("readable gold", 2),
     "accuracy": ("held-out accuracy", 2),
@@ -82,11 +82,11 @@ class Args(common.Args):
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run whatever results.csv lacks, and write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds = range(1 if a.smoke or a.quick else a.seeds)
     tasks = [(x, seed, folder, a.smoke) for seed in seeds for x in SETTINGS if not results.done(x, seed)]
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    torch.set_num_threads(1)  # as in the processes of `each`, so that results do not depend on the number of cores
     if tasks:
         common.sft_model(folder, a.smoke)
     for seed in sorted({seed for _, seed, *_ in tasks}):
@@ -99,7 +99,7 @@ def main(a: Args) -> None:
 
 
 def run(setting: str, seed: int, folder: Path, smoke: bool) -> dict[int, dict[str, float]]:
-    """One run of a loss -> {step: values}, from 0, the SFT model, on."""
+    """One run of a loss -> {step: values}, beginning with step 0, the SFT model."""
     sft, out = str(folder / "sft"), folder / f"{setting.replace(' ', '-').replace('/', '-')}-{seed}"
     tokenizer, policy, reference = models.load_tokenizer(sft), *(models.load_model(sft, "cpu") for _ in range(2))
     held = common.prompts(200)[1][:8] if smoke else common.prompts()[1][:PROMPTS]
@@ -111,7 +111,7 @@ def run(setting: str, seed: int, folder: Path, smoke: bool) -> dict[int, dict[st
             along[step] = measure(tokenizer, policy, reference, held, seed)
 
     along[0] = measure(tokenizer, policy, reference, held, seed)
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
     flags = {"data": str(folder / f"pairs-{seed}.jsonl"), "out": str(out), "ref_cache": str(folder / "ref_cache")}
     flags |= {"eval_fraction": 0.1, "eval_every": 8, "eval_prompts": 0, "save_every": 4, "device": "cpu", "seed": seed}
     flags |= FULL | ({"max_steps": 4} if smoke else {}) | SETTINGS[setting]
@@ -127,21 +127,21 @@ def run(setting: str, seed: int, folder: Path, smoke: bool) -> dict[int, dict[st
 
 @torch.no_grad()
 def measure(tokenizer, policy, reference, held, seed: int) -> dict[str, float]:
-    """Of one answer to each prompt: the means of `common.of_answers`, repeated 4-grams, distinct-2, and the means over
-    all tokens of the entropy and of the reference's negative log-likelihood."""
+    """For one answer to each prompt: means of `common.of_answers`, repeated 4-grams, distinct-2, and the means over all
+    tokens of the entropy and of the reference's negative log-likelihood."""
     answers = answer(policy, tokenizer, held, TOKENS, seed)
-    found, ids = common.of_answers(policy, reference, tokenizer, answers), [e.responses[0] for e in answers]
-    nll = [x * n for x, n in zip(found.pop("ref_nll"), found["length"], strict=True)]
-    return {name: statistics.fmean(x) for name, x in found.items()} | {
+    stats, ids = common.of_answers(policy, reference, tokenizer, answers), [e.responses[0] for e in answers]
+    nll = [x * n for x, n in zip(stats.pop("ref_nll"), stats["length"], strict=True)]
+    return {name: statistics.fmean(x) for name, x in stats.items()} | {
         "entropy": common.entropies(policy, tokenizer, answers).mean().item(),
-        "ref_nll": sum(nll) / sum(found["length"]),
+        "ref_nll": sum(nll) / sum(stats["length"]),
         "distinct_2": evaluate.distinct(ids, 2),
         "repeated_4": statistics.fmean(repeated(x, 4) for x in ids),
     }
 
 
 def repeated(ids: list[int], n: int) -> float:
-    """1 - different n-grams of an answer / all of them; 0 where it has none. Welleck et al. 2020, arXiv 1908.04319."""
+    """1 - distinct n-grams / n-grams of an answer; 0 if it has none. Welleck et al. 2020, arXiv 1908.04319."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -150,37 +150,37 @@ def repeated(ids: list[int], n: int) -> float:
 
 
 def matched(results: common.Results, setting: str, metric: str, nats: float) -> dict[int, float]:
-    """Seed -> a metric at a KL on the way of a run."""
-    steps, found = results.steps(setting), {}
+    """Seed -> a metric at a KL along a run."""
+    steps, by_seed = results.steps(setting), {}
     for seed in results.seeds():
         points = [tuple(results.values_of[setting, seed, step, name] for name in ("kl", metric)) for step in steps]
-        found[seed] = between(points, nats)
-    return found
+        by_seed[seed] = between(points, nats)
+    return by_seed
 
 
 def most(results: common.Results, setting: str, metric: str) -> dict[int, tuple[float, int]]:
-    """Seed -> the largest value of a metric along a run, and the step that has it."""
+    """Seed -> the largest value of a metric along a run, and its step."""
     steps = results.steps(setting)
     return {s: max((results.values_of[setting, s, step, metric], step) for step in steps) for s in results.seeds()}
 
 
 def differences(results: common.Results, other: str) -> dict[str, tuple[float, float]]:
-    """DPO against another loss, above 0 by the claim, with half the intervals: first the five of the criterion."""
-    mine, its = (lambda metric, x=x: results.values(x, metric) for x in ("DPO", other))
-    found = {
-        f"entropy at the end: DPO - {other}": paired(mine("entropy"), its("entropy")),
-        f"reference's NLL at the end: {other} - DPO": paired(its("ref_nll"), mine("ref_nll")),
+    """Differences of DPO and another loss, above 0 by the claim, with half intervals; first the criterion's five."""
+    of_dpo, of_other = (lambda metric, x=x: results.values(x, metric) for x in ("DPO", other))
+    pairs = {
+        f"entropy at the end: DPO - {other}": paired(of_dpo("entropy"), of_other("entropy")),
+        f"reference's NLL at the end: {other} - DPO": paired(of_other("ref_nll"), of_dpo("ref_nll")),
     }
     for nats in NATS:
         both = (matched(results, x, "gold", nats) for x in ("DPO", other))
-        found[f"gold reward at KL {nats:g}: DPO - {other}"] = paired(*both)
-    found[f"gold reward at the end: DPO - {other}"] = paired(mine("gold"), its("gold"))
-    found[f"repeated 4-grams at the end: {other} - DPO"] = paired(its("repeated_4"), mine("repeated_4"))
-    return found
+        pairs[f"gold reward at KL {nats:g}: DPO - {other}"] = paired(*both)
+    pairs[f"gold reward at the end: DPO - {other}"] = paired(of_dpo("gold"), of_other("gold"))
+    pairs[f"repeated 4-grams at the end: {other} - DPO"] = paired(of_other("repeated_4"), of_dpo("repeated_4"))
+    return pairs
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
-    """The differences of the criterion, with half their intervals."""
+    """Clause of the criterion -> mean and half its interval."""
     return dict([*differences(results, "weight 1/2").items()][: 2 + len(NATS)])
 
 
@@ -195,15 +195,15 @@ def report(results: common.Results) -> tuple[str, str, str]:
     for x in SETTINGS:
         best, repeats, far = (most(results, x, metric).values() for metric in ("readable", "repeated_4", "kl"))
         cells = [show(t_interval([y for y, _ in best])), show(t_interval([float(step) for _, step in best]), 0)]
-        for found, digits in ((repeats, 2), (far, 0)):
-            cells += [show(t_interval([y for y, _ in found]), digits), f"{max(y for y, _ in found):.{digits}f}"]
+        for values, digits in ((repeats, 2), (far, 0)):
+            cells += [show(t_interval([y for y, _ in values]), digits), f"{max(y for y, _ in values):.{digits}f}"]
         along.append([x, *cells])
         both = ((nats, metric) for nats in NATS for metric in ("gold", "readable"))
         at_kl.append([x, *(show(t_interval([*matched(results, x, n, nats).values()])) for nats, n in both)])
     judged, compared = clauses(results), []
     for x in [*SETTINGS][1:]:
-        for name, found in differences(results, x).items():
-            compared.append([name, show(found, 3), common.verdict([found]) if name in judged else "not judged"])
+        for name, y in differences(results, x).items():
+            compared.append([name, show(y, 3), common.verdict([y]) if name in judged else "not judged"])
     largest = ["repeated 4-grams", "in the worst seed", "KL, nats", "in the farthest seed"]
     header = [f"{name}, KL {nats:g}" for nats in NATS for name in ("gold", "readable")]
     parts = [
@@ -212,7 +212,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["at matched KL", *header], at_kl),
         markdown(["difference, above 0 by the claim", "mean", ""], compared),
     ]
-    effect = "; ".join(f"{name} {show(found, 3)}" for name, found in judged.items()) + "."
+    effect = "; ".join(f"{name} {show(y, 3)}" for name, y in judged.items()) + "."
     return "\n\n".join(parts), common.verdict([*judged.values()]), effect
 
 

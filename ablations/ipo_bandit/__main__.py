@@ -1,23 +1,23 @@
-"""IPO and DPO on three actions: preferences that never fail drive DPO to one action whatever tau is, and IPO not.
+"""IPO and DPO on three actions: preferences that never fail drive DPO, but not IPO, to one action whatever tau is.
 
     python -m ablations.ipo_bandit            --quick, --smoke, --seeds
 
-Claim (Azar et al. 2023, section 5.4, arXiv 2310.12036, figures 1 and 2): where an action is always preferred, DPO ends
-at a policy without any chance for the others, for every tau, while IPO stays near the reference as far as tau says. The
-paper's own scale: a softmax over actions a, b and c, a uniform reference, Adam at 0.01, minibatches of 9 pairs drawn
+Claim (Azar et al. 2023, section 5.4, arXiv 2310.12036, figures 1 and 2): if an action is always preferred, DPO ends
+at a policy that gives the others no probability, for every tau, while IPO stays as near the reference as tau says. The
+paper's own scale: a softmax over actions a, b and c, a uniform reference, Adam at 0.01, mini-batches of 9 pairs drawn
 with replacement, 18,000 steps, 10 seeds. IPO's least squares have a closed form, which the paper does not print:
 
     D1  a > b, b > c, a > c    log-ratios 1 / (3 tau), 0, -1 / (3 tau)
     D2  a > b, b > c, c > a    0, 0, 0
     D3  a > b, b > a, b > c    0, 0, -1 / (2 tau)
 
-The paper prints D3 as a > b, b > a alone. No loss then sees c, whose logit stays, and with it, but for the noise of the
-other two, its chance of 1/3; the figure, where DPO lets c vanish, needs one pair with c in it. Both are run.
+The paper prints D3 as a > b, b > a alone. Then no loss sees c: its logit stays, and so does its probability of 1/3,
+apart from the noise of the other two. The figure, where DPO lets c vanish, needs one pair with c in it. Both are run.
 
-Criterion, written before the full run, on D1; means over seeds with 95 % t-intervals. Reproduced: at each tau IPO's
-probability of each action is within 0.01 of the closed form, the whole interval, and at each tau up to 1 DPO's
-probability of a is above 0.99, the whole interval. Contradicted: one of these intervals lies wholly outside. Else not
-resolved. At tau = 10 DPO is still on its way after 18,000 steps, and is not part of it.
+Criterion, written before the full run, on D1; means over seeds with 95 % t-intervals. Reproduced: at each tau the whole
+interval of IPO's probability of each action is within 0.01 of the closed form, and at each tau up to 1 the whole
+interval of DPO's probability of a is above 0.99. Contradicted: one of these intervals lies wholly outside. Else not
+resolved. DPO at tau = 10 is still on its way after 18,000 steps, and is not part of the criterion.
 """
 
 import time
@@ -49,7 +49,7 @@ class Args(common.Args):
 
 
 def main(a: Args) -> None:
-    """Runs the seeds that results.csv does not have, and writes table and figure."""
+    """Run the seeds that results.csv lacks, and write table and figure."""
     results, steps = common.results(NAME, a), 50 if a.smoke else 6000 if a.quick else STEPS
     seeds = [seed for seed in range(a.seeds) if not all(results.done(setting, seed) for setting in SETTINGS)]
     began = time.perf_counter()
@@ -59,17 +59,17 @@ def main(a: Args) -> None:
         for j, seed in enumerate(seeds):
             if results.done(setting, seed):
                 continue
-            chances = {step: dict(zip("abc", found[i, j].tolist(), strict=True)) for step, found in along.items()}
+            policy = {step: dict(zip("abc", probs[i, j].tolist(), strict=True)) for step, probs in along.items()}
             if SETTINGS[setting][1] == "D1":
                 for step in along:
-                    results.add(setting, seed, {"a": chances[step]["a"]}, step)
-            results.add(setting, seed, chances[steps] | {"seconds": seconds})
+                    results.add(setting, seed, {"a": policy[step]["a"]}, step)
+            results.add(setting, seed, policy[steps] | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
 
 
 def learn(seeds: list[int], steps: int) -> dict[int, Tensor]:
-    """Trains all settings with all seeds in one tensor -> {step: probabilities [settings seeds 3]}, ten times."""
-    pairs = torch.zeros(len(PAIRS), 3, 2, dtype=torch.long)  # [data pair winner-loser]; one that is not there is a, a
+    """Train all settings and seeds in one tensor -> {step: probabilities [settings seeds 3]} at ten steps."""
+    pairs = torch.zeros(len(PAIRS), 3, 2, dtype=torch.long)  # [data pair winner-loser]; missing pairs are a, a
     for i, text in enumerate(PAIRS.values()):
         pairs[i, : len(text.split())] = torch.tensor([["abc".index(x) for x in pair] for pair in text.split()])
     sizes = torch.tensor([len(text.split()) for text in PAIRS.values()])
@@ -78,11 +78,11 @@ def learn(seeds: list[int], steps: int) -> dict[int, Tensor]:
         uniform = torch.rand(steps, len(PAIRS), BATCH, generator=torch.Generator().manual_seed(seed))
         which = (uniform * sizes[:, None]).long()
         drawn.append(torch.stack([(which == pair).double().mean(2) for pair in range(3)], 2))
-    shares = torch.stack(drawn, 2)  # [steps data seeds pair]: share of the minibatch
+    shares = torch.stack(drawn, 2)  # [steps data seeds pair]: share of the mini-batch
 
-    # logits [method tau data seed action]; over a uniform reference they are the log-ratios up to log Z, which cancels
+    # logits [method tau data seed action]; with a uniform reference, the log-ratios up to log Z, which cancels
     logits = torch.zeros(len(METHODS), len(TAUS), len(PAIRS), len(seeds), 3, dtype=torch.float64, requires_grad=True)
-    optimizer, found = torch.optim.Adam([logits], lr=RATE), {}
+    optimizer, along = torch.optim.Adam([logits], lr=RATE), {}
     winner, loser = pairs[:, None].expand(*logits.shape[:-1], -1, -1).unbind(-1)
     for step in range(1, steps + 1):
         chosen, rejected = (logits.gather(4, action).flatten(2) for action in (winner, loser))
@@ -95,8 +95,8 @@ def learn(seeds: list[int], steps: int) -> dict[int, Tensor]:
         total.backward()
         optimizer.step()
         if step % (steps // 10) == 0:
-            found[step] = logits.detach().softmax(-1).transpose(1, 2).flatten(0, 2)
-    return found
+            along[step] = logits.detach().softmax(-1).transpose(1, 2).flatten(0, 2)
+    return along
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -108,30 +108,30 @@ def optimum(data: str, tau: float) -> list[float]:
 
 
 def chances(results: common.Results, setting: str) -> list[tuple[float, float]]:
-    """Of a, b and c: mean over seeds, and half its interval."""
+    """Mean probability of a, b and c over seeds, and half its interval."""
     return [t_interval([*results.values(setting, action).values()]) for action in "abc"]
 
 
 def clauses(results: common.Results) -> list[tuple[float, float]]:
-    """What the criterion says is above 0, with half its interval."""
-    found = []
+    """The quantities that the criterion says are above 0, with half their intervals."""
+    differences = []
     for tau in TAUS:
         for (mean, half), exact in zip(chances(results, f"IPO D1 {tau:g}"), optimum("D1", tau), strict=True):
-            found += [(NEAR - (mean - exact), half), (NEAR + (mean - exact), half)]
+            differences += [(NEAR - (mean - exact), half), (NEAR + (mean - exact), half)]
         if tau <= 1:
             mean, half = chances(results, f"DPO D1 {tau:g}")[0]
-            found.append((mean - SURE, half))
-    return found
+            differences.append((mean - SURE, half))
+    return differences
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Table, verdict, effect."""
-    rows, together = [], lambda xs: " ".join(f"{x:.4f}" for x in xs)  # noqa: E731
+    rows, joined = [], lambda xs: " ".join(f"{x:.4f}" for x in xs)  # noqa: E731
     for data in PAIRS:
         for tau in TAUS:
             both = [chances(results, f"{method} {data} {tau:g}") for method in METHODS]
-            cells = [f"{together(m for m, _ in x)} (+- {max(half for _, half in x):.4f})" for x in both]
-            rows.append([data, f"{tau:g}", together(optimum(data, tau)), *cells])
+            cells = [f"{joined(m for m, _ in x)} (+- {max(half for _, half in x):.4f})" for x in both]
+            rows.append([data, f"{tau:g}", joined(optimum(data, tau)), *cells])
     header = ["data", "tau", "closed form of IPO: a b c", "IPO: a b c (largest half-interval)", "DPO: a b c"]
     mine, other = (common.show(chances(results, f"{method} D1 1")[0], 4) for method in METHODS)
     effect = f"D1, tau 1: probability of a {mine} with IPO (closed form {optimum('D1', 1)[0]:.4f}), {other} with DPO."
@@ -147,8 +147,8 @@ def draw(results: common.Results, page) -> None:
         for i, colour in enumerate(("C0", "C1", "C2")):
             axes.plot(fine, exact[:, i], color=colour, linewidth=1)
             for method, marker, filled in (("IPO", "o", colour), ("DPO", "s", "none")):
-                found = [chances(results, f"{method} {data} {tau:g}")[i] for tau in TAUS]
-                means, halves = zip(*found, strict=True)
+                points = [chances(results, f"{method} {data} {tau:g}")[i] for tau in TAUS]
+                means, halves = zip(*points, strict=True)
                 bars = [half if half < 1 else 0.0 for half in halves]
                 axes.errorbar(TAUS, means, bars, fmt=marker, color=colour, mfc=filled, markersize=5, capsize=2)
         axes.set_xscale("log")

@@ -1,30 +1,30 @@
-"""Flipped labels: what they cost DPO, and whether a loss that knows how many there are wins it back.
+"""Flipped labels: what they cost DPO, and whether a loss that knows their share wins it back.
 
     python -m ablations.noise            --quick, --smoke, --seeds
 
-Claim (Chowdhury et al. 2024, arXiv 2403.00409; Mitchell 2023, ericmitchell.ai/cdpo.pdf): where a share of the labels is
-flipped, robust DPO and conservative DPO, given that share, are better than DPO. The setting of the first paper's
-theorems, log-linear policies, in worlds where everything but the training is a sum over all responses:
+Claim (Chowdhury et al. 2024, arXiv 2403.00409; Mitchell 2023, ericmitchell.ai/cdpo.pdf): if a share of the labels is
+flipped, robust DPO and conservative DPO, given that share, are better than DPO. The setting is that of the first
+paper's theorems, log-linear policies, in worlds where everything but the training is a sum over all responses:
 
     pi(y|x) ~ ref(y|x) exp(theta . phi(x, y)),   reward r = w . phi,   64 responses to a prompt, 16 features
 
-so that theta = w / beta is the optimum of J(pi) = E[r] - beta KL(pi || ref) and regret is J(pi*) - J(pi), both at
-beta = 1. A pair is two responses of the reference to one of 32 prompts, labelled by Bradley and Terry's model ("BT"),
-or by the reward alone ("sure"). Then each label is flipped with the same chance. 32 other prompts are for validation,
-and 32 for the test, which all numbers are of. All methods see the same pairs in the same order, for as many steps.
+so theta = w / beta is the optimum of J(pi) = E[r] - beta KL(pi || ref), and regret is J(pi*) - J(pi), both at beta = 1.
+A pair is two responses of the reference to one of 32 prompts, labelled by the Bradley-Terry model ("BT"), or by the
+reward alone ("sure"). Then each label is flipped with the same probability. 32 other prompts are for validation, and 32
+for the test, which all numbers are measured on. All methods see the same pairs in the same order, for as many steps.
 
     final       regret at the end, at beta 1
     stopped     the same at the step with the least regret on validation prompts
-    tuned       regret of the end with theta scaled by the factor that has the least regret on validation prompts: what
-                another beta can give back, without the gaps of a grid of them
+    tuned       regret at the end with theta scaled by the factor that has the least regret on validation prompts: what
+                another beta can give back, without the gaps of a grid of betas
     matched     E[r] - E_ref[r] with theta scaled so that the KL is 0.5
     cosine      of theta . phi and r over all responses, less their means over a prompt: the direction
     scale       norm of theta . phi over that of r, the same way: 1 is right
 
-Criterion, written before the full run: of BT labels of 4,000 pairs, differences paired by seed, 95 % t-intervals.
+Criterion, written before the full run: with BT labels of 4,000 pairs, differences paired by seed, 95 % t-intervals.
 Reproduced: final regret of DPO - that of robust DPO, told the true share, is above 0 at flips of 0.2, 0.3 and 0.4.
 Contradicted: one is below 0. Else not resolved. The rest is reported: the same at other sizes, conservative DPO, a
-wrong share, and how much of the difference is left where the scale is tuned or KL matched.
+wrong share, and how much of the difference is left if the scale is tuned or the KL matched.
 """
 
 import time
@@ -40,7 +40,7 @@ from support.runs import cli, schedule
 
 NAME = "noise"
 CLAIM = "where labels are flipped, robust DPO that knows the share has less regret than DPO"
-METHODS = {  # per-pair losses at beta 1, of the margin h and the true share of flips
+METHODS = {  # loss per pair at beta 1, from the margin h and the true share of flips
     "DPO": lambda h, share: losses.dpo(h, torch.zeros_like(h), 1.0),
     "conservative": lambda h, share: losses.dpo(h, torch.zeros_like(h), 1.0, share),
     "robust": lambda h, share: losses.robust(h, torch.zeros_like(h), 1.0, share),
@@ -62,10 +62,10 @@ SETTINGS = {  # a wrong share is tried in the main world only
     if world == MAIN or m != "robust told 0.2"
 }
 PROMPTS, RESPONSES, FEATURES = 32, 64, 16
-SPREAD = 1.5  # of the reward, in nats
+SPREAD = 1.5  # standard deviation of the reward, nats
 STEPS, BATCH, RATE, LOOKS = 1000, 64, 0.05, 20
 MATCHED = 0.5  # nats
-VALIDATION, TEST = 1, 2  # thirds of the prompts; 0 is for training
+VALIDATION, TEST = 1, 2  # thirds of the prompts; the first is for training
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Args(common.Args):
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run what results.csv lacks, then write table and figure."""
     results = common.results(NAME, a)
     steps, seeds = (LOOKS, 2) if a.smoke else (STEPS, 4) if a.quick else (STEPS, a.seeds)
     torch.set_num_threads(1)
@@ -86,12 +86,12 @@ def main(a: Args) -> None:
             if not missing or (a.quick and world != MAIN):
                 continue
             began = time.process_time()
-            found = run(missing, labels, pairs, share, steps)
+            measured = run(missing, labels, pairs, share, steps)
             seconds = (time.process_time() - began) / len(METHODS) / len(missing)
-            for (method, seed), values in found.items():
+            for (method, seed), values in measured.items():
                 if method in names and not results.done(names[method], seed):
                     results.add(names[method], seed, values | {"seconds": seconds})
-            print(f"{world}, flips {share:g}: {seconds * len(found):.0f} s", flush=True)
+            print(f"{world}, flips {share:g}: {seconds * len(measured):.0f} s", flush=True)
     plot.finish(NAME, a, results, report, draw)
 
 
@@ -99,8 +99,8 @@ def main(a: Args) -> None:
 
 
 def draw_world(seed: int, labels: str, pairs: int, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features [prompts responses d], log-probs of the reference and rewards [prompts responses], and of each pair the
-    features of the response that is called better, less those of the other [pairs d]."""
+    """Features [prompts responses d], log-probs of the reference and rewards [prompts responses], and for each pair the
+    features of the response labelled better, less those of the other [pairs d]."""
     world = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=world, dtype=torch.float64)  # noqa: E731
     uniform = lambda: torch.rand(pairs, generator=world, dtype=torch.float64)  # noqa: E731
@@ -116,14 +116,14 @@ def draw_world(seed: int, labels: str, pairs: int, share: float) -> tuple[Tensor
 
 
 def run(seeds: list[int], labels: str, pairs: int, share: float, steps: int) -> dict[tuple[str, int], dict[str, float]]:
-    """Trains all methods on all seeds' worlds in one tensor, and measures them."""
+    """Train all methods on all seeds' worlds in one tensor -> {(method, seed): values}."""
     drawn_worlds = zip(*(draw_world(seed, labels, pairs, share) for seed in seeds), strict=True)
     *world, differences = map(torch.stack, drawn_worlds)
     theta = torch.zeros(len(METHODS), len(seeds), FEATURES, dtype=torch.float64, requires_grad=True)
-    optimizer, looks = torch.optim.Adam([theta], lr=RATE), []
-    drawn = torch.randint(pairs, (steps, BATCH), generator=torch.Generator().manual_seed(0))
+    optimizer, thetas = torch.optim.Adam([theta], lr=RATE), []
+    batches = torch.randint(pairs, (steps, BATCH), generator=torch.Generator().manual_seed(0))
     for step in range(steps):
-        margins = torch.einsum("msd, snd -> msn", theta, differences[:, drawn[step]])  # log Z cancels
+        margins = torch.einsum("msd, snd -> msn", theta, differences[:, batches[step]])  # log Z cancels
         total = torch.zeros(())
         for h, loss in zip(margins, METHODS.values(), strict=True):
             total = total + loss(h, share).mean(1).sum()
@@ -132,13 +132,13 @@ def run(seeds: list[int], labels: str, pairs: int, share: float, steps: int) -> 
         total.backward()
         optimizer.step()
         if (step + 1) % (steps // LOOKS) == 0:
-            looks.append(theta.detach().clone())
+            thetas.append(theta.detach().clone())
 
-    end = measure(looks[-1], *world, TEST)
-    tuned = measure(best_scale(looks[-1], *world), *world, TEST)["regret"]
-    matched = measure(at_kl(looks[-1], *world), *world, TEST)["gain"]
-    along = {part: torch.stack([measure(x, *world, part)["regret"] for x in looks]) for part in (VALIDATION, TEST)}
-    stopped = along[TEST].gather(0, along[VALIDATION].argmin(0, keepdim=True))[0]
+    end = measure(thetas[-1], *world, TEST)
+    tuned = measure(best_scale(thetas[-1], *world), *world, TEST)["regret"]
+    matched = measure(at_kl(thetas[-1], *world), *world, TEST)["gain"]
+    regrets = {part: torch.stack([measure(x, *world, part)["regret"] for x in thetas]) for part in (VALIDATION, TEST)}
+    stopped = regrets[TEST].gather(0, regrets[VALIDATION].argmin(0, keepdim=True))[0]
     columns = {"final": end["regret"], "stopped": stopped, "tuned": tuned, "matched": matched}
     columns |= {name: end[name] for name in ("cosine", "scale")}
     return {
@@ -149,13 +149,13 @@ def run(seeds: list[int], labels: str, pairs: int, share: float, steps: int) -> 
 
 
 def measure(theta: Tensor, features: Tensor, ref: Tensor, rewards: Tensor, part: int) -> dict[str, Tensor]:
-    """Of policies theta [methods seeds d], exactly, on a third of the prompts: each [methods seeds]."""
+    """Exact values of policies theta [methods seeds d] on one third of the prompts: each [methods seeds]."""
     features, ref, rewards = (x[:, part * PROMPTS : (part + 1) * PROMPTS] for x in (features, ref, rewards))
     implicit = torch.einsum("msd, spkd -> mspk", theta, features)
     logps = (ref + implicit).log_softmax(-1)
     kl = (logps.exp() * (logps - ref)).sum(-1).mean(-1)
     gain = ((logps.exp() - ref.exp()) * rewards).sum(-1).mean(-1)
-    optimum = ((ref + rewards).logsumexp(-1) - (ref.exp() * rewards).sum(-1)).mean(-1)  # J at pi*, less that of ref
+    optimum = ((ref + rewards).logsumexp(-1) - (ref.exp() * rewards).sum(-1)).mean(-1)  # J(pi*) - J(ref)
     implicit, rewards = ((x - x.mean(-1, keepdim=True)).flatten(-2) for x in (implicit, rewards))
     norms = implicit.norm(dim=-1), rewards.norm(dim=-1)
     cosine, scale = (implicit * rewards).sum(-1) / (norms[0] * norms[1]), norms[0] / norms[1]
@@ -165,7 +165,7 @@ def measure(theta: Tensor, features: Tensor, ref: Tensor, rewards: Tensor, part:
 def best_scale(theta: Tensor, *world: Tensor) -> Tensor:
     """These policies with theta scaled by the factor in [1e-3, 1e3] that has the least regret on validation prompts.
 
-    It is the best of 41 in equal ratios, then of 41 around that, and so on until the ratio is 1.0001."""
+    Search: the best of 41 factors in equal ratios, then of 41 around it, and so on until the ratio is 1.0001."""
     middle, width = torch.zeros_like(theta[..., :1]), 3.0  # log10 of the factor
     for _ in range(4):
         tried = torch.stack([middle + width * i / 20 for i in range(-20, 21)]).clamp(-3, 3)
@@ -188,7 +188,7 @@ def at_kl(theta: Tensor, *world: Tensor) -> Tensor:
 
 
 def settings_of(results: common.Results, world: str, share: float) -> dict[str, str]:
-    """Method -> setting, of those that have values."""
+    """Method -> setting, for settings that have values."""
     names = {m: name for name, (m, *where) in SETTINGS.items() if where == [world, share]}
     return {m: name for m, name in names.items() if results.values(name, "final")}
 
@@ -196,33 +196,33 @@ def settings_of(results: common.Results, world: str, share: float) -> dict[str, 
 def gain(
     results: common.Results, metric: str, world: str, share: float, method: str, than: str = "DPO"
 ) -> tuple[float, float]:
-    """What a method gains over another, in regret or in reward at one KL: mean and half its interval."""
+    """What a method gains over another, in regret or in reward at one KL: (mean, half interval)."""
     names = settings_of(results, world, share)
     both = results.values(names[than], metric), results.values(names[method], metric)
     return paired(*(both[::-1] if metric == "matched" else both))
 
 
 def clauses(results: common.Results) -> dict[float, tuple[float, float]]:
-    """Share of flips -> the regret of DPO less that of robust DPO."""
+    """Share of flips -> (mean, half interval) of DPO's regret minus robust DPO's."""
     return {share: gain(results, "final", MAIN, share, "robust") for share in WORLDS[MAIN][2] if share >= 0.2}
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
-    columns, judged = ("final", "stopped", "tuned", "matched", "cosine", "scale"), clauses(results)
+    columns, criterion = ("final", "stopped", "tuned", "matched", "cosine", "scale"), clauses(results)
     rows, differences, tuned = [], [], []
     for world, (_, _, shares) in WORLDS.items():
         for share in shares:
-            names, where = settings_of(results, world, share), [world, f"{share:g}"]
+            names, place = settings_of(results, world, share), [world, f"{share:g}"]
             for method, name in names.items():
-                rows.append([*where, method, *(show(t_interval([*results.values(name, x).values()])) for x in columns)])
+                rows.append([*place, method, *(show(t_interval([*results.values(name, x).values()])) for x in columns)])
             if names and share:
                 cells = [show(gain(results, metric, world, share, "robust"), 3) for metric in columns[:4]]
-                is_judged = world == MAIN and share in judged
-                differences.append([*where, *cells, common.verdict([judged[share]]) if is_judged else ""])
+                inside = world == MAIN and share in criterion
+                differences.append([*place, *cells, common.verdict([criterion[share]]) if inside else ""])
             if names:
                 pairs = [("robust", "DPO"), ("conservative", "DPO"), ("IPO", "DPO"), ("IPO", "robust")]
-                tuned.append([*where, *(show(gain(results, "tuned", world, share, *x), 4) for x in pairs)])
+                tuned.append([*place, *(show(gain(results, "tuned", world, share, *x), 4) for x in pairs)])
     header = ["robust over DPO", "conservative over DPO", "IPO over DPO", "IPO over robust"]
     parts = [
         markdown(["labels, pairs", "flips", "method", *columns], rows),
@@ -232,15 +232,15 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["labels, pairs", "flips", *header], tuned),
     ]
     effect = "; ".join(
-        f"flips {share:g}: regret of DPO - robust {show(judged[share], 3)}, with the scale tuned "
+        f"flips {share:g}: regret of DPO - robust {show(criterion[share], 3)}, with the scale tuned "
         f"{show(gain(results, 'tuned', MAIN, share, 'robust'), 3)}"
-        for share in judged
+        for share in criterion
     )
-    return "\n\n".join(parts), common.verdict([*judged.values()]), effect + "."
+    return "\n\n".join(parts), common.verdict([*criterion.values()]), effect + "."
 
 
 def draw(results: common.Results, page) -> None:
-    """Against the share of flips, of BT labels of 4,000 pairs: regret as it is and tuned, direction, scale."""
+    """Against the share of flips, for BT labels of 4,000 pairs: regret as it is and tuned, direction, scale."""
     grid, world = page.subplots(2, 2), MAIN
     titles = {
         "final": "regret at beta 1, at the end",

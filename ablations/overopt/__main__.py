@@ -1,4 +1,4 @@
-"""Over-optimisation: what the proxy promises and what gold reward says, as Best-of-n and PPO leave the SFT model.
+"""Over-optimisation: what the proxy promises and what gold reward says as Best-of-n and PPO leave the SFT model.
 
     python -m ablations.overopt            --quick, --smoke, --seeds, --jobs
 
@@ -8,22 +8,22 @@ by a learned reward model (the proxy) follows
     Best-of-n:  R(d) = d (a - b d)        RL:  R(d) = d (a - b log d)
 
 and b, the over-optimisation, falls with the number of comparisons and the size of the proxy. Proxies learn from pairs
-whose better answer by gold reward is chosen, but for 25 % flipped labels (Coste et al. 2023, arXiv 2310.02743), all by
-the same number of updates. Best-of-n is estimated from one pool of answers by the mean over all its subsets of n
+whose better answer by gold reward is chosen, except for 25 % flipped labels (Coste et al. 2023, arXiv 2310.02743), all
+by the same number of updates. Best-of-n is estimated from one pool of answers by the mean over all its subsets of n
 (Nakano et al. 2021, arXiv 2112.09332), at KL = log n - (n - 1) / n. PPO has no KL penalty, and is measured along the
-run on held-out prompts, with the exact KL. Neither gold reward nor a proxy's data know of grammar, so readable gold is
-there too: gold where an answer is grammatical, else 0, the SFT model's mean. Rewards are in deviations of its answers.
+run on held-out prompts, with the exact KL. Neither gold reward nor a proxy's data know of grammar. So there is readable
+gold: gold if an answer is grammatical, else 0, the SFT model's mean. Rewards are in standard deviations of its answers.
 
-That proxy and gold part is no finding: by a proxy that correlates with gold by r, gold keeps a share r at every n
-(exactly, where both are normal). Nor is a bend of a gold reward that is bounded, and b has gold's scale. So b / a is
-compared, and the share is of the gold that Best-of-n by gold itself has at the same n; tested is whether it falls.
+That proxy and gold diverge is no finding: if a proxy with correlation r to gold chooses, gold keeps a share r at every
+n (exactly, if both are normal). Neither is the bend of a bounded gold reward, and b has gold's scale. So b / a is
+compared, and the share is relative to Best-of-n by gold itself at the same n; the test is whether it falls.
 
 Criterion, written before the full run. Fits are by least squares for each seed; means with 95 % t-intervals over seeds.
 Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
 
     falls     share at n = 2 - share at the largest n, of Best-of-n with the fewest pairs
     order     Spearman of pairs with the share at the largest n, and with -b / a: Best-of-n at 128 dimensions
-    PPO       with the fewest pairs: c of readable gold = proxy (s - c proxy), a promise kept less the more it promises;
+    PPO       with the fewest pairs: c of readable gold = proxy (s - c proxy): the larger the promise, the less of it is kept;
               b of readable gold; and AICc of the line d a - AICc of RL's form for it
 
 Reported: the same for gold itself, for PPO with more pairs and for Best-of-n by gold itself; the widths; where readable
@@ -61,8 +61,8 @@ SETTINGS |= {f"BoN 3200, {width} wide": ("BoN", width, 3200) for width in WIDTHS
 SETTINGS |= {f"PPO {n}": ("PPO", 128, n) for n in (800, 6400)}
 FEW, PPO = f"BoN {PAIRS[0]}", f"PPO {PAIRS[0]}"
 FLIPPED = 0.25
-RATES = {16: 1e-2, 64: 6e-3, 128: 4e-3}  # of the SFT models, by width
-REWARD_MODEL = {"batch_size": 16, "epochs": 8, "max_steps": 400}  # all pairs 8, 4, 2 times and once
+RATES = {16: 1e-2, 64: 6e-3, 128: 4e-3}  # learning rates of the SFT models, by width
+REWARD_MODEL = {"batch_size": 16, "epochs": 8, "max_steps": 400}  # pairs are seen 8, 4, 2 times and once
 TEST, VALIDATION = 256, 128  # held-out prompts
 FULL = {"pool": (24, 512), "tokens": 48, "sft": 700, "rollouts": 32, "prompts": 32, "every": 2}
 QUICK = FULL | {"pool": (16, 128), "sft": 300, "rollouts": 12}
@@ -72,23 +72,23 @@ SMOKE = {"pool": (2, 8), "tokens": 8, "sft": 2, "rollouts": 2, "prompts": 4, "ev
 @dataclass
 class Args(common.Args):
     jobs: int = 2
-    """processes, one thread each, >= 1; the results do not depend on it"""
+    """worker processes of one thread each, >= 1; the results do not depend on it"""
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run what results.csv lacks, then write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     size, seeds = (SMOKE, 1) if a.smoke else (QUICK, 1) if a.quick else (FULL, a.seeds)
     settings = [FEW, PPO] if a.smoke else [*SETTINGS]
     tasks = [(x, seed, folder, size) for seed in range(seeds) for x in settings]
     tasks = [task for task in tasks if not results.done(*task[:2])]
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    torch.set_num_threads(1)  # as in the processes of `each`: the numbers must not depend on the number of cores
     if tasks:
         prepare(folder, size)
-    for kind in ("BoN", "PPO"):  # the first makes the proxies
-        own = [task for task in tasks if SETTINGS[task[0]][0] == kind]
-        for (setting, seed, *_), (along, end), seconds in common.each(run, own, a.jobs, folder):
-            for step, values in along.items():
+    for kind in ("BoN", "PPO"):  # BoN makes the proxies
+        chosen = [task for task in tasks if SETTINGS[task[0]][0] == kind]
+        for (setting, seed, *_), (curve, end), seconds in common.each(run, chosen, a.jobs, folder):
+            for step, values in curve.items():
                 results.add(setting, seed, values, step)
             results.add(setting, seed, end | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
@@ -98,7 +98,7 @@ def main(a: Args) -> None:
 
 
 def prepare(folder: Path, size: dict) -> None:
-    """The SFT models of all widths, and the pool: answers of the widest to held-out prompts, a row a prompt."""
+    """The SFT models of all widths, and the pool: answers of the widest to held-out prompts, one row per prompt."""
     data = write(folder / "sft.jsonl", common.rows("sft", 34 * size["sft"] + 20))
     for width in (128,) if size == SMOKE else (128, *WIDTHS):
         start, tokenizer = folder / f"start-{width}", reviews.tokenizer()
@@ -123,7 +123,7 @@ def prepare(folder: Path, size: dict) -> None:
 
 
 def run(setting: str, seed: int, folder: Path, size: dict):
-    """One proxy optimised -> {n, or rollout: d, proxy, gold and readable gold}, and what is known at the end."""
+    """Optimise one proxy -> {n or rollout: d, proxy, gold and readable gold}, and values at the end."""
     kind, width, n = SETTINGS[setting]
     proxy = make_proxy(folder, width, n, seed, size)
     return best_of_n(folder, proxy) if kind == "BoN" else ppo(folder, proxy, seed, size)
@@ -134,59 +134,59 @@ def best_of_n(folder: Path, proxy: str):
     rows = [json.loads(line) for line in open(folder / "pool.jsonl")]
     gold, grammatical = (torch.tensor([row[name] for row in rows]) for name in ("gold", "grammatical"))
     gold = (gold - gold.mean()) / gold.std()
-    found = scores(proxy, rows)
-    found = (found - found.mean()) / found.std()
-    order, along = found.argsort(1), {}
-    for drawn in (2**i for i in range(1, 20) if 2 ** (i + 1) <= len(order[0])):
-        of = {"gold": gold, "proxy": found, "readable": gold * grammatical, "grammatical": grammatical}
-        along[drawn] = {name: best_of(x.gather(1, order), drawn).mean().item() for name, x in of.items()}
-        along[drawn] |= {"best": best_of(gold.sort(1).values, drawn).mean().item()}
-        along[drawn] |= {"d": math.sqrt(math.log(drawn) - (drawn - 1) / drawn)}
-        along[drawn]["readable_validation"] = along[drawn]["readable"]
-    return along, {"correlation": correlation(gold.flatten(), found.flatten())}
+    scored = scores(proxy, rows)
+    scored = (scored - scored.mean()) / scored.std()
+    order, curve = scored.argsort(1), {}
+    for n in (2**i for i in range(1, 20) if 2 ** (i + 1) <= len(order[0])):
+        rewards = {"gold": gold, "proxy": scored, "readable": gold * grammatical, "grammatical": grammatical}
+        curve[n] = {name: best_of(x.gather(1, order), n).mean().item() for name, x in rewards.items()}
+        curve[n] |= {"best": best_of(gold.sort(1).values, n).mean().item()}
+        curve[n] |= {"d": math.sqrt(math.log(n) - (n - 1) / n)}
+        curve[n]["readable_validation"] = curve[n]["readable"]
+    return curve, {"correlation": correlation(gold.flatten(), scored.flatten())}
 
 
 def ppo(folder: Path, proxy: str, seed: int, size: dict):
-    """PPO against this proxy without a KL penalty; at every second rollout an answer to each held-out prompt."""
-    sft, out, along = str(folder / "sft-128"), Path(proxy.replace("rm-", "ppo-")), {}
+    """PPO against this proxy without a KL penalty; after every second rollout one answer to each held-out prompt."""
+    sft, out, curve = str(folder / "sft-128"), Path(proxy.replace("rm-", "ppo-")), {}
     asked = write(folder / f"prompts-{seed}.jsonl", common.rows("prompts", 6000, seed + 1))
     held = common.prompts(400 if size == SMOKE else 24_000)[1][: TEST + VALIDATION]
     policy, tokenizer = models.load_model(sft, "cpu"), models.load_tokenizer(sft)
     units = {}
 
-    def look(step: int, weights: dict) -> None:
+    def evaluate(step: int, weights: dict) -> None:
         policy.load_state_dict(weights)
         models.save(policy, tokenizer, folder / f"now-{out.name}")
-        found = common.measured(str(folder / f"now-{out.name}"), sft, held, seed, size["tokens"], reward=proxy)
+        values = common.measured(str(folder / f"now-{out.name}"), sft, held, seed, size["tokens"], reward=proxy)
         for name in ("gold", "proxy"):
-            units.setdefault(name, (statistics.fmean(found[name]), statistics.stdev(found[name])))
-            found[name] = [(x - units[name][0]) / units[name][1] for x in found[name]]
-        found["readable"] = [x * fluent for x, fluent in zip(found["gold"], found["grammatical"], strict=True)]
+            units.setdefault(name, (statistics.fmean(values[name]), statistics.stdev(values[name])))
+            values[name] = [(x - units[name][0]) / units[name][1] for x in values[name]]
+        values["readable"] = [x * flag for x, flag in zip(values["gold"], values["grammatical"], strict=True)]
         test = len(held) * TEST // (TEST + VALIDATION)
-        along[step] = {name: statistics.fmean(x[:test]) for name, x in found.items()}
-        along[step]["readable_validation"] = statistics.fmean(found["readable"][test:])
-        along[step]["d"] = math.sqrt(max(along[step]["kl"], 0.0))
+        curve[step] = {name: statistics.fmean(x[:test]) for name, x in values.items()}
+        curve[step]["readable_validation"] = statistics.fmean(values["readable"][test:])
+        curve[step]["d"] = math.sqrt(max(curve[step]["kl"], 0.0))
         if step == 0:
-            along[step]["correlation"] = correlation(*(torch.tensor(found[x]) for x in ("gold", "proxy")))
+            curve[step]["correlation"] = correlation(*(torch.tensor(values[x]) for x in ("gold", "proxy")))
 
-    look(0, policy.state_dict())
+    evaluate(0, policy.state_dict())
     flags = {"model": sft, "reward": proxy, "data": asked, "out": str(out), "seed": seed, "device": "cpu"}
     flags |= {"batch_size": size["prompts"], "max_steps": size["rollouts"], "max_new_tokens": size["tokens"]}
     flags |= {"kl_coef": 0.0, "eval_prompts": 0, "save_every": size["every"]}
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-    with common.at_checkpoints(look):
+    shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
+    with common.at_checkpoints(evaluate):
         train_ppo.main(train_ppo.Args(**flags))
-    return along, {"correlation": along[0].pop("correlation")}
+    return curve, {"correlation": curve[0].pop("correlation")}
 
 
 def best_of(x: torch.Tensor, n: int) -> torch.Tensor:
-    """Of rows [p N], in an order in which the last is best: the mean over all subsets of n of each one's best, [p]."""
+    """Rows [p N], ordered so that the last is best: the mean of the best over all subsets of n, [p]."""
     weights = [math.comb(i - 1, n - 1) / math.comb(x.shape[1], n) for i in range(1, x.shape[1] + 1)]
     return x.double() @ torch.tensor(weights, dtype=torch.float64)
 
 
 def noisy_pairs(n: int, seed: int) -> list[dict]:
-    """Two continuations of each of n prompts; the better one by gold reward is chosen, but where the label flips."""
+    """Two continuations of each of n prompts; the better one by gold reward is chosen, unless the label flips."""
     rng, beginnings = random.Random(f"{NAME} {seed}"), reviews.prompts(n, 1000 + seed)
     rows = reviews.preference_rows(beginnings, [reviews.continuations(p, 2, rng) for p in beginnings], 1e-6, rng)
     for row in rows:
@@ -197,7 +197,7 @@ def noisy_pairs(n: int, seed: int) -> list[dict]:
 
 
 def make_proxy(folder: Path, width: int, n: int, seed: int, size: dict) -> str:
-    """The reward model of this width that learnt from n pairs of this seed."""
+    """The reward model of this width, trained on n pairs of this seed."""
     out = folder / f"rm-{width}-{n}-{seed}"
     data = write(folder / f"pairs-{width}-{n}-{seed}.jsonl", noisy_pairs(n, seed))
     flags = REWARD_MODEL | ({"max_steps": 2} if size == SMOKE else {})
@@ -206,31 +206,31 @@ def make_proxy(folder: Path, width: int, n: int, seed: int, size: dict) -> str:
 
 
 def scores(proxy: str, rows: list[dict]) -> torch.Tensor:
-    """The proxy's rewards of all answers [p N]; equal ones are scored once."""
+    """The proxy's rewards of all answers [p N]; equal answers are scored once."""
     answers = [[(row["prompt"], *x) for x in zip(row["responses"], row["ended"], strict=True)] for row in rows]
-    once = list(dict.fromkeys(x for row in answers for x in row))
-    asked, texts, ended = zip(*once, strict=True)
-    found = dict(zip(once, load_reward(proxy, "cpu")(asked, texts, [{"ended": x} for x in ended]), strict=True))
-    return torch.tensor([[found[x] for x in row] for row in answers])
+    unique = list(dict.fromkeys(x for row in answers for x in row))
+    prompts, texts, ended = zip(*unique, strict=True)
+    reward_of = dict(zip(unique, load_reward(proxy, "cpu")(prompts, texts, [{"ended": x} for x in ended]), strict=True))
+    return torch.tensor([[reward_of[x] for x in row] for row in answers])
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
 
 
 def fit(kind: str, points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
-    """a and b of the claim's form by least squares, the share of the squares about the mean that it explains (R^2), and
-    AICc of the line d a less that of the form (Hurvich and Tsai 1989): above 0 where b is worth having."""
+    """a and b of the claim's form by least squares; R^2, the share of the squares about the mean that it explains; and
+    AICc of the line d a less that of the form (Hurvich and Tsai 1989): above 0 if b is worth having."""
     d, y = torch.tensor([x for x in points if x[0] > 0], dtype=torch.float64).T
     basis = torch.stack([d, -d * d if kind == "BoN" else -d * d.log()], 1)
     coefficients = torch.linalg.lstsq(basis, y[:, None]).solution[:, 0]
     squares = lambda fitted: ((fitted - y) ** 2).sum()  # noqa: E731
-    left, of_line = squares(basis @ coefficients), squares(d * (d @ y) / (d @ d))
-    gain = aicc(of_line.item(), len(d), 1) - aicc(left.item(), len(d), 2)
-    return *coefficients.tolist(), (1 - left / squares(y.mean())).item(), gain
+    of_form, of_line = squares(basis @ coefficients), squares(d * (d @ y) / (d @ d))
+    gain = aicc(of_line.item(), len(d), 1) - aicc(of_form.item(), len(d), 2)
+    return *coefficients.tolist(), (1 - of_form / squares(y.mean())).item(), gain
 
 
 def aicc(squares: float, n: int, coefficients: int) -> float:
-    """n log(squares / n) + 2 k + 2 k (k + 1) / (n - k - 1), k: the coefficients and the variance of the errors."""
+    """n log(squares / n) + 2 k + 2 k (k + 1) / (n - k - 1), with k: the coefficients and the error variance."""
     k = coefficients + 1
     return n * math.log(max(squares, 1e-12) / n) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1)
 
@@ -247,50 +247,50 @@ def seeds_of(results: common.Results, setting: str) -> list[int]:
 
 
 def by_seed(results: common.Results, setting: str, y: str = "gold") -> dict[str, dict[int, float]]:
-    """What is known of gold (or readable gold) in this setting: name -> {seed: value}."""
-    kind, found = SETTINGS[setting][0], {}
+    """Name -> {seed: value} of all that is reported on gold (or readable gold) in this setting."""
+    kind, columns = SETTINGS[setting][0], {}
     for seed in seeds_of(results, setting):
-        own = points(results, setting, seed, y)
+        curve = points(results, setting, seed, y)
         chosen = [x for _, x in points(results, setting, seed, "readable_validation")]
-        d, peak = own[chosen.index(max(chosen))]
-        a, b, explained, gain = fit(kind, own)
-        values = {"a": a, "b": b, "R^2": explained, "AICc": gain, "peak": peak, "at d": d, "end": own[-1][1]}
-        values |= {"b / a": b / a if a else math.nan, "fall": peak - own[-1][1]}
+        d, peak = curve[chosen.index(max(chosen))]
+        a, b, explained, gain = fit(kind, curve)
+        values = {"a": a, "b": b, "R^2": explained, "AICc": gain, "peak": peak, "at d": d, "end": curve[-1][1]}
+        values |= {"b / a": b / a if a else math.nan, "fall": peak - curve[-1][1]}
         values["c"] = fit("BoN", points(results, setting, seed, y, "proxy"))[1]
         if kind == "BoN":
             best = points(results, setting, seed, "best")
-            shares = [x / most for (_, x), (_, most) in zip(own, best, strict=True)]
+            shares = [x / most for (_, x), (_, most) in zip(curve, best, strict=True)]
             values |= {"share": shares[-1], "share at 2": shares[0], "falls": shares[0] - shares[-1]}
         for name, value in values.items():
-            found.setdefault(name, {})[seed] = value
-    return found
+            columns.setdefault(name, {})[seed] = value
+    return columns
 
 
 def spearman(results: common.Results, name: str, sign: int) -> list[float]:
-    """Of each seed: the rank correlation of a value of Best-of-n at 128 dimensions, times the sign, and pairs."""
-    there = [x for x in SETTINGS if x in {f"BoN {n}" for n in PAIRS} and seeds_of(results, x)]
-    of = [by_seed(results, x)[name] for x in there]
+    """For each seed: rank correlation of pairs and a value of Best-of-n at 128 dimensions, times the sign."""
+    settings = [x for x in SETTINGS if x in {f"BoN {n}" for n in PAIRS} and seeds_of(results, x)]
+    by_setting = [by_seed(results, x)[name] for x in settings]
     ranks = lambda values: ranks_of(torch.tensor(values))  # noqa: E731
-    pairs = ranks([float(SETTINGS[x][2]) for x in there])
-    return [correlation(ranks([sign * x[seed] for x in of]), pairs) for seed in of[0]]
+    pairs = ranks([float(SETTINGS[x][2]) for x in settings])
+    return [correlation(ranks([sign * x[seed] for x in by_setting]), pairs) for seed in by_setting[0]]
 
 
 def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], bool]]:
-    """Differences that the claim says are above 0, with half their intervals; whether they are in the criterion."""
+    """Name -> (mean, half interval) of what the claim says is above 0, and whether it is in the criterion."""
     mean = lambda setting, name, y="gold": t_interval([*by_seed(results, setting, y)[name].values()])  # noqa: E731
-    found = {f"share at n = 2 - at the largest: {FEW}": (mean(FEW, "falls"), True)}
-    found["Spearman(share, pairs): BoN"] = t_interval(spearman(results, "share", 1)), True
-    found["-Spearman(b / a, pairs): BoN"] = t_interval(spearman(results, "b / a", -1)), True
+    intervals = {f"share at n = 2 - at the largest: {FEW}": (mean(FEW, "falls"), True)}
+    intervals["Spearman(share, pairs): BoN"] = t_interval(spearman(results, "share", 1)), True
+    intervals["-Spearman(b / a, pairs): BoN"] = t_interval(spearman(results, "b / a", -1)), True
     for name in ("c", "b", "AICc"):
-        found[f"{name}, readable gold: {PPO}"] = mean(PPO, name, "readable"), True
-    there = [x for x in SETTINGS if seeds_of(results, x)]
-    for x in (x for x in there if x.startswith("PPO")):
-        found |= {f"readable's peak - end, {y}: {x}": (mean(x, "fall", y), False) for y in ("readable", "gold")}
-    for x in (x for x in there if "wide" in x):
+        intervals[f"{name}, readable gold: {PPO}"] = mean(PPO, name, "readable"), True
+    settings = [x for x in SETTINGS if seeds_of(results, x)]
+    for x in (x for x in settings if x.startswith("PPO")):
+        intervals |= {f"readable's peak - end, {y}: {x}": (mean(x, "fall", y), False) for y in ("readable", "gold")}
+    for x in (x for x in settings if "wide" in x):
         narrow, wide = by_seed(results, x), by_seed(results, x.split(",")[0])
-        found[f"b / a: {x} - 128"] = paired(narrow["b / a"], wide["b / a"]), False
-        found[f"share: 128 - {x}"] = paired(wide["share"], narrow["share"]), False
-    return found
+        intervals[f"b / a: {x} - 128"] = paired(narrow["b / a"], wide["b / a"]), False
+        intervals[f"share: 128 - {x}"] = paired(wide["share"], narrow["share"]), False
+    return intervals
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
@@ -298,44 +298,44 @@ def report(results: common.Results) -> tuple[str, str, str]:
     ends, forms = [], []
     cell = lambda values: show(t_interval([*values.values()]))  # noqa: E731
     for x in (x for x in SETTINGS if seeds_of(results, x)):
-        last, of = max(results.steps(x)), {y: by_seed(results, x, y) for y in ("gold", "readable")}
+        last, stats = max(results.steps(x)), {y: by_seed(results, x, y) for y in ("gold", "readable")}
         row = [results.values(x, "correlation"), *(results.values(x, name, last) for name in ("d", "proxy", "gold"))]
-        row += [of["gold"].get(name) for name in ("share at 2", "share")]
-        row += [*(of["readable"][name] for name in ("end", "peak", "at d")), results.values(x, "grammatical", last)]
+        row += [stats["gold"].get(name) for name in ("share at 2", "share")]
+        row += [*(stats["readable"][name] for name in ("end", "peak", "at d")), results.values(x, "grammatical", last)]
         ends.append([x, *(cell(values) if values else "" for values in row)])
         for y in ("gold",) if x.startswith("BoN") else ("gold", "readable"):
-            forms.append([x, y, *(cell(of[y][name]) for name in ("a", "b", "b / a", "R^2", "AICc", "c"))])
+            forms.append([x, y, *(cell(stats[y][name]) for name in ("a", "b", "b / a", "R^2", "AICc", "c"))])
     a, b, explained, gain = fit("BoN", points(results, FEW, seeds_of(results, FEW)[0], "best"))
     forms.insert(0, ["BoN by gold itself", "gold", *(f"{x:.2f}" for x in (a, b, b / a, explained, gain)), "0.00"])
-    found = clauses(results)
-    lines = [[x, show(y, 3), common.verdict([y]), "yes" if inside else ""] for x, (y, inside) in found.items()]
+    intervals = clauses(results)
+    lines = [[x, show(y, 3), common.verdict([y]), "yes" if judged else ""] for x, (y, judged) in intervals.items()]
     titles = ["r", "d", "proxy", "gold", "share at n = 2", "share", "readable", "at its peak", "at d", "grammatical"]
     parts = [
         markdown(["proxy of so many pairs", *titles], ends),
         markdown(["", "fit of", "a", "b", "b / a", "R^2", "AICc, line - form", "c"], forms),
         markdown(["above 0 by the claim", "mean", "above 0?", "in the criterion"], lines),
     ]
-    effect = "; ".join(f"{x} {y}" for x, y, _, inside in lines if inside) + "."
-    return "\n\n".join(parts), common.verdict([y for y, inside in found.values() if inside]), effect
+    effect = "; ".join(f"{x} {y}" for x, y, _, judged in lines if judged) + "."
+    return "\n\n".join(parts), common.verdict([y for y, judged in intervals.values() if judged]), effect
 
 
 def draw(results: common.Results, page) -> None:
-    """Proxy (dashed, means) and gold against d with its fit to all seeds: Best-of-n, PPO, and readable gold of PPO."""
+    """Proxy (dashed, means) and gold against d, with its fit to all seeds: Best-of-n, PPO, and PPO's readable gold."""
     panels = page.subplots(1, 3, sharey=True)
     for axes, (kind, y) in zip(panels, (("BoN", "gold"), ("PPO", "gold"), ("PPO", "readable")), strict=True):
-        there = [x for x in SETTINGS if x.startswith(kind) and seeds_of(results, x)]
-        for colour, x in ((f"C{list(SETTINGS.values()).index(('BoN', *SETTINGS[x][1:]))}", x) for x in there):
+        settings = [x for x in SETTINGS if x.startswith(kind) and seeds_of(results, x)]
+        for colour, x in ((f"C{list(SETTINGS.values()).index(('BoN', *SETTINGS[x][1:]))}", x) for x in settings):
             gold = [point for seed in seeds_of(results, x) for point in points(results, x, seed, y)]
             axes.plot(*zip(*gold, strict=True), ".", color=colour, markersize=2)
             a, b, *_ = fit(kind, gold)
             ds = torch.linspace(0.02, max(d for d, _ in gold), 100).tolist()
             ys = [d * (a - b * (d if kind == "BoN" else math.log(d))) for d in ds]
             axes.plot(ds, ys, color=colour, label=x.removeprefix(f"{kind} "), linewidth=1)
-            steps, at = results.steps(x), lambda n, step, x=x: statistics.fmean(results.values(x, n, step).values())
-            ds = [at("d", step) for step in steps]
-            axes.plot(ds, [at("proxy", step) for step in steps], "--", color=colour, linewidth=0.8)
+            steps, mean = results.steps(x), lambda n, step, x=x: statistics.fmean(results.values(x, n, step).values())
+            ds = [mean("d", step) for step in steps]
+            axes.plot(ds, [mean("proxy", step) for step in steps], "--", color=colour, linewidth=0.8)
         if kind == "BoN":
-            axes.plot(ds, [at("best", step) for step in steps], "k:", linewidth=0.8, label="gold itself")
+            axes.plot(ds, [mean("best", step) for step in steps], "k:", linewidth=0.8, label="gold itself")
         axes.set_title(f"{kind}, {'readable ' * (y == 'readable')}gold", fontsize=9)
         axes.set_xlabel("d = sqrt(KL)", fontsize=8)
         axes.tick_params(labelsize=7)

@@ -1,13 +1,13 @@
-"""PPO's details, one at a time: a flag of train_ppo.py is changed, all else is the same.
+"""PPO's details, one at a time: one flag of train_ppo.py is changed, all else is the same.
 
     python -m ablations.ppo_tricks            --quick, --smoke, --seeds, --jobs
 
-Claims. Huang et al. 2024 (arXiv 2403.17031, detail 24): whitened rewards make answers that are less preferred, and
-shorter. Ahmadian et al. 2024 (RLOO, arXiv 2402.14740): the clip hardly ever acts, and the bias that a GAE
-lambda below 1 brings does not pay. Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, appendix E.7): a KL coefficient
-of 0 and one that is too large are both poor. For each seed a reward model learns from noisy rankings of its own; PPO is
-run against it with each change. The objective is the reward model's score less 0.3, the baseline's coefficient, times
-the KL, whatever the run itself maximises; the utility is the same with gold reward, of answers to held-out prompts.
+Claims. Huang et al. 2024 (arXiv 2403.17031, detail 24): whitened rewards make answers less preferred and shorter.
+Ahmadian et al. 2024 (RLOO, arXiv 2402.14740): the clip hardly ever acts, and the bias of a GAE lambda below 1 does not
+pay. Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, appendix E.7): a KL coefficient of 0 and one that is too large
+are both poor. For each seed a reward model learns from noisy rankings of its own, and PPO is run against it with each
+change. The objective is the reward model's score less 0.3, the baseline's coefficient, times the KL, whatever the run
+itself maximises; the utility is the same with gold reward, on answers to held-out prompts.
 
 Criterion, written before the full run; means paired by seed, with 95 % t-intervals. Reproduced: all of these are above
 0. Contradicted: one is below 0. Else not resolved.
@@ -18,8 +18,8 @@ Criterion, written before the full run; means paired by seed, with 95 % t-interv
     lambda       objective: lambda 1 - lambda 0
     KL           utility: baseline - KL coefficient 0, and baseline - KL coefficient 10
 
-Reported and not judged: the same of "shift", which takes off the rewards' mean too; lambda 1 - baseline (0.95); all
-other differences to the baseline. The edits of this folder that are no flags (*.diff) are not run here.
+Reported and not judged: the same for "shift", which also subtracts the rewards' mean; lambda 1 - baseline (0.95); all
+other differences to the baseline. The patches of this folder (*.diff) are not run here.
 """
 
 import json
@@ -62,7 +62,7 @@ KL_COEF = 0.3
 FULL = {"batch_size": 16, "max_steps": 24, "max_new_tokens": 48}
 QUICK = FULL | {"max_steps": 6}
 SMOKE = {"batch_size": 4, "max_steps": 2, "max_new_tokens": 8}
-COLUMNS = {  # of the table: digits
+COLUMNS = {  # metric: title in the table, digits
     "objective": ("objective", 2),
     "gold": ("gold reward", 2),
     "readable": ("readable gold", 2),
@@ -80,27 +80,27 @@ DIFFERENCES = ("objective", "gold", "utility", "kl", "length", "explained")
 @dataclass
 class Args(common.Args):
     jobs: int = 2
-    """processes, one thread each, >= 1; the results do not depend on it"""
+    """worker processes of one thread each, >= 1; the results do not depend on it"""
 
 
 def main(a: Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run what results.csv lacks, then write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds, size = (1, SMOKE) if a.smoke else (2, QUICK) if a.quick else (a.seeds, FULL)
     settings = SHORT if a.smoke or a.quick else [*SETTINGS]
     tasks = [(x, seed, folder, size) for seed in range(seeds) for x in settings if not results.done(x, seed)]
     if tasks:
         prepare(folder, range(seeds), a.smoke)
-    for (setting, seed, *_), (end, along), seconds in common.each(run, tasks, 1 if a.smoke else a.jobs, folder):
-        for step, values in along.items():
+    for (setting, seed, *_), (final, curve), seconds in common.each(run, tasks, 1 if a.smoke else a.jobs, folder):
+        for step, values in curve.items():
             results.add(setting, seed, values, step)
-        results.add(setting, seed, end | {"seconds": seconds})
+        results.add(setting, seed, final | {"seconds": seconds})
     plot.finish(NAME, a, results, report, draw)
 
 
 def prepare(folder: Path, seeds: Sequence[int], smoke: bool) -> None:
-    """The SFT model, and for each seed its prompts, its rankings and the reward model that learns from them."""
-    torch.set_num_threads(1)  # as in the processes of `each`, so that the numbers do not depend on the machine's cores
+    """The SFT model, and for each seed its prompts, its rankings and a reward model trained on them."""
+    torch.set_num_threads(1)  # as in the processes of `each`: the numbers must not depend on the number of cores
     short, sft = {"max_steps": 2} if smoke else {}, common.sft_model(folder, smoke)
     for seed in seeds:
         write(folder / f"prompts-{seed}.jsonl", common.rows("prompts", 3000, seed + 1))
@@ -110,7 +110,7 @@ def prepare(folder: Path, seeds: Sequence[int], smoke: bool) -> None:
 
 
 def run(setting: str, seed: int, folder: Path, size: dict):
-    """One run of PPO -> what is measured at its end, and {rollout: objective, explained variance} along it."""
+    """One PPO run -> values at its end, and {rollout: objective, explained variance} along it."""
     smoke, sft, out = size == SMOKE, str(folder / "sft"), folder / f"{setting}-{seed}"
     flags = {"data": str(folder / f"prompts-{seed}.jsonl"), "kl_coef": KL_COEF, "seed": seed, "eval_prompts": 0}
     policy = trained(train_ppo, out, model=sft, reward=str(folder / f"rm-{seed}"), **flags | size | SETTINGS[setting])
@@ -119,15 +119,15 @@ def run(setting: str, seed: int, folder: Path, size: dict):
     mean = lambda name, rows: statistics.fmean(row[name] for row in rows)  # noqa: E731
     objective = lambda rows: mean("objective/scores", rows) - KL_COEF * mean("objective/kl", rows)  # noqa: E731
     held = common.prompts(400 if smoke else 24_000)[1][:256]
-    measured = common.measured(policy, sft, held, seed, size["max_new_tokens"])
-    end = {name: statistics.fmean(values) for name, values in measured.items()}
+    per_answer = common.measured(policy, sft, held, seed, size["max_new_tokens"])
+    end = {name: statistics.fmean(values) for name, values in per_answer.items()}
     last = lines[-len(lines) // 4 :]
     end |= {"utility": end["gold"] - KL_COEF * end["kl"], "objective": objective(last)}
     end |= {"explained": mean("val/explained_variance", last), "entropy": mean("objective/entropy", lines[-1:])}
     end["clipped"] = mean("policy/clipfrac", lines)
-    parts = [lines[i : i + 2] for i in range(0, len(lines), 2)]
-    explained = lambda part: mean("val/explained_variance", part)  # noqa: E731
-    return end, {part[-1]["step"]: {"objective": objective(part), "explained": explained(part)} for part in parts}
+    chunks = [lines[i : i + 2] for i in range(0, len(lines), 2)]
+    explained = lambda chunk: mean("val/explained_variance", chunk)  # noqa: E731
+    return end, {chunk[-1]["step"]: {"objective": objective(chunk), "explained": explained(chunk)} for chunk in chunks}
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
@@ -138,7 +138,7 @@ def settings_of(results: common.Results) -> list[str]:
 
 
 def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], bool]]:
-    """Differences with half their intervals, and whether they are in the criterion."""
+    """Name -> (mean, half interval) of each difference, and whether it is in the criterion."""
     whitened, differences = "rewards whitened", {}
     for x in ("scale", "shift"):
         for name in ("gold", "length"):
@@ -148,13 +148,13 @@ def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], boo
     differences["objective: lambda 1 - lambda 0.95"] = "lambda 1", BASELINE, "objective", False
     for x in ("0", "10"):
         differences[f"utility: baseline - KL coefficient {x}"] = BASELINE, f"KL coefficient {x}", "utility", True
-    found = {
+    intervals = {
         "0.05 - share clipped": (t_interval([0.05 - x for x in results.values(BASELINE, "clipped").values()]), True)
     }
     for title, (x, y, name, judged) in differences.items():
         if results.values(x, name) and results.values(y, name):
-            found[title] = paired(results.values(x, name), results.values(y, name)), judged
-    return found
+            intervals[title] = paired(results.values(x, name), results.values(y, name)), judged
+    return intervals
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
@@ -163,25 +163,25 @@ def report(results: common.Results) -> tuple[str, str, str]:
     for x in settings_of(results):
         rows.append([x, *(show(t_interval([*results.values(x, n).values()]), k) for n, (_, k) in COLUMNS.items())])
         if x != BASELINE:
-            both = [paired(results.values(x, n), results.values(BASELINE, n)) for n in DIFFERENCES]
-            apart = [f"**{show(y)}**" if abs(y[0]) > y[1] else show(y) for y in both]
-            changes.append([x, *apart])
-    found = clauses(results)
+            pairs = [paired(results.values(x, n), results.values(BASELINE, n)) for n in DIFFERENCES]
+            cells = [f"**{show(y)}**" if abs(y[0]) > y[1] else show(y) for y in pairs]
+            changes.append([x, *cells])
+    intervals = clauses(results)
     parts = [
         markdown(["change", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["change - baseline (bold: not 0)", *(COLUMNS[n][0] for n in DIFFERENCES)], changes),
         markdown(
             ["above 0 by the claim", "mean", "above 0?", "in the criterion"],
-            [[x, show(y, 3), common.verdict([y]), "yes" if judged else ""] for x, (y, judged) in found.items()],
+            [[x, show(y, 3), common.verdict([y]), "yes" if judged else ""] for x, (y, judged) in intervals.items()],
         ),
     ]
-    criterion = {x: y for x, (y, judged) in found.items() if judged}
+    criterion = {x: y for x, (y, judged) in intervals.items() if judged}
     effect = "; ".join(f"{x} {show(y, 3)}" for x, y in criterion.items()) + "."
     return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
 
 
 def draw(results: common.Results, page) -> None:
-    """Objective along the run; objective and gold reward at the end, less the baseline's."""
+    """Objective along the run; changes of objective and gold reward against the baseline at the end."""
     left, right = page.subplots(1, 2, width_ratios=[2, 3])
     settings = settings_of(results)
     for x in settings:
@@ -191,11 +191,11 @@ def draw(results: common.Results, page) -> None:
     left.set_xlabel("rollout")
     left.set_title("objective, means over seeds", fontsize=9)
     left.legend(fontsize=5)
-    for i, (name, colour) in enumerate((("objective", "C1"), ("gold", "C0"))):
-        found = [paired(results.values(x, name), results.values(BASELINE, name)) for x in settings[1:]]
-        means, halves = zip(*found, strict=True)
-        at, bars = [place + 0.2 * i for place in range(len(found))], [half if half < 10 else 0.0 for half in halves]
-        right.errorbar(means, at, xerr=bars, fmt="o", markersize=4, capsize=2, color=colour, label=COLUMNS[name][0])
+    for i, (name, colour) in enumerate((("objective", "tab:orange"), ("gold", "tab:blue"))):
+        changes = [paired(results.values(x, name), results.values(BASELINE, name)) for x in settings[1:]]
+        means, halves = zip(*changes, strict=True)
+        ys, bars = [row + 0.2 * i for row in range(len(changes))], [half if half < 10 else 0.0 for half in halves]
+        right.errorbar(means, ys, xerr=bars, fmt="o", markersize=4, capsize=2, color=colour, label=COLUMNS[name][0])
     right.axvline(0, color="black", linewidth=0.5)
     right.set_yticks(range(len(settings) - 1), settings[1:], fontsize=7)
     right.set_title("change - baseline at the end", fontsize=9)

@@ -1,25 +1,25 @@
-"""SFT before DPO: the same updates and the same preferences, from a base model, from SFT, or from Preferred-FT.
+"""SFT before DPO: the same updates and preferences, from a base model, from SFT, or from Preferred-FT.
 
     python -m ablations.sft_first            --quick, --smoke, --seeds
 
 Claim (Rafailov et al. 2023, section 4, arXiv 2305.18290; Ethayarajh et al. 2024, arXiv 2402.01306, section 4.2): DPO
-wants a reference that is close to the data, so SFT comes first, or Preferred-FT (SFT on the chosen answers) where the
-data's own SFT model is not at hand; KTO is said to need it less.
+wants a reference that is close to the data, so SFT comes first, or Preferred-FT (SFT on the chosen answers) if the
+data's own SFT model is not available; KTO is said to need it less.
 
-The base model has read reviews in which three words of ten are replaced by random ones. Each arm then has the same
-number of updates, of 64 rows each: all of them DPO (or KTO) on the seed's preferences, or half of them SFT and half
-DPO.
+The base model learns from reviews in which three words of ten are replaced by random ones. Each arm then has as many
+updates, of 64 rows each: all of them DPO (or KTO) on the seed's preferences, or half of them SFT and half DPO.
 
     base, DPO               DPO from the base model, twice over the same pairs
     SFT, DPO                SFT on clean reviews first
     Preferred-FT, DPO       SFT on the pairs' chosen answers first
-    mismatched SFT, DPO     SFT first on reviews of two long sentences: clean, but not what the pairs are like
+    mismatched SFT, DPO     SFT first on reviews of two long sentences: clean, but unlike the pairs
     base, KTO               KTO from the base model, on the answers of the same pairs
 
-Criterion, written before the full run. The learning rate of the preference updates is one of two: for each arm that
-with which seed 0 has the higher gold reward on validation prompts; the rest is of test prompts. Reproduced: "SFT, DPO"
-less "base, DPO", paired by seed, is above 0 with its 95 % t-interval, both in gold reward and in readable gold (that of
-grammatical answers, and 0 for others). Contradicted: one is below 0. Else not resolved. The other arms are reported.
+Criterion, written before the full run. The learning rate of the preference updates is one of two: for each arm the one
+with which seed 0 has the higher gold reward on validation prompts; all else is measured on test prompts. Reproduced:
+"SFT, DPO" less "base, DPO", paired by seed, is above 0 with its 95 % t-interval, both in gold reward and in readable
+gold (that of grammatical answers, and 0 for others). Contradicted: one is below 0. Else not resolved. The other arms
+are reported.
 """
 
 import json
@@ -37,7 +37,7 @@ from support.runs import cli
 
 NAME = "sft_first"
 CLAIM = "DPO from an SFT model ends higher than DPO from the base model with as many updates"
-ARMS = {  # rows of the first half of the updates (None: there is no such half), and the loss of the rest
+ARMS = {  # SFT rows of the first half of the updates (None: no SFT), and the loss of the rest
     "base, DPO": (None, "dpo"),
     "SFT, DPO": ("sft", "dpo"),
     "Preferred-FT, DPO": ("chosen", "dpo"),
@@ -48,12 +48,12 @@ STARTS = {"base": None, "SFT": "sft", "Preferred-FT": "chosen", "mismatched SFT"
 RATES = (3e-4, 1e-3)
 SETTINGS = {x: (start, None, None) for x, start in STARTS.items()}
 SETTINGS |= {f"{arm}, {rate:g}": (*ARMS[arm], rate) for arm in ARMS for rate in RATES}
-HALF, BATCH = 40, 64  # updates of each half, and rows of each
+HALF, BATCH = 40, 64  # updates per half, rows per update
 BASE = {"max_steps": 400, "batch_size": 32, "lr": 4e-3}
-GARBLED = 0.3  # share of the base model's words that are random
+GARBLED = 0.3  # share of random words in the base model's training text
 SFT_RATE = 1e-3
 TEST, VALIDATION = 384, 128  # held-out prompts
-COLUMNS = {  # of the table: digits
+COLUMNS = {  # metric: title in the table, digits
     "gold": ("gold reward", 2),
     "readable": ("readable gold", 2),
     "grammatical": ("grammatical", 2),
@@ -65,24 +65,24 @@ COLUMNS = {  # of the table: digits
 
 
 def main(a: common.Args) -> None:
-    """Runs what results.csv does not have, and writes table and figure."""
+    """Run what results.csv lacks, then write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     seeds, half = (range(1), 2) if a.smoke else (range(min(a.seeds, 2)), 20) if a.quick else (range(a.seeds), HALF)
     settings = list(SETTINGS)
     if a.quick or a.smoke:
         settings = [x for x in SETTINGS if SETTINGS[x][2] == RATES[-1] or (a.quick and x in STARTS)]
-    for some in (seeds[:1], seeds[1:]):  # the first tries both learning rates
-        tasks = [(x, seed, folder, half) for seed in some for x in settings if not results.done(x, seed)]
-        for (setting, seed, *_), found, seconds in common.each(run, tasks, 1, folder):
-            results.add(setting, seed, found | {"seconds": seconds})
+    for group in (seeds[:1], seeds[1:]):  # the first seed tries both learning rates
+        tasks = [(x, seed, folder, half) for seed in group for x in settings if not results.done(x, seed)]
+        for (setting, seed, *_), values, seconds in common.each(run, tasks, 1, folder):
+            results.add(setting, seed, values | {"seconds": seconds})
         settings = [*STARTS, *(chosen(results, arm) for arm in ARMS)]
     plot.finish(NAME, a, results, report, draw)
 
 
 def run(setting: str, seed: int, folder: Path, half: int) -> dict[str, float]:
-    """Trains one arm -> what is measured at its end."""
+    """Train one arm -> {metric: value} at its end."""
     kind, loss, rate = SETTINGS[setting]
-    smoke, rows, found = half < 10, half * BATCH, {}
+    smoke, rows, values = half < 10, half * BATCH, {}
     garbled, limit = folder / "garbled.jsonl", {"max_steps": 2} if smoke else {}
     if not garbled.exists():
         write(garbled, garbled_reviews(60 if smoke else 14_000))
@@ -97,17 +97,17 @@ def run(setting: str, seed: int, folder: Path, half: int) -> dict[str, float]:
         flags |= {"max_steps": half if kind else 2 * half, "epochs": 2, "ref_cache": str(folder / "ref_cache")}
         out = folder / f"{setting}-{seed}"
         model = trained(train_dpo, out, model=model, data=str(pairs), lr=rate, loss=loss, **flags)
-        ends = json.loads((out / "results.json").read_text())
-        found = {"accuracy": ends["after/eval/rewards/accuracies"], "reference": ends["before/eval/logps/chosen"]}
+        evals = json.loads((out / "results.json").read_text())
+        values = {"accuracy": evals["after/eval/rewards/accuracies"], "reference": evals["before/eval/logps/chosen"]}
     prompts = common.prompts(400 if smoke else 24_000)[1][: TEST + VALIDATION]
     test = len(prompts) * TEST // (TEST + VALIDATION)
     measured = common.measured(model, base, prompts, seed, 8 if smoke else 48)
-    found |= {name: statistics.fmean(values[:test]) for name, values in measured.items()}
-    return found | {"gold_validation": statistics.fmean(measured["gold"][test:])}
+    values |= {name: statistics.fmean(per_answer[:test]) for name, per_answer in measured.items()}
+    return values | {"gold_validation": statistics.fmean(measured["gold"][test:])}
 
 
 def garbled_reviews(n: int) -> list[dict]:
-    """Reviews in which a share of the words is random."""
+    """Reviews in which a share GARBLED of the words is random."""
     rng = random.Random(NAME)
     garble = lambda word: rng.choice(reviews.VOCABULARY) if rng.random() < GARBLED else word  # noqa: E731
     return [{"text": " ".join(map(garble, row["text"].split()))} for row in common.rows("sft", n)]
@@ -121,7 +121,7 @@ def long_reviews(n: int, seed: int) -> list[dict]:
 
 
 def split_pairs(folder: Path, n: int, seed: int) -> tuple[Path, Path]:
-    """Files of n preferences of this seed, and of those with held-out prompts."""
+    """Files of n preferences of this seed, and of its preferences with held-out prompts."""
     pairs, held = (folder / f"{name}-{seed}.jsonl" for name in ("pairs", "held"))
     if not pairs.exists():
         rows = reviews.rows("preference", round(1.3 * n) + 60, seed)
@@ -136,8 +136,8 @@ def split_pairs(folder: Path, n: int, seed: int) -> tuple[Path, Path]:
 
 def chosen(results: common.Results, arm: str) -> str:
     """The arm's setting with the learning rate at which seed 0 has the higher gold reward on validation prompts."""
-    there = [x for x in (f"{arm}, {rate:g}" for rate in RATES) if results.values(x, "gold")]
-    return max(there, key=lambda x: results.values(x, "gold_validation")[0])
+    tried = [x for x in (f"{arm}, {rate:g}" for rate in RATES) if results.values(x, "gold")]
+    return max(tried, key=lambda x: results.values(x, "gold_validation")[0])
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
@@ -145,14 +145,14 @@ def report(results: common.Results) -> tuple[str, str, str]:
     rows, best = [], {arm: chosen(results, arm) for arm in ARMS}
     for x in SETTINGS:
         if results.values(x, "gold"):
-            of = lambda n, x=x: [*results.values(x, n).values()]  # noqa: E731
-            cells = [show(t_interval(of(n)), digits) if of(n) else "" for n, (_, digits) in COLUMNS.items()]
+            values = lambda n, x=x: [*results.values(x, n).values()]  # noqa: E731
+            cells = [show(t_interval(values(n)), digits) if values(n) else "" for n, (_, digits) in COLUMNS.items()]
             rows.append([f"**{x}**" if x in best.values() else x, *cells])
     differences = []
     for name in ("gold", "readable"):
         for arm in [x for x in ARMS if x != "base, DPO"]:
-            mine, other = (results.values(best[x], name) for x in (arm, "base, DPO"))
-            differences.append((arm, COLUMNS[name][0], paired(mine, other)))
+            arm_values, base_values = (results.values(best[x], name) for x in (arm, "base, DPO"))
+            differences.append((arm, COLUMNS[name][0], paired(arm_values, base_values)))
     criterion = [x for arm, _, x in differences if arm == "SFT, DPO"]
     lines = [
         [f"{name}: {arm} - base, DPO", show(x), common.verdict([x]), "yes" if x in criterion else ""]
@@ -167,16 +167,16 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 
 def draw(results: common.Results, page) -> None:
-    """Gold and readable gold reward of each start, and of each arm at its learning rate."""
+    """Gold and readable gold reward of each start, and of each arm at its chosen learning rate."""
     left, right = page.subplots(1, 2, sharey=True, width_ratios=[2, 3])
     starts = {x: x for x in STARTS if results.values(x, "gold")}
     for axes, names in ((left, starts), (right, {arm: chosen(results, arm) for arm in ARMS})):
-        for i, (name, colour) in enumerate((("gold", "C0"), ("readable", "C2"))):
+        for i, (name, colour) in enumerate((("gold", "tab:blue"), ("readable", "tab:green"))):
             points = [t_interval([*results.values(x, name).values()]) for x in names.values()]
             means, halves = [x for x, _ in points], [x for _, x in points]
-            at = [place + 0.4 * i - 0.2 for place in range(len(names))]
+            xs = [group + 0.4 * i - 0.2 for group in range(len(names))]
             bars = [half if half < 10 else 0.0 for half in halves]
-            axes.bar(at, means, 0.4, yerr=bars, capsize=2, color=colour, label=COLUMNS[name][0])
+            axes.bar(xs, means, 0.4, yerr=bars, capsize=2, color=colour, label=COLUMNS[name][0])
         axes.set_xticks(range(len(names)), [x.replace("-", "-\n").replace(" ", "\n") for x in names], fontsize=7)
         axes.grid(alpha=0.3, axis="y")
         axes.axhline(0, color="black", linewidth=0.5)
