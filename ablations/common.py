@@ -221,7 +221,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def student(n: int) -> float:
     """97.5 % quantile of Student's t with n degrees of freedom; from 10 on the expansion around the normal quantile of
-    Fisher and Cornish 1960, exact to 0.001 there."""
+    Fisher and Cornish 1960, accurate to 0.001 there."""
     if n <= len(T):
         return T[n - 1]
     z = 1.959964

@@ -158,7 +158,7 @@ def optimizer_steps(
 
 
 def small_model(folder: str, layers: int = 6, width: int = 256, vocabulary: int = 16384) -> str:
-    """Save a random Llama (about 9 M parameters, tied) and a tokenizer with as many words; returns the folder."""
+    """Save a random Llama (by default 9 M parameters, tied) and a tokenizer for its vocabulary; returns the folder."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=688, num_hidden_layers=layers,

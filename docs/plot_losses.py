@@ -1,4 +1,4 @@
-"""Draw docs/losses.svg, each loss and its gradient against the margin: python -m docs.plot_losses"""
+"""Draw each loss and its gradient as functions of the margin, in docs/losses.svg: python -m docs.plot_losses"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,8 @@ LOSS, SLOPE, GREY = "#1f4e9c", "#c44e00", "#9a9a9a"
 
 
 def kto_of_pair(c: Tensor, r: Tensor) -> Tensor:
-    z0, yes = torch.tensor(1.0), torch.ones(len(c), dtype=torch.bool)
-    return losses.kto(c, yes, z0, BETA) + losses.kto(r, ~yes, z0, BETA)
+    z0, desirable = torch.tensor(1.0), torch.ones(len(c), dtype=torch.bool)
+    return losses.kto(c, desirable, z0, BETA) + losses.kto(r, ~desirable, z0, BETA)
 
 
 def under(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -24,11 +24,11 @@ def under(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def one_token(loss: Callable[..., Tensor], *settings: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss of log-probabilities per token: both responses are one token long and start at STARTING_LOGP."""
+    """A loss on mean log-probs per token: both responses have one token, whose log-prob is STARTING_LOGP at h = 0."""
 
     def of_logratios(c: Tensor, r: Tensor) -> Tensor:
-        one = torch.ones(len(c), dtype=torch.long)
-        return loss(STARTING_LOGP + c, STARTING_LOGP + r, one, one, *settings)
+        lengths = torch.ones(len(c), dtype=torch.long)
+        return loss(STARTING_LOGP + c, STARTING_LOGP + r, lengths, lengths, *settings)
 
     return of_logratios
 

@@ -237,7 +237,7 @@ def draw(results: common.Results, page) -> None:
     settings = settings_of(results)
     at = lambda x, n, step=None: t_interval([*results.values(x, n, step).values()])  # noqa: E731
     bar = lambda half: half if half < float("inf") else 0.0  # noqa: E731
-    for name, colour in (("proxy", "tab:orange"), ("gold", "tab:blue"), ("readable", "tab:green")):
+    for name, colour in (("proxy", "C1"), ("gold", "C0"), ("readable", "C2")):
         if name in ALONG:
             along = [[at("0", n, step)[0] for step in results.steps("0")] for n in ("kl", name)]
             left.plot(*along, color=colour, linewidth=1, alpha=0.5)

@@ -13,8 +13,8 @@ take the one at which the KL to the SFT model is TARGET on pairs of 50 %, interp
 takes DPO's beta and so has seen six trials in all, tries its penalty, and takes the one whose answers, on pairs of
 60 %, are nearest to the SFT model's length. SimPO has no target margin (gamma 0). Then all run for as many steps on one
 set of pairs for each seed and bias. A beta does not fix how far a run goes, so the runs are evaluated on the way: "at
-one KL" is where a run first has the KL at which the least far of the four ends, with that seed and bias, linear between
-two checkpoints.
+one KL" is where a run first has the KL at which the one that goes least far of the four, with that seed and bias, ends;
+linear between two checkpoints.
 
 Criterion, written before the full run. `ratio` is the mean length of sampled answers to test prompts over that of the
 SFT model's, `slope` is what the ratio gains from 50 % to 70 %, per 10 points. Paired by seed, 95 % t-intervals.

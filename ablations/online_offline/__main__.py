@@ -203,7 +203,7 @@ def draw(results: common.Results, page) -> None:
     """Gold reward against KL along the rounds: each seed thin, and the medians."""
     panels = page.subplots(1, 2, sharey=True)
     for axes, cell in zip(panels, ("near", "far"), strict=True):
-        for arm, colour in (("offline", "tab:orange"), ("online", "tab:blue")):
+        for arm, colour in (("offline", "C1"), ("online", "C0")):
             x = f"{arm}, {cell}"
             for seed in results.values(x, "gold"):
                 axes.plot(path(results, x, "kl", seed), path(results, x, "gold", seed), color=colour, alpha=0.3, lw=0.8)

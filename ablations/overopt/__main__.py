@@ -23,7 +23,7 @@ Reproduced: all of these are above 0. Contradicted: one is below 0. Else not res
 
     falls     share at n = 2 - share at the largest n, of Best-of-n with the fewest pairs
     order     Spearman of pairs with the share at the largest n, and with -b / a: Best-of-n at 128 dimensions
-    PPO       with the fewest pairs: c of readable gold = proxy (s - c proxy): the larger the promise, the less of it is kept;
+    PPO       with the fewest pairs: c of readable gold = proxy (s - c proxy): the larger the promise, the less is kept;
               b of readable gold; and AICc of the line d a - AICc of RL's form for it
 
 Reported: the same for gold itself, for PPO with more pairs and for Best-of-n by gold itself; the widths; where readable

@@ -191,7 +191,7 @@ def draw(results: common.Results, page) -> None:
     left.set_xlabel("rollout")
     left.set_title("objective, means over seeds", fontsize=9)
     left.legend(fontsize=5)
-    for i, (name, colour) in enumerate((("objective", "tab:orange"), ("gold", "tab:blue"))):
+    for i, (name, colour) in enumerate((("objective", "C1"), ("gold", "C0"))):
         changes = [paired(results.values(x, name), results.values(BASELINE, name)) for x in settings[1:]]
         means, halves = zip(*changes, strict=True)
         ys, bars = [row + 0.2 * i for row in range(len(changes))], [half if half < 10 else 0.0 for half in halves]

@@ -171,7 +171,7 @@ def draw(results: common.Results, page) -> None:
     left, right = page.subplots(1, 2, sharey=True, width_ratios=[2, 3])
     starts = {x: x for x in STARTS if results.values(x, "gold")}
     for axes, names in ((left, starts), (right, {arm: chosen(results, arm) for arm in ARMS})):
-        for i, (name, colour) in enumerate((("gold", "tab:blue"), ("readable", "tab:green"))):
+        for i, (name, colour) in enumerate((("gold", "C0"), ("readable", "C2"))):
             points = [t_interval([*results.values(x, name).values()]) for x in names.values()]
             means, halves = [x for x, _ in points], [x for _, x in points]
             xs = [group + 0.4 * i - 0.2 for group in range(len(names))]
