@@ -1,6 +1,6 @@
 """Run RLHF without RL on the embedded task, from SFT to evaluation. Each phase is one call of a script's main.
 
-    python pipeline.py              about 4 minutes on 2 cores
+    python pipeline.py              two to three minutes on 2 cores
     python pipeline.py --smoke      20 seconds: the same phases on very little data, to check that they run
 
     1   train_sft    a small language model learns to write film reviews

@@ -35,10 +35,8 @@ ANSWER_STATS = {  # what is measured of sampled answers (generate.answer_stats),
     "ended": "share that ends with EOS",
 }
 
-COLOURS = (
-    "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #8C510A #7F7F7F".split()
-)  # after Okabe and Ito: told apart by
-# colour-blind readers too
+# after Okabe and Ito, so that colour-blind readers can tell them apart
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C510A", "#7F7F7F")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.3}
 
 # ----------------------------------------------------------------------------------------------- intervals and tables

@@ -318,7 +318,7 @@ def is_embedded(model_tokenizer) -> bool:
 
 
 def config(tokenizer):
-    """Configuration of the default model, a Llama with 0.46 million parameters."""
+    """Configuration of the default model, a Llama with 0.44 million parameters."""
     return transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
