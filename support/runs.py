@@ -408,8 +408,7 @@ class Run:
         """The newest complete checkpoint, or None. `parts`: the models and optimizers that are in it, by name, for
         which several processes cut it, whichever number of them wrote it.
 
-        What one process wrote is tensors and plain values only; nothing else is ever unpickled. What several wrote has
-        pickled metadata: continue your own runs only.
+        A checkpoint is tensors and plain values only; nothing in it is executed.
         """
         folder = self.newest_checkpoint()
         if folder is None:

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -330,6 +331,24 @@ def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, mo
     codes, printed = job(a, 2)
     assert codes == [0, 0], printed
     assert_same(tmp_path / "run", alone(name))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_would_run_code_is_refused_by_all(world, job, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    a = arguments(world, tmp_path / "run", "sft")
+    job(a, 2, "stop")
+    path = tmp_path / "run" / "checkpoint" / f"step-{DIES_AT}" / ".metadata"
+    path.write_bytes(pickle.dumps(Code()))
+    a.resume = True
+    codes, printed = job(a, 2)
+    assert codes == [2, -signal.SIGTERM] and not (tmp_path / "made").exists()
+    assert printed[0].endswith(
+        f"\nerror: --resume: {path} is no checkpoint's metadata, and is not loaded: it asks for posix.mkdir\n"
+    )
 
 
 @pytest.mark.slow

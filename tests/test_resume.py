@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,11 +15,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train_dpo
 import train_sft
 from rlhf import BadInput
-from support import models, refcache, report, reviews, runs
+from support import models, refcache, report, reviews, runs, sharding
 from support.runs import Run
 
 HERE = Path(__file__).parent
@@ -481,6 +483,73 @@ def test_no_checkpoint_is_unpickled(run):
     torch.save({"step": Code()}, run.out / "checkpoint" / "step-5" / "state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
         run.load_checkpoint()
+
+
+@pytest.fixture
+def shared(run):
+    """The run with a checkpoint in the form that several processes write, and the parts that are in it."""
+    torch.manual_seed(0)
+    parts = {"model": torch.nn.Linear(3, 2).to(torch.bfloat16)}
+    parts["optimizer"] = torch.optim.AdamW(parts["model"].parameters())
+    parts["model"](torch.ones(3, dtype=torch.bfloat16)).sum().backward()
+    parts["optimizer"].step()
+    folder = run.out / "checkpoint" / "step-5"
+    state = {name: part.state_dict() for name, part in parts.items()}
+    sharding.save_checkpoint(folder, state | {"step": 5, "delta": 0.1})
+    return run, folder / ".metadata", parts
+
+
+def test_what_several_processes_wrote_is_read(shared):
+    run, _, parts = shared
+    found = run.load_checkpoint(**parts)
+    assert found["step"] == 5 and found["delta"] == 0.1
+    for name, x in parts["model"].state_dict().items():
+        assert torch.equal(found["model"][name], x) and x.dtype == torch.bfloat16
+    for i, fields in parts["optimizer"].state_dict()["state"].items():
+        assert all(torch.equal(found["optimizer"]["state"][i][name], x) for name, x in fields.items())
+
+
+@pytest.mark.parametrize("place", ["instead", "inside", "below", "after"])
+def test_the_metadata_of_several_processes_is_not_executed(place, shared, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    run, path, parts = shared
+    metadata = pickle.loads(path.read_bytes())
+    contents = {"instead": Code(), "inside": metadata, "below": metadata, "after": [metadata, Code()]}[place]
+    if place == "inside":
+        metadata.planner_data = Code()
+    if place == "below":
+        metadata.state_dict_metadata["model/weight"] = Code()
+    path.write_bytes(pickle.dumps(contents))
+    with pytest.raises(BadInput) as error:
+        run.load_checkpoint(**parts)
+    assert not (tmp_path / "made").exists()
+    asks = "it asks for posix.mkdir"
+    assert str(error.value) == f"--resume: {path} is no checkpoint's metadata, and is not loaded: {asks}"
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "made").exists()  # Python's own reader does run it
+
+
+@pytest.mark.parametrize(
+    "contents, reason",
+    [
+        (b"", "Ran out of input"),
+        (b"no pickle", "invalid load key"),
+        (pickle.dumps({"step": 5}), "it holds a dict"),
+        (pickle.dumps(os.getcwd), "it asks for posix.getcwd"),
+        (b"ctorch\nserialization.pickle\n.", "it asks for torch.serialization.pickle"),  # a dotted name is a path
+        (b"ctorch\nload\n.", "it asks for torch.load"),
+        (pickle.dumps(BytesStorageMetadata()), "asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+    ],
+)
+def test_metadata_that_is_something_else(contents, reason, shared):
+    run, path, parts = shared
+    path.write_bytes(contents)
+    with pytest.raises(BadInput) as error:
+        run.load_checkpoint(**parts)
+    assert str(path) in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.5}'])
