@@ -6,6 +6,7 @@ model's own config and modules.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.tree import tree_attention
 from support import answer_at_once_offline, lazy_import
+from support.parallel import full_tensor
 
 modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
@@ -136,6 +138,16 @@ def new_reward_model(policy, tokenizer):
 def has_reward_head(model) -> bool:
     """Whether a loaded model is a reward model or a critic, and not a policy."""
     return hasattr(model, "score")
+
+
+def weights_digest(model, start: str = "") -> str:
+    """SHA-256 of a text and all weights, by name. Of several processes that share the model all must call this."""
+    digest = hashlib.sha256(start.encode())
+    for name, value in sorted(model.state_dict().items()):
+        value = full_tensor(value)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save(model, tokenizer, out: Path, lora=None, merge: bool = False) -> None:

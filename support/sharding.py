@@ -214,7 +214,11 @@ def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) ->
         reader.read_metadata = lambda **_: metadata  # its own would execute what the file says
         saved = metadata.state_dict_metadata
         entries = {name: place(name, info.size, info.properties.dtype) for name, info in saved.items()}
-        dcp.load(entries, storage_reader=reader, no_dist=not several())
+        try:
+            dcp.load(entries, storage_reader=reader, no_dist=not several())
+        except dcp.CheckpointException as error:
+            reason = " ".join("; ".join(sorted({str(failure[0]) for failure in error.failures.values()})).split())
+            raise BadInput(f"--resume: {folder} is damaged: {reason[:200]}") from None
 
     state = {name: {**now, "state": defaultdict(dict)} if name in own_weights else {} for name, now in current.items()}
     for name, x in entries.items():
