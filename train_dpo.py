@@ -204,6 +204,7 @@ def main(a: Args) -> dict[str, float]:
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
     policy = sharding.load(make_policy, a.device, models.DTYPES[a.dtype])
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
+    run.check_same(data=train, eval_data=held, model=policy)
 
     # ------------------------------------------------------------ reference: its log-probs once, then it leaves memory
     everything = train + held
@@ -218,6 +219,7 @@ def main(a: Args) -> dict[str, float]:
         if a.ref:
             make_reference = lambda device: models.load_model(a.ref, device, a.trust_remote_code, "--ref")  # noqa: E731
             reference = sharding.load(make_reference, a.device, batching.dtype)
+            run.check_same(ref=reference)
             wanted = batching._replace(layout=a.layout) if batching.layout == "tree" else batching
             batching = batching._replace(layout=scoring.choose_layout(reference, to_score, wanted))
         refs = reference_logps(reference, tokenizer, to_score, batching, a)

@@ -279,6 +279,9 @@ def main(a: Args) -> dict[str, float]:
         return torch.tensor(reward(*map(list, zip(*sequences, strict=True))), device=a.device)
 
     # -------------------------------------------------------------------------------------------------------- training
+    run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
+    reward_model = reward if scores_ids else getattr(reward, "model", None)
+    run.check_same(ref=reference if a.ref else None, reward=reward_model)
     lora = models.prepare_training(policy, a, a.lora_rank)
     if critic:
         models.prepare_training(critic, a)

@@ -146,6 +146,7 @@ def main(a: Args) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in weighted_means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
+    run.check_same(data=train, eval_data=held, model=model.base_model if from_policy else model)
     models.prepare_training(model, a)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)

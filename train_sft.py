@@ -93,6 +93,7 @@ def main(a: Args) -> dict[str, float]:
         return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
 
     # -------------------------------------------------------------------------------------------------------- training
+    run.check_same(data=train, eval_data=held, model=policy)
     lora = models.prepare_training(policy, a, a.lora_rank)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)

@@ -6,7 +6,9 @@ model's own config and modules.
 """
 
 import functools
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,10 +24,14 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.tree import tree_attention
 from support import answer_at_once_offline, lazy_import
+from support.parallel import full_tensor
 
 modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
 transformers.utils.logging.disable_progress_bar()  # the library's bars for loading and writing files would break ours
+logging.getLogger("transformers.modeling_utils").addFilter(  # `_require_all_weights` says the same in one line
+    lambda record: "LOAD REPORT" not in record.getMessage() or "CONVERSION" in record.getMessage()
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKED = "tree_"  # before the name of a model's own attention: the attention over packed trees in its place
 
@@ -48,7 +54,7 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     """The causal language model of a run directory, a local folder or a hub id; weights in float32, dropout off.
 
     A folder of adapters (`add_lora`) is loaded as the model that they were trained on with the adapters merged into it.
-    BadInput, in one line, if there is no such model or it is not a causal language model.
+    BadInput, in one line, if there is no such model, it is not a causal language model, or weights of it are missing.
     """
     require(
         not is_reward_model(name, trust_remote_code, flag),
@@ -57,13 +63,13 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     if base := _base_of_adapters(name):
         model = load_model(base, "cpu", trust_remote_code, flag)
         with _one_line_errors(name, flag):
-            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+            lora = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(name))
+            keys = lora.load_adapter(name, "default")
+        _require_all_weights(f"{flag} {name}", keys.missing_keys, keys.unexpected_keys)
+        model = lora.merge_and_unload()
         model.name_or_path = name  # further adapters record it as their base model
     else:
-        with _one_line_errors(name, flag):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+        model = _load(transformers.AutoModelForCausalLM, name, trust_remote_code, flag, "causal language model")
     return without_dropout(model).to(device)
 
 
@@ -83,12 +89,7 @@ def load_reward_model(name: str, device: str, trust_remote_code: bool = False, f
         is_reward_model(name, trust_remote_code, flag),
         f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
     )
-    with _one_line_errors(name, flag, "reward model"):
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    missing = ", ".join(sorted(info["missing_keys"]))
-    require(not missing, f"{flag} {name}: no reward model: its weights lack {missing}")
+    model = _load(transformers.AutoModelForSequenceClassification, name, trust_remote_code, flag, "reward model")
     require(model.config.pad_token_id is not None, f"{flag} {name}: no reward model: its config has no pad id")
     require(
         model.config.num_labels == 1 and isinstance(getattr(model, "score", None), torch.nn.Linear),
@@ -139,6 +140,16 @@ def has_reward_head(model) -> bool:
     return hasattr(model, "score")
 
 
+def weights_digest(model, start: str = "") -> str:
+    """SHA-256 of a text and all weights, by name. Of several processes that share the model all must call this."""
+    digest = hashlib.sha256(start.encode())
+    for name, value in sorted(model.state_dict().items()):
+        value = full_tensor(value)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save(model, tokenizer, out: Path, lora=None, merge: bool = False) -> None:
     """Write weights (safetensors), config and tokenizer as `from_pretrained` reads them.
 
@@ -148,6 +159,37 @@ def save(model, tokenizer, out: Path, lora=None, merge: bool = False) -> None:
         model, lora = lora.merge_and_unload(), None
     (lora or model).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _load(auto_class: type, name: str, trust_remote_code: bool, flag: str, kind: str):
+    """The model in float32. BadInput if it cannot be read, or if the class would give weights of it random values."""
+    with _one_line_errors(name, flag, kind):
+        model, info = auto_class.from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    other = [f"{key} {[*stored]} for {[*wanted]}" for key, stored, wanted in info["mismatched_keys"]]
+    require(not other, f"{flag} {name}: no {kind}: weights have other shapes than its config says: {_few(other)}")
+    _require_all_weights(f"{flag} {name}", info["missing_keys"], info["unexpected_keys"], kind)
+    return model
+
+
+def _require_all_weights(source: str, missing, unexpected, kind: str = "set of adapters") -> None:
+    """BadInput, naming them, if weights are missing; a printed line if there are only some that nothing reads."""
+    unread = f"weights that no part of the model reads: {_few(unexpected)}" if unexpected else ""
+    also = f"; it has {unread}" if unread else ""
+    require(not missing, f"{source}: no {kind}: its weights lack {_few(missing)}{also}")
+    if unread:
+        print(f"{source}: has {unread}; they are left out")
+
+
+def _few(keys) -> str:
+    """The first three of these names, in order, and how many more there are."""
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _base_of_adapters(name: str) -> str | None:
@@ -166,7 +208,7 @@ def _one_line_errors(name: str, flag: str, kind: str = "causal language model") 
         answer_at_once_offline()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         if os.path.isdir(name):
             raise BadInput(f"{flag} {name}: the folder has no {kind}: {reason}") from None

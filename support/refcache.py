@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf import BadInput
-from support import parallel
+from support import models, parallel
 from support.examples import Example
 from support.scoring import Batching, score_logps
 
@@ -36,13 +36,8 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     irrelevant = {"dtype": None, "_name_or_path": None, "transformers_version": None}
-    weights = hashlib.sha256(str(model.config.to_dict() | irrelevant).encode())
-    for name, value in sorted(model.state_dict().items()):
-        value = parallel.full_tensor(value)
-        weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
-        "weights": weights.hexdigest()[:32],
+        "weights": models.weights_digest(model, str(model.config.to_dict() | irrelevant))[:32],
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template),
         "rows": digest(*[(e.prompt, e.responses) for e in examples]),
@@ -54,24 +49,26 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
 def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]]) -> list[Float[Tensor, " k"]]:
     """The log-probs stored in `folder` under exactly this key, else compute() written there for later runs.
 
-    If no file fits, a line says what differs in the nearest one, so that nobody wonders why the scores are computed
-    again.
+    If no file fits, a line says what differs in the nearest one, or that the file is damaged, so that nobody wonders
+    why the scores are computed again.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--ref-cache {folder}: cannot write there: {error.strerror}") from None
     path = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] + ".safetensors")
-    is_there = all(parallel.gather([path.exists()]))  # in every process: they all read it, or compute together
+    stored = _read(path, key)
+    if all(parallel.gather([stored is not None])):  # in every process: they all read it, or compute together
+        print(f"reference log-probs: from {path}")
+        return stored
+    if path.exists():
+        print(f"reference log-probs: {path} is damaged: they are computed again")
     nearest: list[str] | None = None
-    for other in sorted(folder.glob("*.safetensors")):
+    for other in sorted({*folder.glob("*.safetensors")} - {path}):
         try:
             with safe_open(other, "pt") as f:
                 other_key = json.loads(f.metadata()["question"])
-                if is_there and other == path and other_key == key:
-                    print(f"reference log-probs: from {path}")
-                    return [*f.get_tensor("logps").split(f.get_tensor("sizes").tolist())]
-        except (SafetensorError, KeyError, ValueError, TypeError):
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             other_key = {}
         differing = [name for name in key if other_key.get(name) != key[name]]
         if nearest is None or len(differing) < len(nearest):
@@ -82,6 +79,23 @@ def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]
     if parallel.is_main():
         partial = path.with_suffix(f".{os.getpid()}.partial")
         tensors = {"logps": torch.cat(logps), "sizes": torch.tensor([len(x) for x in logps])}
-        save_file(tensors, partial, metadata={"question": json.dumps(key)})
+        save_file(tensors, partial, metadata={"question": json.dumps(key), "sha256": _digest(tensors)})
         os.replace(partial, path)
     return logps
+
+
+def _read(path: Path, key: dict[str, str]) -> list[Tensor] | None:
+    """The log-probs in a file; None if it is not there, holds another key's, or is damaged. Files that were written
+    before there were checksums have none."""
+    try:
+        with safe_open(path, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in ("logps", "sizes")}
+            right = json.loads(f.metadata()["question"]) == key
+            right &= f.metadata().get("sha256") in (None, _digest(tensors))
+            return [*tensors["logps"].split(tensors["sizes"].tolist())] if right else None
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("logps", "sizes"))).hexdigest()

@@ -76,6 +76,7 @@ def load_reward(
             require(math.isfinite(value), f"{flag} {source}: gave {value} ({place(prompt, response)})")
         return values
 
+    reward.model = model
     return reward
 
 

@@ -5,16 +5,19 @@ runs/NAME/
   metrics.jsonl, samples.jsonl, curves.png      what happened (docs/metrics.md explains each metric)
   config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it
   results.json                                  the final metrics; written last, so a run that has it is complete
-  checkpoint/step-N/                            while training: all that is needed to go on from step N
+  checkpoint/step-N/                            while training: all that is needed to go on from step N, with checksums
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -41,6 +44,8 @@ wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+SUMS = "SHA256SUMS"  # the file in a checkpoint with the checksums of the others, as `sha256sum --check` reads it
+LOCKS: dict[Path, int] = {}  # the run directories that this process has locked, and the handles that hold the locks
 SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is missing
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -252,6 +257,28 @@ def start(args: Any, script: str) -> "Run":
     return Run(args, script)
 
 
+def lock(out: Path) -> None:
+    """Lock a run directory until `unlock` or the end of this process, even if that is killed. BadInput if another
+    process has locked it."""
+    unlock(out)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise BadInput(f"--out {out} is in use by another run: wait for its end, or name another --out") from None
+        print(f"--out {out}: its file system has no locks ({error.strerror}): start no second run there")
+    else:
+        LOCKS[out.resolve()] = handle
+
+
+def unlock(out: Path) -> None:
+    """Undo `lock`."""
+    if handle := LOCKS.pop(out.resolve(), None):
+        os.close(handle)
+
+
 def schedule(step: int, steps: int, warmup: float, kind: str = "cosine") -> float:
     """Share of the peak learning rate at `step` (0-based): a linear warm-up over the first `warmup` share of the steps,
     then a cosine or a line that would reach 0 one step after the last, or a constant 1."""
@@ -265,8 +292,9 @@ def schedule(step: int, steps: int, warmup: float, kind: str = "cosine") -> floa
 class Run:
     """A run directory and what is written to it while training.
 
-    A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run. Nothing
-    is written before `start`, so that a command which fails on its data can be given again as it is.
+    A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run, or if
+    another process is running it. Nothing is written before `start`, so that a command which fails on its data can be
+    given again as it is.
     After SIGINT or SIGTERM `interrupted` is the signal's number: the loop finishes its step, saves, and calls `leave`.
     Of several processes the main one writes and shows, and all take part in checkpoints and in stopping.
     """
@@ -276,6 +304,7 @@ class Run:
         require(joined, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar = args, Path(args.out), script, None
         self.interrupted = self.signalled = 0
+        self.digests: dict[str, str] = {}
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         keep_freed_memory()
         begun = (self.out / "args.json").exists()
@@ -303,6 +332,35 @@ class Run:
             (self.out / ".write").unlink(missing_ok=True)  # another process may have been faster
         except OSError as error:
             raise BadInput(f"--out {self.out}: cannot write there: {error.strerror}") from None
+        parallel.on_main(lambda: lock(self.out))
+
+    def check_same(self, **sources: Any) -> None:
+        """BadInput if a resumed run would go on with other rows or from other weights than it began with.
+
+        `sources`, by flag: the examples or the model that the flag gave, or None. Held-out rows come from --data if
+        there is no --eval-data. Their digests are kept in environment.json; a run that has none is not checked, which a
+        line says."""
+        path = self.out / "environment.json"
+        before = json.loads(path.read_text()).get("digests", {}) if self.args.resume and path.exists() else {}
+        changed, unknown = [], []
+        for name, source in sources.items():
+            if source is None:
+                continue
+            is_model = isinstance(source, torch.nn.Module)
+            self.digests[name] = models.weights_digest(source) if is_model else rows_digest(source)
+            flag = f"--{name.replace('_', '-')}" if getattr(self.args, name, None) else "--data"
+            if name not in before:
+                unknown.append(flag)
+            elif before[name] != self.digests[name]:
+                changed.append(flag)
+        named = lambda flags: ", ".join(dict.fromkeys(flags))  # noqa: E731
+        if changed:
+            raise BadInput(
+                f"--resume: {self.out} began with other contents of {named(changed)}: bring back what was there, or "
+                "name another --out for a new run"
+            )
+        if unknown and self.args.resume:
+            print(f"--resume: not checked whether {named(unknown)} is what {self.out} began with: it has no digests")
 
     def start(self, step: int, steps: int) -> None:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
@@ -314,7 +372,7 @@ class Run:
             return
         if not (self.out / "args.json").exists():
             shutil.copy(self.script, self.out)
-            _write(self.out / "environment.json", json.dumps(environment(), indent=1))
+            _write(self.out / "environment.json", json.dumps(environment() | {"digests": self.digests}, indent=1))
             _write(self.out / "args.json", json.dumps(self.flags, indent=1))
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
@@ -386,6 +444,13 @@ class Run:
                     torch.save(state, f)
                     f.flush()
                     os.fsync(f.fileno())
+            files = parallel.local_items(sorted(partial.iterdir()))
+            sums = sorted({*parallel.gather([f"{file_digest(path)}  {path.name}\n" for path in files])})
+            if parallel.is_main():
+                with open(partial / SUMS, "w") as f:
+                    f.writelines(sums)
+                    f.flush()
+                    os.fsync(f.fileno())
         except (OSError, RuntimeError) as error:
             if parallel.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -399,27 +464,45 @@ class Run:
             dist.barrier()
 
     def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest complete checkpoint."""
+        """The folder of the newest checkpoint, which is complete: it got its name when it was."""
         folders = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
-        complete = [path for path in folders if any((path / name).exists() for name in ("state.pt", ".metadata"))]
-        return max(complete, key=lambda path: int(path.name[5:]), default=None)
+        return max(folders, key=lambda path: int(path.name[5:]), default=None)
 
     def load_checkpoint(self, **parts: Any) -> dict | None:
         """The newest complete checkpoint, or None. `parts`: the models and optimizers that are in it, by name, for
         which several processes cut it, whichever number of them wrote it.
 
-        What one process wrote is tensors and plain values only; nothing else is ever unpickled. What several wrote has
-        pickled metadata: continue your own runs only.
+        A checkpoint is tensors and plain values only; nothing in it is executed. BadInput if a file of it is damaged;
+        checkpoints that were written before there were checksums have none.
         """
         folder = self.newest_checkpoint()
         if folder is None:
             return None
-        by_one = None
-        if (folder / "state.pt").exists():
-            by_one = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self._require_undamaged(folder)
+        by_one, path = None, folder / "state.pt"
+        if path.exists():
+            try:
+                by_one = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise BadInput(f"--resume: {path} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
             if not parallel.several():
                 return by_one
         return sharding.load_checkpoint(folder, by_one, parts)
+
+    def _require_undamaged(self, folder: Path) -> None:
+        """BadInput, naming it, if a file of a checkpoint is not the one that was written."""
+        main, sums = ".metadata" if (folder / ".metadata").exists() else "state.pt", {}
+        if (folder / SUMS).exists():
+            lines = (folder / SUMS).read_text("utf-8", "replace").splitlines()
+            sums = {main: "", **{name: digest for digest, _, name in (line.partition("  ") for line in lines)}}
+        names = parallel.local_items(sorted(sums))
+        damaged = parallel.gather([name for name in names if file_digest(folder / name) != sums[name]])
+        missing = [] if sums or (folder / main).exists() else [main]
+        for name in damaged + missing:
+            raise BadInput(
+                f"--resume: {folder / name} is damaged or missing (its SHA-256 is not the one in {SUMS}): bring back "
+                "the file that was written, or begin anew in another --out"
+            )
 
     def end(self) -> None:
         """After the loop, whose last checkpoint is written: close the bar, and let signals stop the program again."""
@@ -444,6 +527,7 @@ class Run:
             wandb.finish()
         _write(self.out / "results.json", json.dumps(results, indent=1))
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+        unlock(self.out)
 
 
 def keep_freed_memory() -> None:
@@ -453,6 +537,25 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; "" if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def rows_digest(examples: Sequence) -> str:
+    """SHA-256 of examples: of their tokens, what is said of them, and their rows, which a reward function may read."""
+    digest = hashlib.sha256()
+    for e in examples:
+        judged = [e.ranks, e.labels, e.margin, e.probability, e.rewards, e.noise]
+        parts = [e.prompt, e.responses, e.trained, judged, e.row]
+        digest.update(json.dumps(parts, default=lambda x: type(x).__name__).encode())
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

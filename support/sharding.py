@@ -8,6 +8,7 @@ step before that, so N processes give what one gives, up to rounding. In one pro
 import functools
 import math
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf import BadInput
+from rlhf import BadInput, require
 from support import lazy_import, models
 from support.parallel import full_tensor, gather, is_main, several
 
 dcp = lazy_import("torch.distributed.checkpoint")
 fsdp = lazy_import("torch.distributed.fsdp")
 tensor = lazy_import("torch.distributed.tensor")
+
+METADATA = {  # what the checkpoint library's pickled .metadata is made of, besides dtypes and plain values
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties "
+    "TensorStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",  # its name in Python 3.13
+}
 
 
 def load(make: Callable[[str], Any], device: str, dtype: torch.dtype):
@@ -172,8 +183,7 @@ def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) ->
     """A checkpoint's state, cut for the number of processes there are now, whichever number wrote it.
 
     `parts`: the models and optimizers in it, by name; a model NAME has the optimizer NAME_optimizer, and "model" has
-    "optimizer". `by_one`: the state if one process wrote it, else None. What several processes wrote has pickled
-    metadata: continue your own runs only.
+    "optimizer". `by_one`: the state if one process wrote it, else None. Nothing in a checkpoint is executed.
     """
     parts = {name: part for name, part in parts.items() if part is not None}
     own_weights = {
@@ -200,9 +210,15 @@ def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) ->
                 x = tensor.distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
             entries[name] = x
     else:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        reader, metadata = dcp.FileSystemReader(folder), _read_metadata(folder / ".metadata")
+        reader.read_metadata = lambda **_: metadata  # its own would execute what the file says
+        saved = metadata.state_dict_metadata
         entries = {name: place(name, info.size, info.properties.dtype) for name, info in saved.items()}
-        dcp.load(entries, checkpoint_id=folder, no_dist=not several())
+        try:
+            dcp.load(entries, storage_reader=reader, no_dist=not several())
+        except dcp.CheckpointException as error:
+            reason = " ".join("; ".join(sorted({str(failure[0]) for failure in error.failures.values()})).split())
+            raise BadInput(f"--resume: {folder} is damaged: {reason[:200]}") from None
 
     state = {name: {**now, "state": defaultdict(dict)} if name in own_weights else {} for name, now in current.items()}
     for name, x in entries.items():
@@ -214,6 +230,29 @@ def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) ->
             case [part, number, field]:
                 state[part]["state"][int(number)][field] = x
     return state
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Gives the names in METADATA and torch's dtypes, and refuses all others."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name in METADATA.get(module, "").split() or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_metadata(path: Path):
+    """What several processes wrote where, without executing anything. BadInput if the file holds something else."""
+    try:
+        with open(path, "rb") as f:
+            metadata = _MetadataUnpickler(f).load()
+    except Exception as error:  # damaged pickles raise almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"--resume: {path} is no checkpoint's metadata, and is not loaded: {reason}") from None
+    kind = type(metadata).__name__
+    require(kind == "Metadata", f"--resume: {path} is no checkpoint's metadata, and is not loaded: it holds a {kind}")
+    return metadata
 
 
 def _flat(state: dict) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Two or three gloo processes on a CPU give what one gives: losses, gradient norms, evaluations, weights, answers."""
 
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -325,6 +327,7 @@ def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, mo
         patch.setattr(runs.Run, "log", log)
         with pytest.raises(KeyboardInterrupt):
             SCRIPTS[name.split()[0]].main(a)
+    runs.unlock(tmp_path / "run")  # as the end of the process does
     assert (tmp_path / "run" / "checkpoint" / f"step-{SAVED_AT}" / "state.pt").exists()
     a.resume = True
     codes, printed = job(a, 2)
@@ -333,12 +336,36 @@ def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, mo
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_would_run_code_is_refused_by_all(world, job, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    a = arguments(world, tmp_path / "run", "sft")
+    job(a, 2, "stop")
+    path = tmp_path / "run" / "checkpoint" / f"step-{DIES_AT}" / ".metadata"
+    path.write_bytes(pickle.dumps(Code()))
+    a.resume = True
+    codes, printed = job(a, 2)
+    assert codes == [2, -signal.SIGTERM] and f"error: --resume: {path} is damaged or missing" in printed[0]
+    (path.parent / "SHA256SUMS").unlink()  # as before there were checksums
+    codes, printed = job(a, 2)
+    assert codes == [2, -signal.SIGTERM] and not (tmp_path / "made").exists()
+    assert printed[0].endswith(
+        f"\nerror: --resume: {path} is no checkpoint's metadata, and is not loaded: it asks for posix.mkdir\n"
+    )
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_path):
     a = arguments(world, tmp_path / "run", "sft")
     codes, printed = job(a, 2, "stop")
     assert codes == [143, 143], printed
     assert f"stopped after step {DIES_AT}; the same command with --resume" in printed[0] and not printed[1]
-    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [f"step-{DIES_AT}"]
+    [folder] = (tmp_path / "run" / "checkpoint").iterdir()
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert folder.name == f"step-{DIES_AT}" and sums.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in sums.items())
     a.resume = True
     codes, printed = job(a, 2)
     assert codes == [0, 0], printed

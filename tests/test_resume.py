@@ -1,24 +1,32 @@
 """A run that is stopped at any moment and continued is the run that was never stopped, bit for bit."""
 
+import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny import example
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train_dpo
+import train_ppo
+import train_rm
 import train_sft
 from rlhf import BadInput
-from support import models, refcache, report, reviews, runs
+from support import models, refcache, report, reviews, runs, sharding
 from support.runs import Run
 
 HERE = Path(__file__).parent
@@ -393,6 +401,183 @@ def test_nothing_to_continue(name, world, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+# --------------------------------------------------------------------------------- other data or weights under a name
+
+
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Begins a script's run on files of its own, ends it after the first of two steps, and gives what continues it."""
+
+    def begin(name: str):
+        for i, part in enumerate(("model", "ref")):
+            write_model(tmp_path / part, seed=i)
+        write_rows(tmp_path / "train.jsonl", pairs(12))
+        write_rows(tmp_path / "held.jsonl", pairs(5, seed=1))
+        tokenizer = reviews.tokenizer()
+        reward = models.new_reward_model(models.load_model(str(tmp_path / "ref"), "cpu"), tokenizer)
+        reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0
+        models.save(reward, tokenizer, tmp_path / "reward")
+        flags = {"model": f"{tmp_path}/model", "data": f"{tmp_path}/train.jsonl", "out": f"{tmp_path}/run"}
+        flags |= {"device": "cpu", "lr": 1e-3, "batch_size": 4, "max_steps": 2, "save_every": 1, "eval_prompts": 0}
+        if name == "ppo":
+            flags |= {"reward": f"{tmp_path}/reward", "ref": f"{tmp_path}/ref", "k": 2, "max_new_tokens": 3}
+            flags |= {"batch_size": 2, "epochs_per_rollout": 1, "minibatches": 1}
+            flags |= {"ptx_coef": 0.1, "ptx_data": f"{tmp_path}/held.jsonl", "eval_fraction": 0.3}
+        else:
+            flags["eval_data"] = f"{tmp_path}/held.jsonl"
+        if name == "dpo":
+            flags |= {"ref": f"{tmp_path}/ref", "ref_cache": f"{tmp_path}/cache"}
+
+        def progress(self, step, **shown):
+            if step == 2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "progress", progress)
+            with pytest.raises(KeyboardInterrupt):
+                SCRIPTS[name].main(SCRIPTS[name].Args(**flags))
+        return lambda: SCRIPTS[name].main(SCRIPTS[name].Args(**flags, resume=True))
+
+    return begin
+
+
+def other_rows(path: Path) -> None:
+    """One word of the last row becomes another."""
+    *rows, last = map(json.loads, path.read_text().splitlines())
+    last["chosen"] = last["chosen"].replace(last["chosen"].split()[0], "dull", 1)
+    write_rows(path, [*rows, last])
+
+
+def other_weights(folder: Path) -> None:
+    """One number of one weight becomes another."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_score(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {"score.weight": -weights["score.weight"]}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+CHANGES = {  # of a script's files, each with the flag that is named
+    "sft": [("train.jsonl", other_rows, "--data"), ("held.jsonl", other_rows, "--eval-data")],
+    "rm": [("train.jsonl", other_rows, "--data"), ("model", other_weights, "--model")],
+    "dpo": [
+        ("train.jsonl", other_rows, "--data"),
+        ("held.jsonl", other_rows, "--eval-data"),
+        ("model", other_weights, "--model"),
+        ("ref", other_weights, "--ref"),
+    ],
+    "ppo": [
+        ("train.jsonl", lambda path: write_rows(path, pairs(13)[1:]), "--data"),
+        ("held.jsonl", other_rows, "--ptx-data"),
+        ("model", other_weights, "--model"),
+        ("ref", other_weights, "--ref"),
+        ("reward", other_score, "--reward"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_contents_under_the_same_name_are_refused(name, begun, tmp_path):
+    go_on = begun(name)
+    read = lambda folder: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}  # noqa: E731
+    before, files = read(tmp_path / "run"), read(tmp_path)
+    for file, change, flag in CHANGES[name]:
+        change(tmp_path / file)
+        with pytest.raises(BadInput) as error:
+            go_on()
+        message = f"--resume: {tmp_path}/run began with other contents of {flag}: bring back what was there"
+        assert str(error.value).startswith(message) and read(tmp_path / "run") == before
+        for path, data in files.items():
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["sft", "dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rm", "ppo"))]
+)
+def test_the_same_contents_go_on_and_an_older_run_says_that_it_is_not_checked(name, begun, tmp_path, capsys):
+    go_on = begun(name)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    capsys.readouterr()
+    go_on()
+    assert "not checked" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(tmp_path / "same", tmp_path / "run")
+    (tmp_path / "run" / "environment.json").write_text('{"torch": "2.13.0"}')  # as runs were before
+    other_weights(tmp_path / "model")
+    go_on()
+    flags = {"sft": ["data, --eval-data, --model"], "dpo": ["data, --eval-data, --model", "ref"]}
+    flags |= {"rm": flags["sft"], "ppo": ["data, --ptx-data, --model", "ref, --reward"]}
+    said = [line for line in capsys.readouterr().out.splitlines() if "not checked" in line]
+    end = f"is what {tmp_path}/run began with: it has no digests"
+    assert said == [f"--resume: not checked whether --{part} {end}" for part in flags[name]]
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_what_else_counts_of_the_rows():
+    base = example([1, 2], [[3], [4, 5]])
+    changes = [{"ranks": [2, 1]}, {"labels": [True, False]}, {"trained": [[True], [True, False]]}, {"margin": 0.5}]
+    changes += [{"probability": 0.9}, {"row": {"answer": 7}}, {"rewards": [0.0, 1.0]}, {"noise": 0.5}]
+    others = [example([1, 2], [[3], [4, 5]], **change) for change in changes]
+    others += [example([1, 2, 3], [[], [4, 5]]), example([1], [[2, 3], [4, 5]])]
+    assert len({runs.rows_digest([e]) for e in [base, *others]}) == 11
+    assert runs.rows_digest([base, others[0]]) != runs.rows_digest([others[0], base])
+    assert runs.rows_digest([replace(base, where="elsewhere:2")]) == runs.rows_digest([base])
+
+
+# ----------------------------------------------------------------------------------------------------- two runs at once
+
+
+def hold(folder: Path) -> None:
+    runs.lock(folder)
+    (folder / "held").touch()
+    time.sleep(60)
+
+
+def test_a_directory_is_of_one_run_at_a_time(server, halfway, tmp_path):
+    """The lock of a process that is killed ends with it; one process may begin again after an error."""
+    out = tmp_path / "run"
+    shutil.copytree(halfway, out)
+    flags = json.loads((out / "args.json").read_text()) | {"out": str(out)}
+    (out / "args.json").write_text(json.dumps(flags))
+    a = train_dpo.Args(**flags | {"resume": True})
+    other = server.Process(target=hold, args=(out,))
+    other.start()
+    wait_for(lambda: (out / "held").exists() or not other.is_alive())
+    with pytest.raises(BadInput) as error:
+        Run(a, train_dpo.__file__)
+    assert str(error.value) == f"--out {out} is in use by another run: wait for its end, or name another --out"
+    other.kill()
+    other.join()
+    Run(a, train_dpo.__file__)
+    Run(a, train_dpo.__file__)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    runs.unlock(out)
+    fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_finished_run_is_not_locked(straight):
+    fcntl.flock(os.open(straight("sft"), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    runs.lock(tmp_path)
+    line = f"--out {tmp_path}: its file system has no locks (Function not implemented): start no second run there\n"
+    assert capsys.readouterr().out == line and not runs.LOCKS.get(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------- checkpoints and log files
 
 
@@ -481,6 +666,128 @@ def test_no_checkpoint_is_unpickled(run):
     torch.save({"step": Code()}, run.out / "checkpoint" / "step-5" / "state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
         run.load_checkpoint()
+
+
+@pytest.fixture
+def shared(run):
+    """The run with a checkpoint in the form that several processes write, and the parts that are in it."""
+    torch.manual_seed(0)
+    parts = {"model": torch.nn.Linear(3, 2).to(torch.bfloat16)}
+    parts["optimizer"] = torch.optim.AdamW(parts["model"].parameters())
+    parts["model"](torch.ones(3, dtype=torch.bfloat16)).sum().backward()
+    parts["optimizer"].step()
+    folder = run.out / "checkpoint" / "step-5"
+    state = {name: part.state_dict() for name, part in parts.items()}
+    sharding.save_checkpoint(folder, state | {"step": 5, "delta": 0.1})
+    return run, folder / ".metadata", parts
+
+
+def test_what_several_processes_wrote_is_read(shared):
+    run, _, parts = shared
+    found = run.load_checkpoint(**parts)
+    assert found["step"] == 5 and found["delta"] == 0.1
+    for name, x in parts["model"].state_dict().items():
+        assert torch.equal(found["model"][name], x) and x.dtype == torch.bfloat16
+    for i, fields in parts["optimizer"].state_dict()["state"].items():
+        assert all(torch.equal(found["optimizer"]["state"][i][name], x) for name, x in fields.items())
+
+
+@pytest.mark.parametrize("place", ["instead", "inside", "below", "after"])
+def test_the_metadata_of_several_processes_is_not_executed(place, shared, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    run, path, parts = shared
+    metadata = pickle.loads(path.read_bytes())
+    contents = {"instead": Code(), "inside": metadata, "below": metadata, "after": [metadata, Code()]}[place]
+    if place == "inside":
+        metadata.planner_data = Code()
+    if place == "below":
+        metadata.state_dict_metadata["model/weight"] = Code()
+    path.write_bytes(pickle.dumps(contents))
+    with pytest.raises(BadInput) as error:
+        run.load_checkpoint(**parts)
+    assert not (tmp_path / "made").exists()
+    asks = "it asks for posix.mkdir"
+    assert str(error.value) == f"--resume: {path} is no checkpoint's metadata, and is not loaded: {asks}"
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "made").exists()  # Python's own reader does run it
+
+
+@pytest.mark.parametrize(
+    "contents, reason",
+    [
+        (b"", "Ran out of input"),
+        (b"no pickle", "invalid load key"),
+        (pickle.dumps({"step": 5}), "it holds a dict"),
+        (pickle.dumps(os.getcwd), "it asks for posix.getcwd"),
+        (b"ctorch\nserialization.pickle\n.", "it asks for torch.serialization.pickle"),  # a dotted name is a path
+        (b"ctorch\nload\n.", "it asks for torch.load"),
+        (pickle.dumps(BytesStorageMetadata()), "asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+    ],
+)
+def test_metadata_that_is_something_else(contents, reason, shared):
+    run, path, parts = shared
+    path.write_bytes(contents)
+    with pytest.raises(BadInput) as error:
+        run.load_checkpoint(**parts)
+    assert str(path) in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file becomes another."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])])
+def test_a_damaged_checkpoint_is_refused_by_name(damage, run):
+    run.save_checkpoint(5, state(5))
+    path = run.out / "checkpoint" / "step-5" / "state.pt"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (path.parent / "SHA256SUMS").read_text() == f"{digest}  state.pt\n"
+    damage(path)
+    with pytest.raises(BadInput) as error:
+        run.load_checkpoint()
+    assert f"--resume: {path} is damaged or missing" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sums", ["", "garbage", "e3b0c442  state.pt\n", "\n\n"])
+def test_damaged_checksums(sums, run):
+    run.save_checkpoint(5, state(5))
+    (run.out / "checkpoint" / "step-5" / "SHA256SUMS").write_text(sums)
+    with pytest.raises(BadInput, match="damaged or missing"):
+        run.load_checkpoint()
+
+
+def test_checkpoints_of_before_have_no_checksums(run):
+    run.save_checkpoint(5, state(5))
+    folder = run.out / "checkpoint" / "step-5"
+    (folder / "SHA256SUMS").unlink()
+    assert run.load_checkpoint()["step"] == 5
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:300])
+    with pytest.raises(BadInput, match="state.pt is no checkpoint: "):
+        run.load_checkpoint()
+    (folder / "state.pt").unlink()  # and it does not begin anew as if there had been none
+    with pytest.raises(BadInput, match="state.pt is damaged or missing"):
+        run.load_checkpoint()
+
+
+def test_a_damaged_checkpoint_of_several_is_refused_by_name(shared):
+    run, metadata, parts = shared
+    shards = metadata.with_name("__0_0.distcp")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in (metadata, shards)]
+    metadata.with_name("SHA256SUMS").write_text("".join(lines))
+    assert run.load_checkpoint(**parts)["step"] == 5
+    flip(shards)
+    with pytest.raises(BadInput, match=f"--resume: {shards} is damaged or missing"):
+        run.load_checkpoint(**parts)
+    metadata.with_name("SHA256SUMS").unlink()
+    shards.write_bytes(b"")
+    with pytest.raises(BadInput, match=f"--resume: {metadata.parent} is damaged: "):
+        run.load_checkpoint(**parts)
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.5}'])

@@ -611,8 +611,8 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
     assert "made with other tokenizer)" in ask()[1]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other question", "no tensor"])
-def test_a_damaged_cache_is_not_used(damage, go, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other number", "other question", "no tensor"])
+def test_a_damaged_cache_is_not_used(damage, go, tmp_path, capsys):
     first = go()
     [file] = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
@@ -621,14 +621,31 @@ def test_a_damaged_cache_is_not_used(damage, go, tmp_path):
     if damage == "other question":
         question = json.loads(asked["question"]) | {"rows": "0"}
         save_file(load_file(file), file, metadata={"question": json.dumps(question)})
+    elif damage == "other number":
+        tensors = load_file(file)
+        tensors["logps"][3] += 0.5
+        save_file(tensors, file, metadata=asked)
     elif damage == "no tensor":
         save_file({"sizes": torch.ones(2)}, file, metadata=asked)
     else:
         file.write_bytes({"cut": whole[:-9], "empty": b"", "garbage": b"\xff" * 500}[damage])
     again = go()
+    assert f"reference log-probs: {file} is damaged: they are computed again" in capsys.readouterr().out
     assert metrics(again) == metrics(first)
     assert load_file(file)["sizes"].tolist() == [2] * 27  # and it is whole again
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [file.name]
+
+
+def test_a_cache_of_before_has_no_checksum(go, tmp_path, capsys):
+    first = go()
+    [file] = (tmp_path / "cache").iterdir()
+    with safe_open(file, "pt") as f:
+        asked = f.metadata()
+    assert asked.keys() == {"question", "sha256"}
+    save_file(load_file(file), file, metadata={"question": asked["question"]})
+    assert metrics(go()) == metrics(first)
+    said = capsys.readouterr().out
+    assert f"reference log-probs: from {file}" in said and "damaged" not in said
 
 
 def test_another_reference(world, go, tmp_path, capsys):
