@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rlhf import BadInput
+from rlhf import BadInput, require
 from support import answer_at_once_offline, lazy_import
 
 datasets = lazy_import("datasets")
@@ -151,7 +151,7 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
     """Yield each row, or a string that says why it cannot be parsed. A row that is a JSON string becomes None."""
     if suffix == "json":
         try:
-            content = json.loads(data)
+            content = json.loads(data, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             if data.lstrip().startswith(b"["):
                 raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}): mend the file") from error
@@ -165,7 +165,7 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             yield f"{name}:{number}", f"not JSON ({one_line(error)}): mend the line"
         else:
@@ -188,7 +188,8 @@ def _parse_cell(column: str, cell: str | None) -> object:
     if not never_text and not MESSAGES_CELL.match(cell or ""):
         return cell
     try:
-        return json.loads((cell or "null").lower() if column == "label" else cell or "null")
+        text = (cell or "null").lower() if column == "label" else cell or "null"
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return cell  # the checks of the row report it
 
@@ -199,17 +200,34 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not UTF-8 ({one_line(error)}): convert the file") from error
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    line = reader.fieldnames and reader.line_num + 1
-    for row in reader:
-        if None in row:
-            yield f"{name}:{line}", f"more than {len(reader.fieldnames or ())} cells: quote the text that has commas"
-        else:
-            row = {column: _parse_cell(column, cell) for column, cell in row.items()}
-            bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
-            problem = f"field {bad[0]!r} holds messages that are not JSON: write them with double quotes" if bad else ""
-            yield f"{name}:{line}", problem or row
+    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        columns = list(reader.fieldnames or ())
+        for column in columns:
+            twice = f"{name}:1: two columns have the name {column[:40]!r}: rename one of them"
+            require(columns.count(column) == 1, twice)
         line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas"
+            else:
+                row = {column: _parse_cell(column, cell) for column, cell in row.items()}
+                bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
+                problem = f"field {', '.join(bad)!r} holds messages that are not JSON: write them with double quotes"
+                yield f"{name}:{line}", problem if bad else row
+            line = reader.line_num + 1
+    except csv.Error as error:  # an open quote would swallow the rest of the file
+        advice = "close its quotes, and write a quote inside a quoted cell twice"
+        raise BadInput(f"{name}:{line}: not CSV ({one_line(error)}): {advice}") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. ValueError if a name is there twice, of which only the last value would be kept."""
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)[:40]!r} is there twice")
+    return item
 
 
 # ------------------------------------------------------------------------------------------- checking a row

@@ -495,10 +495,23 @@ def test_unreadable_files(tmp_path):
             tmp_path, "prompt,completion", "a,b", "\"[{'role': 'user', 'content': 'hi'}]\",b", name="j.csv"
         ),
         r"i.jsonl:1: not JSON": file(tmp_path, "[" * 100_000, name="i.jsonl"),
+        r"k.csv:3: not CSV \(unexpected end of data\): close its quotes": file(
+            tmp_path, "prompt,completion", "a,b", 'c,"d', "e,f", "g,h", name="k.csv"
+        ),
+        r"l.csv:2: not CSV": file(tmp_path, "prompt,completion", 'a,"b', 'c,"d"', name="l.csv"),
+        r"m.csv:1: two columns have the name 'prompt': rename one": file(
+            tmp_path, "prompt,completion,prompt", "a,b,c", name="m.csv"
+        ),
+        r"n.jsonl:2: not JSON \('prompt' is there twice\)": file(
+            tmp_path, good, '{"prompt": "a", "completion": "b", "prompt": "c"}', name="n.jsonl"
+        ),
+        r"o.json: not JSON \('a' is there twice\)": file(tmp_path, '[{"a": 1, "a": 2}]', name="o.json"),
     }.items():
         with pytest.raises(BadInput, match=message) as error:
             read_rows(source)
         assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="k.csv:3: not CSV"):  # it is not known which rows are good
+        read_rows(str(tmp_path / "k.csv"), skip_bad_rows=True)
     rows, skipped = read_rows(file(tmp_path, good, "{", "3", '"x"', good), skip_bad_rows=True)
     assert [where for where, _ in rows] == ["prefs.jsonl:1", "prefs.jsonl:5"]
     assert [message.split(" (")[0].split(": write")[0] for message in skipped] == [
