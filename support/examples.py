@@ -27,6 +27,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
@@ -310,13 +311,18 @@ def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
 
 def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: --data and --eval-data, or a split of --data if --eval-data is not given.
-    Raises BadInput if no training example is left."""
+    Prints how many held-out prompts are also in training. Raises BadInput if no training example is left."""
+    require(bool(a.eval_data) or not a.eval_split, f"--eval-split {a.eval_split}: of which data? give --eval-data too")
     train = load(a.data, kind, tokenizer, a)
     if a.eval_data:
-        held = load(a.eval_data, kind, tokenizer, a)
+        split = a.eval_split or (None if Path(a.eval_data).expanduser().is_file() else a.split)
+        held = load(a.eval_data, kind, tokenizer, replace(a, split=split))
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
     require(bool(train), f"--data {a.data}: no example is left to train on")
+    prompts = {group_of(example) for example in held}
+    if n := len(prompts & {group_of(example) for example in train}):
+        print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
     return train, held
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import train_dpo
 from rlhf import BadInput
 from support import reviews
-from support.examples import KINDS, Example, build, held_out, show
+from support.examples import KINDS, Example, build, held_out, load_split, show
 from support.preferences import mismatched
 from support.rows import read_rows
 
@@ -665,6 +666,34 @@ def test_held_out_share():
     assert abs(len(held_out(examples, 0.05)[1]) - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
     texts = [example_of("", response=f"text {i}") for i in range(400)]  # rows without a prompt go by their text
     assert 0 < len(held_out(texts, 0.5)[1]) < 400
+
+
+def pairs_of(prompts):
+    return [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+
+
+def test_the_split_of_the_held_out_rows(tmp_path, capsys):
+    """Two splits of one data set, a file beside a split, and what of the held-out prompts is in training."""
+    parts = {"train_prefs": pairs_of("pqr"), "test_prefs": pairs_of("rrst")}
+    data = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    data.save_to_disk(tmp_path / "prefs")
+    folder, lone = str(tmp_path / "prefs"), file(tmp_path, *pairs_of("xy"))
+
+    def prompts(**flags):
+        a = train_dpo.Args(data=folder, split="train_prefs", **flags)
+        parts = load_split("preference", PLAIN, a)
+        return *("".join(e.prompt_text for e in part) for part in parts), capsys.readouterr().out
+
+    train, held, out = prompts(eval_data=folder, eval_split="test_prefs")
+    assert (train, held) == ("pqr", "rrst") and "\n1 of 3 held-out prompts are also in training\n" in out
+    train, held, out = prompts(eval_data=folder)
+    assert (train, held) == ("pqr", "pqr") and "\n3 of 3 held-out prompts are also in training\n" in out
+    train, held, out = prompts(eval_data=lone)
+    assert (train, held) == ("pqr", "xy") and "also in training" not in out
+    train, held, out = prompts(eval_fraction=0.5)
+    assert sorted(train + held) == [*"pqr"] and "also in training" not in out
+    with pytest.raises(BadInput, match="^--eval-split test_prefs: of which data"):
+        prompts(eval_split="test_prefs")
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=30), st.integers(0, 5))
