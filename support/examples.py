@@ -8,11 +8,12 @@
 The columns of a row decide its form. A prompt or response is a string or a list of {"role", "content"} messages:
 
     SFT         prompt, completion | messages | text
-    preference  prompt, chosen, rejected | chosen, rejected with a shared beginning; optional margin, probability
+    preference  prompt, chosen, rejected | chosen, rejected that are whole dialogues; optional margin, probability
     ranking     prompt, responses, ranks        (1 is best, equal is a tie); optional ended, rewards and noise
     unpaired    prompt, completion, label       (KTO)
     prompts     prompt | any form that has one
 
+A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
 used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
 tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none.
@@ -46,9 +47,11 @@ from support.rows import (
     one_line,
     optional_list,
     optional_number,
+    prompt_columns,
     prompt_of,
     read_rows,
     shared_beginning,
+    standard,
 )
 
 KINDS = {  # what a script trains on -> the row forms it accepts; the first that matches is used
@@ -102,6 +105,7 @@ class Report:
     kept: int = 0
     prompts_cut: int = 0
     responses_cut: int = 0
+    prompt_columns: Counter[str] = field(default_factory=Counter)  # column read as the prompt -> rows
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     bos: int = 0  # prompts that begin with exactly one BOS
@@ -123,6 +127,8 @@ class Report:
         if not self.kept:
             return out
         prompts, responses = self.prompt_lengths, self.response_lengths
+        for name, n in self.prompt_columns.items():
+            out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
         out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
         out.append(f"BOS        one in front of {self.bos} of {len(prompts)} prompts")
         out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
@@ -206,6 +212,7 @@ def _conversation(tokenizer, messages: list[Message]) -> tuple[str, list[tuple[s
 
 
 def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Draft:
+    row = row if form == ["text"] else standard(row)
     for name in form:
         if row.get(name) is None:
             raise BadInput(f"field {name!r} is missing: give it to every row")
@@ -349,6 +356,8 @@ def build(
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+    if "prompt" in form:
+        report.prompt_columns.update(names[0] for _, row in rows if len(names := prompt_columns(row)) == 1)
 
     def attempt(where: str, step: Callable, *args):
         try:
@@ -382,9 +391,13 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     """The first row form that at least one row matches. All rows must then have its columns."""
     if not rows:
         raise BadInput("the data holds no rows: give it some")
-    filled = {frozenset(name for name, value in row.items() if value is not None) for _, row in rows}
+    filled, with_prompt = set(), set()
+    for _, row in rows:
+        names = frozenset(name for name, value in row.items() if value is not None)
+        filled.add(names)
+        with_prompt.add(names | {"prompt"} if prompt_columns(row) else names)
     for form in KINDS[kind]:
-        if any(names.issuperset(form) for names in filled):
+        if any(names.issuperset(form) for names in with_prompt):
             return form
     columns = ", ".join(repr(str(name)[:40]) for name in sorted(set().union(*filled), key=str)[:20]) or "none"
     needed = " | ".join(", ".join(form) for form in KINDS[kind])

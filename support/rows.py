@@ -1,6 +1,7 @@
 """Read rows from a file, a `save_to_disk` folder or the hub, and check their fields.
 
     read_rows   source -> rows, each with its location ("prefs.jsonl:17")
+    standard    a row that names its prompt otherwise, as if it had named it `prompt`
     prompt_of   the prompt of a row
     texts_of    the responses of a preference or ranking row
 
@@ -9,7 +10,7 @@ Each problem with a row is reported in one line that says how to fix it. The cal
 A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and their last turns are the
 responses. If the dialogues already differ before the last turn, they do not compare answers to the same prompt; if a
 last turn is blank, there is nothing to train on. Both kinds of row are dropped and counted (5 and 4 of the 2,312
-harmless test rows of hh-rlhf).
+harmless test rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
 """
 
 import csv
@@ -37,6 +38,9 @@ Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
+PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
+EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # a CSV cell with messages
@@ -300,6 +304,27 @@ def optional_list(row: dict, name: str, fits: Callable[[object], bool], expected
     return values
 
 
+def prompt_columns(row: dict) -> list[str]:
+    """The filled columns that can be the prompt of a row that has neither `prompt` nor `messages`."""
+    if row.get("prompt") is not None or row.get("messages") is not None:
+        return []
+    return [name for name in PROMPT_COLUMNS if row.get(name) not in EMPTY]
+
+
+def standard(row: dict) -> dict:
+    """The row with the one column of `prompt_columns` as `prompt` too, or the row itself if there is none.
+    BadInput if there are two such columns, or if the responses are dialogues that hold the prompt as well."""
+    names = prompt_columns(row)
+    if not names:
+        return row
+    if len(names) > 1:
+        raise BadInput(f"fields {names[0]!r} and {names[1]!r} can both be the prompt: join them in a field 'prompt'")
+    for name in ("chosen", "rejected", "completion"):
+        if isinstance(row.get(name), str) and DIALOGUE.match(row[name]):
+            raise BadInput(f"fields {names[0]!r} and {name!r} both hold the prompt: leave it out of one of them")
+    return row | {"prompt": row[names[0]]}
+
+
 def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
     """Split `chosen` and `rejected` into the prompt that they share and the two responses that follow it."""
     chosen, rejected = row["chosen"], row["rejected"]
@@ -312,15 +337,16 @@ def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
         differ_early = any(len(response) > 1 for response in responses)
     else:
         dialogues = check_text(chosen, "chosen"), check_text(rejected, "rejected")
+        if not all(DIALOGUE.match(dialogue) for dialogue in dialogues):
+            others = [repr(x) for x, value in row.items() if x not in ("chosen", "rejected") and value not in EMPTY]
+            raise BadInput(
+                f"field 'prompt' is missing, and 'chosen' and 'rejected' are no dialogues ({HUMAN + ' ...'!r}): rename "
+                f"the field that holds the prompt to 'prompt' (there are {', '.join(others) or 'no others'})"
+            )
         prompt = os.path.commonprefix(dialogues)
-        if any(ASSISTANT in dialogue for dialogue in dialogues):
-            prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
-            responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-            differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
-        else:  # the space belongs to the response, because tokenizers attach it to the next word
-            prompt = prompt[: max((i for i, c in enumerate(prompt) if c.isspace()), default=0)].rstrip()
-            responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-            differ_early = False
+        prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
+        responses = [dialogue[len(prompt) :] for dialogue in dialogues]
+        differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
     if chosen == rejected:
         raise Dropped("identical responses")
     if not prompt:
@@ -344,6 +370,7 @@ def implicit(row: dict) -> bool:
 
 def prompt_of(row: dict) -> str | list[Message]:
     """The prompt of a row that `build` has accepted, in the form that `build` used: a text, or messages."""
+    row = standard(row)
     if implicit(row):
         return shared_beginning(row)[0]
     if row.get("prompt") is None:
@@ -357,6 +384,7 @@ def prompt_of(row: dict) -> str | list[Message]:
 
 def texts_of(row: dict) -> list[str]:
     """The responses of a preference or ranking row as texts, without chat template markup."""
+    row = standard(row)
     if row.get("responses") is not None and row.get("ranks") is not None:
         responses = row["responses"]
     else:

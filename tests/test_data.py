@@ -15,7 +15,7 @@ from rlhf import BadInput
 from support import reviews
 from support.examples import KINDS, Example, build, held_out, load_split, show
 from support.preferences import mismatched
-from support.rows import read_rows
+from support.rows import prompt_of, read_rows
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -266,7 +266,9 @@ def test_preferred_fine_tuning_and_prompts():
         ({"prompt": "p"}, "<s>p"),
         ({"prompt": chat[:1]}, "<s>\n\nHuman: hi\n\nAssistant:"),
         ({"messages": chat}, "<s>\n\nHuman: hi\n\nAssistant:"),
-        ({"chosen": "A b c", "rejected": "A b d"}, "<s>A b"),
+        ({"chosen": HH + " c", "rejected": HH + " d"}, "<s>" + HH),
+        ({"question": "q", "answer": "a"}, "<s>q"),
+        ({"messages": chat, "question": "q"}, "<s>\n\nHuman: hi\n\nAssistant:"),
     ]:
         example, report = one(PLAIN, "prompts", row)
         assert (text(PLAIN, example.prompt), example.responses, example.ranks) == (prompt, [], [])
@@ -302,14 +304,60 @@ HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
     [
         (HH + " yes", HH + " you", HH, [" yes", " you"]),  # "y" is shared too, and belongs to the answers
         (HH + " yes", HH + " yes and no", HH, [" yes", " yes and no"]),
-        ("The film was good.", "The film was gory.", "The film was", [" good.", " gory."]),
-        ("a b c", "a b", "a", [" b c", " b"]),
-        ("a  b", "a  c", "a", ["  b", "  c"]),
+        (HH[2:] + " yes", HH[2:] + " no", HH[2:], [" yes", " no"]),  # copies of hh-rlhf whose texts are stripped
+        ("\n\nSystem: s" + HH + " a", "\n\nSystem: s" + HH + " b", "\n\nSystem: s" + HH, [" a", " b"]),
     ],
 )
 def test_implicit_prompts(chosen, rejected, prompt, rests):
     example, _ = one(PLAIN, "preference", {"chosen": chosen, "rejected": rejected})
     assert (example.prompt_text, example.response_texts) == (prompt, rests)
+
+
+FRUIT = {"chosen": "The answer is: An apple.", "rejected": "The answer is: A hammer."}
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
+def test_a_prompt_of_another_name(name):
+    """What two answers share is no prompt: it is in another column, which the report names."""
+    row = {name: "Name a fruit.", **FRUIT, "system": None}
+    example, report = one(PLAIN, "preference", row)
+    assert (example.prompt_text, example.response_texts) == ("Name a fruit.", [*FRUIT.values()])
+    assert f"prompt     the column '{name}' of 1 rows, which have no 'prompt'" in str(report)
+    assert (prompt_of(example.row), example.row) == ("Name a fruit.", row | {"prompt": "Name a fruit."})
+    example, report = one(PLAIN, "preference", row | {"prompt": "p"})
+    assert example.prompt_text == "p" and "the column" not in str(report)
+    example, _ = one(PLAIN, "unpaired", {name: [said("user", "p")], "completion": "a", "label": True})
+    assert example.prompt_text == "\n\nHuman: p\n\nAssistant:"
+    example, _ = one(PLAIN, "sft", {name: "p", "completion": "a", "prompt": None})
+    assert example.prompt_text == "p"
+    sides = {side: [said("user", "u"), said("assistant", side)] for side in ("chosen", "rejected")}
+    example, _ = one(PLAIN, "preference", {name: "u", **sides})  # as with a prompt that is there twice
+    assert (example.prompt_text, example.response_texts) == ("\n\nHuman: u\n\nAssistant:", [" chosen", " rejected"])
+
+
+def test_a_prompt_is_not_guessed():
+    for message, row in {
+        r"field 'prompt' is missing, and 'chosen' and 'rejected' are no dialogues \('\\n\\nHuman: ...'\): rename the "
+        r"field that holds the prompt to 'prompt' \(there are no others\)": FRUIT,
+        r"rename the field that holds the prompt to 'prompt' \(there are 'context', 'id'\)": FRUIT
+        | {"context": "c", "id": 1},
+        r"'chosen' and 'rejected' are no dialogues": {"chosen": HH + " a", "rejected": HH[3:] + " b"},
+        r"fields 'instruction' and 'input' can both be the prompt: join them": FRUIT
+        | {"instruction": "Translate.", "input": "un chat"},
+        r"fields 'question' and 'chosen' both hold the prompt: leave": {
+            "question": "one",
+            "chosen": HH + " a",
+            "rejected": HH + " b",
+        },
+    }.items():
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: .*{message}"):
+            one(PLAIN, "preference", row)
+    example, _ = one(PLAIN, "preference", FRUIT | {"instruction": "Name a fruit.", "input": ""})  # Alpaca's empty input
+    assert example.prompt_text == "Name a fruit."
+    rows = [("f:1", {"question": "q", **FRUIT}), ("f:2", FRUIT), ("f:3", {"prompt": "p", **FRUIT})]
+    examples, report = build(rows, PLAIN, "preference", 99, 199, skip_bad_rows=True)
+    assert [e.prompt_text for e in examples] == ["q", "p"]
+    assert report.skipped == ["f:2: field 'prompt' is missing: give it to every row"]
 
 
 def test_implicit_prompts_as_messages():
@@ -348,7 +396,7 @@ def test_dialogues_that_hold_no_preference_are_dropped_and_counted():
     }
     with pytest.raises(BadInput, match="f:1: fields 'chosen' and 'rejected' share no beginning"):
         build(
-            [("f:1", {"chosen": "\n\nHuman: x" + ends, "rejected": "other" + ends}) for ends in [HH]],
+            [("f:1", {"chosen": "\n\nHuman: x" + ends, "rejected": "Human: y" + ends}) for ends in [HH]],
             PLAIN,
             "preference",
             9,
