@@ -16,7 +16,9 @@ The columns of a row decide its form. A prompt or response is a string or a list
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
 used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
-tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none.
+tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none. Their other
+fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; what it drops is
+refused. Columns that do not reach the model are listed in the report.
 
 A sampled response that was truncated (`ended` is false, from sample.py) gets no EOS. For rankings by a simulated
 annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
@@ -35,6 +37,7 @@ from rlhf import BadInput, require
 from support import reviews
 from support.rows import (
     ASSISTANT,
+    EMPTY,
     HUMAN,
     Dropped,
     Message,
@@ -52,6 +55,8 @@ from support.rows import (
     read_rows,
     shared_beginning,
     standard,
+    tools_of,
+    with_system,
 )
 
 KINDS = {  # what a script trains on -> the row forms it accepts; the first that matches is used
@@ -66,6 +71,10 @@ REVIEWS_KINDS = {  # the kind of rows that the embedded task generates for each
     "prompts": "prompts",
     **dict.fromkeys(("preference", "unpaired", "preference or prompts"), "preference"),
 }
+STRINGS_AND_TOOLS = "field 'tools' goes with messages, and the row is of strings: give it as messages, or leave it out"
+OPTIONAL = ("system", "tools", "margin", "probability", "ended", "rewards", "noise")  # read where the form has a use
+METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
+METADATA += ("annotator", "order", "seconds", "note", "time")  # as what sample.py and annotate.py write beside a row
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
 #
@@ -108,6 +117,7 @@ class Report:
     prompt_columns: Counter[str] = field(default_factory=Counter)  # column read as the prompt -> rows
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
+    unused: list[str] = field(default_factory=list)  # columns that do not reach the model, without METADATA
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
     unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
@@ -127,6 +137,9 @@ class Report:
         if not self.kept:
             return out
         prompts, responses = self.prompt_lengths, self.response_lengths
+        if self.unused:
+            names = ", ".join(repr(name[:40]) for name in self.unused[:20])
+            out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
         for name, n in self.prompt_columns.items():
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
         out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
@@ -168,20 +181,40 @@ class _Draft:
     noise: float | None = None
 
 
-def _render(tokenizer, messages: list[Message], generate: bool = False) -> str:
+def _render(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool = False) -> str:
     """Render messages as one text; with `generate`, the text ends at the point where the assistant's answer starts."""
     if not tokenizer.chat_template:
         head = {"system": "\n\nSystem: ", "user": HUMAN + " ", "assistant": ASSISTANT + " ", "tool": "\n\nTool: "}
         return "".join(head[m["role"]] + m["content"] for m in messages) + (ASSISTANT if generate else "")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # a template is a program and may raise anything
         raise BadInput(f"the chat template refuses the messages ({one_line(error)}): mend them") from error
 
 
-def _turn(tokenizer, messages: list[Message], before: str) -> str:
+def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool) -> None:
+    """BadInput if the text is the same without the tools, or without a field that messages have beside role and
+    content: the chat template would drop it."""
+    names = {name for m in messages for name, value in m.items() if value not in EMPTY} - {"role", "content"}
+    if not names and not tools:
+        return
+    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
+    others = [(name, [{k: v for k, v in m.items() if k != name} for m in messages], tools) for name in sorted(names)]
+    others += [("tools", messages, None)] if tools else []
+    for name, *other in others:
+        try:
+            same = _render(tokenizer, *other, generate) == text
+        except BadInput:  # the template needs it
+            continue
+        if same:
+            raise BadInput(
+                f"the chat template does not use {name[:40]!r}: leave it out, or use a model whose template does"
+            )
+
+
+def _turn(tokenizer, messages: list[Message], before: str, tools: list[dict] | None) -> str:
     """The text that the last message adds after `before`, up to its EOS if the template emits one."""
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, tools)
     if not text.startswith(before):
         raise BadInput("the chat template does not begin a conversation with its prompt: give the row as strings")
     added = text[len(before) :]
@@ -192,20 +225,20 @@ def _turn(tokenizer, messages: list[Message], before: str) -> str:
     return added
 
 
-def _conversation(tokenizer, messages: list[Message]) -> tuple[str, list[tuple[str, bool]]]:
+def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
     """The text before the first assistant turn, and the pieces from there to the last one (assistant turns trained)."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadInput("field 'messages' has no assistant message: give it one to train on")
-    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), generate=True)
+    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), tools, generate=True)
     pieces: list[tuple[str, bool]] = []
     for i in turns:
-        before = _render(tokenizer, messages[:i], generate=True)
+        before = _render(tokenizer, messages[:i], tools, generate=True)
         if not before.startswith(text):
             raise BadInput("the chat template rewrites earlier turns: train on prompt, completion rows instead")
         if len(before) > len(text):
             pieces.append((before[len(text) :], False))
-        answer = _turn(tokenizer, messages[: i + 1], before)
+        answer = _turn(tokenizer, messages[: i + 1], before, tools)
         pieces.append((answer, True))
         text = before + answer
     return prompt, pieces
@@ -216,16 +249,20 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
     for name in form:
         if row.get(name) is None:
             raise BadInput(f"field {name!r} is missing: give it to every row")
+    row, tools = with_system(row, form), tools_of(row)
 
     if form == ["text"]:
+        require(not tools, STRINGS_AND_TOOLS)
         return _Draft(where, row, "", [[(check_text(row["text"], "text"), True)]], [1])
     if form == ["messages"]:
         messages = check_messages(row["messages"], "messages")
         if kind == "sft":
-            prompt_text, pieces = _conversation(tokenizer, messages)
+            _require_used(tokenizer, messages, tools, generate=False)
+            prompt_text, pieces = _conversation(tokenizer, messages, tools)
             return _Draft(where, row, prompt_text, [pieces], [1])
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return _Draft(where, row, _render(tokenizer, check_prompt(messages, "messages"), generate=True), [], [])
+        messages = check_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")
+        _require_used(tokenizer, messages, tools, generate=True)
+        return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [])
 
     draft = _Draft(where, row, "", [], [1])
     pair = "chosen" in form
@@ -271,6 +308,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         values, names, draft.ranks, draft.margin, draft.probability = values[:1], names[:1], [1], None, 1.0
 
     if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
+        require(not tools, STRINGS_AND_TOOLS)
         draft.prompt = check_text(prompt, "prompt")
         draft.responses = [
             [(check_text(value, name, draft.ended is not None), True)]
@@ -280,10 +318,13 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
         prompt = check_messages(prompt, "prompt")
-        draft.prompt = _render(tokenizer, check_prompt(prompt, "prompt"), generate=True)
+        draft.prompt = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True)
+        if kind == "prompts":
+            _require_used(tokenizer, prompt, tools, generate=True)
         for value, name in zip(values, names, strict=True):
             messages = [*prompt, check_answer(value, name, draft.ended is not None)]
-            draft.responses.append([(_turn(tokenizer, messages, draft.prompt), True)])
+            _require_used(tokenizer, messages, tools, generate=False)
+            draft.responses.append([(_turn(tokenizer, messages, draft.prompt, tools), True)])
         for i, ended in enumerate(draft.ended or ()):
             if not ended:  # a truncated response does not contain the template's end-of-turn markup
                 [(text, _)], content = draft.responses[i], check_answer(values[i], names[i], True)["content"].strip()
@@ -358,6 +399,11 @@ def build(
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
     if "prompt" in form:
         report.prompt_columns.update(names[0] for _, row in rows if len(names := prompt_columns(row)) == 1)
+    used = {"prompt", *form, *report.prompt_columns, *METADATA, *OPTIONAL}
+    if kind == "prompts":  # the answers are not meant to be used
+        used.update(*itertools.chain(*KINDS.values()))
+    filled = {name for _, row in rows for name, value in row.items() if value not in EMPTY}
+    report.unused = sorted(map(str, filled - used))
 
     def attempt(where: str, step: Callable, *args):
         try:

@@ -2,6 +2,7 @@
 
     read_rows   source -> rows, each with its location ("prefs.jsonl:17")
     standard    a row that names its prompt otherwise, as if it had named it `prompt`
+    with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
     texts_of    the responses of a preference or ranking row
 
@@ -22,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf import BadInput, require
 from support import answer_at_once_offline, lazy_import
@@ -32,7 +34,7 @@ parquet = lazy_import("pyarrow.parquet")
 #
 
 Row = tuple[str, dict]  # location ("prefs.jsonl:17"), columns
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and fields that some chat templates use, such as tool_calls
 
 #
 
@@ -237,11 +239,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 # ------------------------------------------------------------------------------------------- checking a row
 
 
-def check_text(value: object, name: str, sampled: bool = False) -> str:
-    """Check for a text that is not blank. A sampled response may be blank, because the model can emit EOS at once."""
+def check_text(value: object, name: str, blank: bool = False) -> str:
+    """Check for a text that is not blank. With `blank` it may be: a model can emit EOS at once, or only tool calls."""
     if not isinstance(value, str):
         raise BadInput(f"field {name!r} is not text but {type(value).__name__}: give it a text")
-    if not value.strip() and not sampled:
+    if not value.strip() and not blank:
         raise BadInput(f"field {name!r} is empty: give it a text")
     try:
         value.encode()
@@ -250,8 +252,24 @@ def check_text(value: object, name: str, sampled: bool = False) -> str:
     return value
 
 
+def content_text(content: object, place: str = "the message") -> object:
+    """The content of a message, with the parts of one that is a list of {"type": "text", "text"} joined."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        fields = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        strange = [k for k in fields if k not in ("type", "text")]
+        if fields.get("type") != "text" or strange or not isinstance(fields.get("text"), str):
+            kind = f"with {strange[0]!r}" if fields.get("type") == "text" and strange else f"{fields.get('type')!r}"
+            raise BadInput(f"{place} has a part {kind[:60]}: only parts {{'type': 'text', 'text': ...}} can be read")
+        texts.append(fields["text"])
+    return "".join(texts)
+
+
 def check_messages(value: object, name: str) -> list[Message]:
-    """Check for a list of messages. A system message is only allowed in first place."""
+    """Check for a list of messages, and return them without null fields and with their content as one text. A system
+    message is only allowed in first place, and only tool calls may be without content."""
     if not isinstance(value, list) or not value:
         problem = "empty" if value == [] else f"not text or messages but {type(value).__name__}"
         raise BadInput(f"field {name!r} is {problem}: give it a text or a list of messages")
@@ -264,9 +282,11 @@ def check_messages(value: object, name: str) -> list[Message]:
             raise BadInput(f"field {name!r}, message {i + 1} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}")
         if role == "system" and i:
             raise BadInput(f"field {name!r}, message {i + 1}: roles out of order: put the system message first")
-        if message.get("content") is None:
-            raise BadInput(f"field {name!r}, message {i + 1} has no content (tool calls are not read): give it a text")
-        messages.append({"role": role, "content": check_text(message["content"], name)})
+        fields, calls = {k: v for k, v in message.items() if v is not None}, bool(message.get("tool_calls"))
+        content = content_text(fields.get("content", "" if calls else None), f"field {name!r}, message {i + 1}")
+        if content is None:
+            raise BadInput(f"field {name!r}, message {i + 1} has no content: give it a text")
+        messages.append(fields | {"content": check_text(content, name, blank=calls)})
     return messages
 
 
@@ -323,6 +343,44 @@ def standard(row: dict) -> dict:
         if isinstance(row.get(name), str) and DIALOGUE.match(row[name]):
             raise BadInput(f"fields {names[0]!r} and {name!r} both hold the prompt: leave it out of one of them")
     return row | {"prompt": row[names[0]]}
+
+
+def with_system(row: dict, form: list[str]) -> dict:
+    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none.
+    BadInput if the row is of strings, or has another system message."""
+    system = row.get("system")
+    if system in EMPTY:
+        return row
+    message = {"role": "system", "content": check_text(system, "system")}
+    names = form if form in (["messages"], ["text"]) else ["prompt"]
+    if implicit(row) and set(form) <= {"prompt", "chosen", "rejected"}:
+        names = ["chosen", "rejected"]
+    for name in names:
+        messages = prompt_of(row) if name == "prompt" else row[name]
+        if not isinstance(messages, list):
+            raise BadInput(
+                f"field 'system' goes with messages, and {name!r} is a text: write it there, or give messages"
+            )
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role") != "system":
+            row = row | {name: [message, *messages]}
+        elif first.get("content") != system:
+            raise BadInput(f"fields 'system' and {name!r} hold two system messages: leave one out")
+    return row
+
+
+def tools_of(row: dict) -> list[dict] | None:
+    """The column `tools`: descriptions of functions that the chat template shows to the model, or their JSON."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools, object_pairs_hook=_object) if isinstance(tools, str) and tools else tools
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"field 'tools' is not JSON ({one_line(error)}): give it a list of functions") from error
+    if tools in EMPTY:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadInput("field 'tools' is not a list of functions, each {...}: give it one or leave it out")
+    return tools
 
 
 def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
@@ -389,4 +447,4 @@ def texts_of(row: dict) -> list[str]:
         responses = row["responses"]
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
-    return [x if isinstance(x, str) else x[-1]["content"] for x in responses]
+    return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]

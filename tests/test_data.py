@@ -15,7 +15,7 @@ from rlhf import BadInput
 from support import reviews
 from support.examples import KINDS, Example, build, held_out, load_split, show
 from support.preferences import mismatched
-from support.rows import prompt_of, read_rows
+from support.rows import prompt_of, read_rows, texts_of
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -33,6 +33,16 @@ GEMMA = (  # ends turns with a token of its own, which is not EOS
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '</turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
+)
+
+
+QWEN = (  # shows tools, calls, and the thoughts of a last answer, as Qwen3's does
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | map('tojson') | join('\n') + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n' }}{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -57,6 +67,7 @@ def byte_level(merges=(), bos="<s>", adds_bos=True, eos="</s>", pad="<pad>", tem
 
 PLAIN = byte_level()
 CHAT = byte_level(bos=None, eos="<|im_end|>", pad="<|im_end|>", template=CHATML, specials=["<|im_start|>"])
+THINKING = byte_level(bos=None, eos="<|im_end|>", pad="<|im_end|>", template=QWEN, specials=["<|im_start|>"])
 
 
 def text(tokenizer, ids):
@@ -447,6 +458,147 @@ def test_consecutive_turns_of_one_role_are_fine():
     assert example.prompt_text.count("user") == 2
 
 
+# ------------------------------------------------------------------------- fields of messages, system, tools, unused
+
+USER, FOUR = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\nfour<|im_end|>"
+ASKED = [said("user", "2 + 2?")]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_fields_of_messages_reach_the_template():
+    thought = said("assistant", "four") | {"reasoning_content": "think", "tool_calls": None, "name": ""}
+    row = {"prompt": ASKED, "chosen": [thought], "rejected": [said("assistant", "four")]}
+    example, _ = one(THINKING, "preference", row)
+    assert (example.prompt_text, example.response_texts) == (USER, [FOUR.replace("\n\n", "\nthink\n"), FOUR])
+    messages = [said("user", "2 + 2?"), CALL, said("tool", "4"), thought]
+    example, _ = one(THINKING, "sft", {"messages": messages[:2]})
+    assert example.response_texts == ["<think>\n\n</think>\n<call>add</call><|im_end|>"]
+    example, _ = one(THINKING, "preference", {"prompt": messages[:3], "chosen": [thought], "rejected": "no"})
+    assert example.prompt_text == USER + (
+        "<call>add</call><|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert example.response_texts == [FOUR.replace("\n\n", "\nthink\n"), FOUR.replace("four", "no")]
+    assert texts_of(example.row) == ["four", "no"]
+
+
+@pytest.mark.parametrize("tokenizer", [CHAT, PLAIN])
+def test_fields_that_the_template_drops_are_refused(tokenizer):
+    thought, weight = (said("assistant", "four") | x for x in ({"reasoning_content": "think"}, {"weight": 0}))
+    for kind, name, row in [
+        ("preference", "reasoning_content", {"prompt": ASKED, "chosen": [thought], "rejected": "no"}),
+        ("preference", "reasoning_content", {"prompt": ASKED, "chosen": "no", "rejected": [thought]}),
+        (
+            "preference",
+            "reasoning_content",
+            {"chosen": [*ASKED, said("assistant", "5")], "rejected": [*ASKED, thought]},
+        ),
+        ("sft", "tool_calls", {"messages": [*ASKED, CALL]}),
+        ("sft", "weight", {"messages": [*ASKED, weight]}),
+        ("unpaired", "weight", {"prompt": ASKED, "completion": [weight], "label": True}),
+        ("prompts", "name", {"prompt": [ASKED[0] | {"name": "Ann"}]}),
+        ("prompts", "name", {"messages": [ASKED[0] | {"name": "Ann"}]}),
+        ("prompts", "tools", {"messages": ASKED, "tools": TOOLS}),
+        ("sft", "tools", {"messages": [*ASKED, said("assistant", "4")], "tools": TOOLS}),
+    ]:
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use '{name}': leave it out"):
+            one(tokenizer, kind, row)
+    rows = [("f:1", {"messages": [*ASKED, weight]}), ("f:2", {"messages": [*ASKED, said("assistant", "4")]})]
+    examples, report = build(rows, tokenizer, "sft", 99, 199, skip_bad_rows=True)
+    assert [e.where for e in examples] == ["f:2"] and "does not use 'weight'" in report.skipped[0]
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "2 +", "image": None}, {"type": "text", "text": " 2?"}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "four"}]}]
+    row = {"prompt": [said("user", parts)], "chosen": answer, "rejected": "no"}
+    example, _ = one(THINKING, "preference", row)
+    assert (example.prompt_text, example.response_texts[0]) == (USER, FOUR) and texts_of(example.row) == ["four", "no"]
+    for part, kind in [
+        ({"type": "image", "image": "x.png"}, "'image'"),
+        ({"type": "image_url", "image_url": {}}, "'image_url'"),
+        ({"type": "text", "text": "a", "cache": 1}, "with 'cache'"),
+        ({"type": "text", "text": None}, "'text'"),
+        ("a", "None"),
+    ]:
+        with pytest.raises(BadInput, match=f"field 'prompt', message 1 has a part {kind}: only parts"):
+            one(THINKING, "preference", row | {"prompt": [said("user", [*parts, part])]})
+    with pytest.raises(BadInput, match="field 'prompt' is empty"):
+        one(THINKING, "preference", row | {"prompt": [said("user", [])]})
+
+
+def test_a_system_column():
+    plain = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+    answers = {name: [said("assistant", name)] for name in ("chosen", "rejected")}
+    dialogues = {name: ASKED + answer for name, answer in answers.items()}
+    with_system = [said("system", "Be brief."), *ASKED]
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n" + USER
+    for kind, row in [
+        ("preference", {"prompt": ASKED, **answers}),
+        ("preference", {"prompt": "2 + 2?", **answers}),
+        ("preference", {"question": "2 + 2?", **answers}),
+        ("preference", dialogues),
+        ("preference", {"prompt": "2 + 2?", **dialogues}),
+        ("preference", {"prompt": with_system, **answers}),
+        ("prompts", {"prompt": "2 + 2?", **dialogues}),
+        ("prompts", {"prompt": ASKED}),
+        ("prompts", {"messages": ASKED}),
+        ("sft", {"prompt": "2 + 2?", "messages": dialogues["chosen"]}),
+        ("sft", {"prompt": ASKED, "completion": "4"}),
+    ]:
+        example, report = one(CHAT, kind, row | {"system": "Be brief."})
+        assert example.prompt_text == expected and "'system'" not in str(report)
+        if kind != "sft":
+            assert prompt_of(example.row) == with_system
+        assert one(CHAT, kind, row | {"system": ""})[0].prompt_text.count("Be brief") == (
+            row.get("prompt") == with_system
+        )
+    for kind, row in [
+        ("preference", plain),
+        ("preference", {"chosen": HH + " a", "rejected": HH + " b"}),
+        ("sft", {"text": "t"}),
+        ("prompts", {"prompt": "p"}),
+    ]:
+        with pytest.raises(BadInput, match="^f.jsonl:1: field 'system' goes with messages, and '.*' is a text"):
+            one(CHAT, kind, row | {"system": "Be brief."})
+    with pytest.raises(BadInput, match="fields 'system' and 'prompt' hold two system messages"):
+        one(CHAT, "prompts", {"prompt": with_system, "system": "Be verbose."})
+    with pytest.raises(BadInput, match="field 'system' is not text but int"):
+        one(CHAT, "prompts", {"prompt": ASKED, "system": 3})
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_a_tools_column(tools):
+    shown = "<|im_start|>tools\n" + json.dumps(TOOLS[0]) + "<|im_end|>\n" + USER
+    for kind, row in [
+        ("preference", {"prompt": ASKED, "chosen": [CALL], "rejected": "no"}),
+        ("prompts", {"messages": ASKED}),
+        ("prompts", {"prompt": ASKED}),
+        ("sft", {"messages": [*ASKED, CALL]}),
+    ]:
+        example, report = one(THINKING, kind, row | {"tools": tools})
+        assert example.prompt_text == shown and "unused" not in str(report)
+        assert one(THINKING, kind, row | {"tools": "[]"})[0].prompt_text == USER
+    for row in [{"prompt": "p", "completion": "a"}, {"text": "t"}]:
+        with pytest.raises(BadInput, match="field 'tools' goes with messages, and the row is of strings"):
+            one(THINKING, "sft", row | {"tools": tools})
+    for bad, problem in [("[", "JSON"), ("3", "a list of functions"), (["f"], "a list of functions")]:
+        with pytest.raises(BadInput, match=f"field 'tools' is not {problem}"):
+            one(THINKING, "prompts", {"prompt": ASKED, "tools": bad})
+
+
+def test_columns_that_nothing_uses_are_listed():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "where": "x:1", "meta": {"a": 1}, "margin": 1.0}
+    assert "unused" not in str(one(PLAIN, "preference", row)[1])
+    row |= {"images": ["x.png"], "question": "q", "messages": ASKED, "context": None, "hint": ""}
+    unused = "unused     columns that the model does not see: 'images', 'messages', 'question'\n"
+    assert unused in str(one(PLAIN, "preference", row)[1])
+    unused = "unused     columns that the model does not see: 'images', 'question'\n"
+    assert unused in str(one(PLAIN, "prompts", row)[1])
+    row = {"prompt": "p", "completion": "a", "label": False}  # as rows for SFT
+    assert "does not see: 'label'" in str(one(PLAIN, "sft", row)[1])
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 CHATTED = {"prompt": [said("user", "u")], "chosen": [said("assistant", "a")], "rejected": [said("assistant", "b")]}
@@ -644,18 +796,22 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner})
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner},
+            optional={"tool_calls": inner, "reasoning_content": inner},
+        )
     ),
     max_leaves=6,
 )
 COLUMNS = ["prompt", "chosen", "rejected", "completion", "label", "messages", "text", "responses", "ranks", "margin"]
+COLUMNS += ["question", "input", "system", "tools", "score_chosen", "score_rejected"]
 ROWS = st.lists(
     st.dictionaries(st.sampled_from([*COLUMNS, "probability", "x"]), JSON, max_size=8), min_size=1, max_size=3
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(ROWS, st.sampled_from(sorted(KINDS)), st.booleans(), st.sampled_from([PLAIN, CHAT]))
+@given(ROWS, st.sampled_from(sorted(KINDS)), st.booleans(), st.sampled_from([PLAIN, CHAT, THINKING]))
 def test_any_json_gives_examples_or_bad_input(rows, kind, skip, tokenizer):
     try:
         examples, report = build([(f"f:{i}", row) for i, row in enumerate(rows)], tokenizer, kind, 20, 40, skip)
