@@ -16,7 +16,7 @@ The columns of a row decide its form. A prompt or response is a string or a list
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
 used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
-tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none. Their other
+tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model. Their other
 fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; what it drops is
 refused. Columns that do not reach the model are listed in the report.
 
@@ -36,9 +36,7 @@ from typing import Any
 from rlhf import BadInput, require
 from support import reviews
 from support.rows import (
-    ASSISTANT,
     EMPTY,
-    HUMAN,
     Dropped,
     Message,
     Row,
@@ -72,7 +70,14 @@ REVIEWS_KINDS = {  # the kind of rows that the embedded task generates for each
     **dict.fromkeys(("preference", "unpaired", "preference or prompts"), "preference"),
 }
 STRINGS_AND_TOOLS = "field 'tools' goes with messages, and the row is of strings: give it as messages, or leave it out"
+HH_TEMPLATE = (  # "\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf
+    r"{% for m in messages %}"
+    r"{{ '\n\n' + ('Human' if m['role'] == 'user' else m['role'] | capitalize) + ': ' + m['content'] }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 OPTIONAL = ("system", "tools", "margin", "probability", "ended", "rewards", "noise")  # read where the form has a use
+OPTIONAL += tuple(itertools.chain(*SCORES))
 METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
 METADATA += ("annotator", "order", "seconds", "note", "time")  # as what sample.py and annotate.py write beside a row
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
@@ -118,6 +123,11 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: list[str] = field(default_factory=list)  # columns that do not reach the model, without METADATA
+    untemplated: int = 0  # rows of strings under a tokenizer with a chat template
+    hh_template: int = 0  # rows of messages under a tokenizer without one
+    repeats: int = 0  # rows of strings whose responses all begin with the prompt
+    negative_margins: int = 0
+    against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
     unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
@@ -142,6 +152,19 @@ class Report:
             out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
         for name, n in self.prompt_columns.items():
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
+        if self.untemplated:
+            out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
+        if self.hh_template:
+            form = "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
+            out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
+        if self.repeats:
+            out.append(
+                f"repeats    the responses of {self.repeats} rows begin with their prompt, which is read twice so"
+            )
+        for problem, n in self.against_scores.items():
+            out.append(f"scores     {problem} in {n} rows, against the preference")
+        if self.negative_margins:
+            out.append(f"margins    below 0 in {self.negative_margins} rows, against the preference")
         out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
         out.append(f"BOS        one in front of {self.bos} of {len(prompts)} prompts")
         out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
@@ -179,15 +202,15 @@ class _Draft:
     probability: float = 1.0
     rewards: list[float] | None = None
     noise: float | None = None
+    rendered: bool = False  # by a chat template; else the strings of the row
 
 
 def _render(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool = False) -> str:
     """Render messages as one text; with `generate`, the text ends at the point where the assistant's answer starts."""
-    if not tokenizer.chat_template:
-        head = {"system": "\n\nSystem: ", "user": HUMAN + " ", "assistant": ASSISTANT + " ", "tool": "\n\nTool: "}
-        return "".join(head[m["role"]] + m["content"] for m in messages) + (ASSISTANT if generate else "")
+    template = None if tokenizer.chat_template else HH_TEMPLATE  # None: the tokenizer's own
+    options = {"tools": tools, "chat_template": template, "add_generation_prompt": generate}
     try:
-        return tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=generate)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program and may raise anything
         raise BadInput(f"the chat template refuses the messages ({one_line(error)}): mend them") from error
 
@@ -259,10 +282,10 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         if kind == "sft":
             _require_used(tokenizer, messages, tools, generate=False)
             prompt_text, pieces = _conversation(tokenizer, messages, tools)
-            return _Draft(where, row, prompt_text, [pieces], [1])
+            return _Draft(where, row, prompt_text, [pieces], [1], rendered=True)
         messages = check_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")
         _require_used(tokenizer, messages, tools, generate=True)
-        return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [])
+        return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [], rendered=True)
 
     draft = _Draft(where, row, "", [], [1])
     pair = "chosen" in form
@@ -318,7 +341,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
         prompt = check_messages(prompt, "prompt")
-        draft.prompt = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True)
+        draft.prompt, draft.rendered = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True), True
         if kind == "prompts":
             _require_used(tokenizer, prompt, tools, generate=True)
         for value, name in zip(values, names, strict=True):
@@ -340,7 +363,8 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
 
 
 def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
-    """Read a source, turn its rows into examples, and print the data report.
+    """Read a source, turn its rows into examples, and print the data report. A tokenizer without a chat template gets
+    HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
     skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
@@ -354,6 +378,8 @@ def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
     print(f"{source}\n{report}\n")
+    if report.hh_template:
+        tokenizer.chat_template = HH_TEMPLATE
     return examples
 
 
@@ -417,6 +443,12 @@ def build(
 
     drafts = [attempt(where, _make_draft, where, row, form, kind, tokenizer) for where, row in rows]
     drafts = [draft for draft in drafts if draft is not None]
+    rendered = sum(draft.rendered for draft in drafts)
+    if tokenizer.chat_template:
+        report.untemplated = len(drafts) - rendered
+    else:
+        report.hh_template = rendered
+    report.repeats = sum(_repeats_prompt(draft) for draft in drafts if not draft.rendered)
     pieces = {text for draft in drafts for response in draft.responses for text, _ in response}
     texts = ["", *sorted(pieces | {draft.prompt for draft in drafts})]
     ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
@@ -472,7 +504,7 @@ def _make_example(
             piece = list(ids[text])
             if train and not piece and draft.ended is None:
                 raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
-            ends = i == len(pieces) - 1 or not tokenizer.chat_template
+            ends = i == len(pieces) - 1 or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
             if train and ends and ended and eos is not None and piece[-1:] != [eos]:
                 piece.append(eos)
             response += piece
@@ -524,6 +556,19 @@ def _make_example(
     )
 
 
+def _repeats_prompt(draft: _Draft) -> bool:
+    """Whether all responses begin with the prompt, perhaps after the mark of a dialogue."""
+
+    def bare(text: str) -> str:
+        return text.strip().removeprefix("Human:").lstrip()
+
+    prompt = bare(draft.prompt)
+    rests = [bare("".join(text for text, _ in pieces)) for pieces in draft.responses]
+    if not prompt or not rests or not all(rest.startswith(prompt) for rest in rests):
+        return False
+    return not any(prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum() for rest in rests)  # a longer word
+
+
 def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     responses = [response for example in examples for response in example.responses]
@@ -537,6 +582,12 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
         report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
     labels = [label for example in examples for label in example.labels or ()]
     report.desirable = sum(labels) / len(labels) if labels else None
+    report.negative_margins = sum((example.margin or 0) < 0 for example in examples)
+    for better, worse in SCORES:
+        pairs = [(e.row.get(better), e.row.get(worse)) for e in examples if len(e.responses) == 2]
+        n = sum(x < y for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float))
+        if n:
+            report.against_scores[f"{better!r} is below {worse!r}"] = n
 
     differences, longer_wins = [], []  # of each pair: expectations under the label's probability
     for example in examples:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_dpo
 from rlhf import BadInput
 from support import reviews
-from support.examples import KINDS, Example, build, held_out, load_split, show
+from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
 from support.rows import prompt_of, read_rows, texts_of
 
@@ -456,6 +456,87 @@ def test_consecutive_turns_of_one_role_are_fine():
         CHAT, "preference", {"prompt": [said("user", "a"), said("user", "b")], "chosen": "x", "rejected": "y"}
     )
     assert example.prompt_text.count("user") == 2
+
+
+# ----------------------------------------------------------- a tokenizer without a template, doubts in the report
+
+
+def hh_form(messages, generate):
+    """The hh-rlhf form, written down once more."""
+    names = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+    turns = [f"\n\n{names[m['role']]}: {m['content']}" for m in messages]
+    return "".join(turns) + "\n\nAssistant:" * generate
+
+
+@given(
+    st.lists(st.builds(said, st.sampled_from(["system", "user", "assistant", "tool"]), st.text()), min_size=1),
+    st.booleans(),
+)
+def test_the_template_that_stands_in_is_the_hh_form(messages, generate):
+    options = {"tokenize": False, "chat_template": HH_TEMPLATE, "add_generation_prompt": generate}
+    assert PLAIN.apply_chat_template(messages, **options) == hh_form(messages, generate)
+
+
+def test_the_template_that_stands_in_is_saved(tmp_path, capsys):
+    """The tokenizer keeps it, and the saved one makes the same tokens, EOS after each trained turn among them."""
+    tokenizer = byte_level()
+    a = train_dpo.Args(data=file(tmp_path, {"prompt": "p", "completion": "a"}))
+    load(a.data, "sft", tokenizer, a)
+    assert tokenizer.chat_template is None and "template  " not in capsys.readouterr().out
+    row = {"messages": [said(role, role[0]) for role in ("system", "user", "assistant", "user", "assistant")]}
+    a = train_dpo.Args(data=file(tmp_path, row))
+    [before] = load(a.data, "sft", tokenizer, a)
+    line = r"template   the tokenizer has none: 1 rows of messages are written as '\n\nHuman: ...\n\nAssistant: ...'"
+    assert line in capsys.readouterr().out
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.chat_template == HH_TEMPLATE
+    [after] = load(a.data, "sft", saved, a)
+    assert "template  " not in capsys.readouterr().out
+    assert text(saved, before.prompt) == "<s>" + hh_form(row["messages"][:2], True)
+    assert text(saved, before.responses[0]) == " a</s>\n\nHuman: u\n\nAssistant: a</s>"
+    assert (after.prompt, after.responses, after.trained) == (before.prompt, before.responses, before.trained)
+
+
+def test_strings_under_a_chat_template_are_counted():
+    rows = [("f:1", PAIR), ("f:2", CHATTED), ("f:3", PAIR | {"chosen": "c"})]
+    _, report = build(rows, CHAT, "preference", 99, 199)
+    assert "template   2 rows are strings, used without the tokenizer's chat template\n" in str(report)
+    _, report = build(rows, PLAIN, "preference", 99, 199)
+    assert "template   the tokenizer has none: 1 rows of messages" in str(report)
+    assert "template" not in str(build(rows[1:2], CHAT, "preference", 99, 199)[1])
+    assert "template" not in str(build(rows[:1], PLAIN, "preference", 99, 199)[1])
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, n",
+    [
+        ("Why?", "Why? So.", " Why? No.", 1),
+        ("Why?", "Why? So.", "No.", 0),  # an answer may quote it
+        ("a", "a", "a b", 1),
+        ("a", "ab", "ac", 0),  # another word
+        ("one", HH[:14] + "\n\nAssistant: a", HH[:14] + "\n\nAssistant: b", 1),
+        (HH, HH + " a", HH + " b", 1),
+        (HH, " a", " b", 0),
+    ],
+)
+def test_responses_that_repeat_their_prompt_are_counted(prompt, chosen, rejected, n):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _, report = build([("f:1", row), ("f:2", PAIR)], PLAIN, "preference", 99, 199)
+    assert ("repeats    the responses of 1 rows begin with their prompt" in str(report)) == n and report.repeats == n
+
+
+def test_scores_and_margins_against_the_preference_are_counted():
+    scores = [(1, 2), (2, 1), (3, 3), (None, 1), ("1", 2), (0.5, 0.75)]
+    rows = [(f"f:{i}", PAIR | {"score_chosen": x, "score_rejected": y}) for i, (x, y) in enumerate(scores)]
+    rows += [("f:9", PAIR | {"margin": margin}) for margin in (-1, 0, 1, -0.5, None, -2)]
+    rows += [("f:9", PAIR | {"chosen_rating": 1, "rejected_rating": 5})]
+    shown = str(build(rows, PLAIN, "preference", 99, 199)[1])
+    assert "scores     'score_chosen' is below 'score_rejected' in 2 rows, against the preference\n" in shown
+    assert "scores     'chosen_rating' is below 'rejected_rating' in 1 rows, against the preference\n" in shown
+    assert "margins    below 0 in 3 rows, against the preference\n" in shown and "unused" not in shown
+    shown = str(build(rows[1:3], PLAIN, "preference", 99, 199)[1])
+    assert "scores" not in shown and "margins" not in shown
 
 
 # ------------------------------------------------------------------------- fields of messages, system, tools, unused
