@@ -176,6 +176,7 @@ def main(a: Args) -> dict[str, float]:
             new_rows = [
                 {
                     "prompt": prompt_of(e.row),
+                    **({"tools": e.row["tools"]} if e.row.get("tools") else {}),
                     "responses": e.response_texts,
                     "ended": [response[-1] in ends for response in e.responses],
                     **{name: values[i].tolist() for name, values in scores.items()},

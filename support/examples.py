@@ -8,14 +8,17 @@
 The columns of a row decide its form. A prompt or response is a string or a list of {"role", "content"} messages:
 
     SFT         prompt, completion | messages | text
-    preference  prompt, chosen, rejected | chosen, rejected with a shared beginning; optional margin, probability
+    preference  prompt, chosen, rejected | chosen, rejected that are whole dialogues; optional margin, probability
     ranking     prompt, responses, ranks        (1 is best, equal is a tie); optional ended, rewards and noise
     unpaired    prompt, completion, label       (KTO)
     prompts     prompt | any form that has one
 
+A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
 used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
-tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (the hh-rlhf form) if it has none.
+tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model. Their other
+fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; what it drops is
+refused. Columns that do not reach the model are listed in the report.
 
 A sampled response that was truncated (`ended` is false, from sample.py) gets no EOS. For rankings by a simulated
 annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
@@ -27,13 +30,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
 from support import reviews
 from support.rows import (
-    ASSISTANT,
-    HUMAN,
+    EMPTY,
     Dropped,
     Message,
     Row,
@@ -45,9 +48,13 @@ from support.rows import (
     one_line,
     optional_list,
     optional_number,
+    prompt_columns,
     prompt_of,
     read_rows,
     shared_beginning,
+    standard,
+    tools_of,
+    with_system,
 )
 
 KINDS = {  # what a script trains on -> the row forms it accepts; the first that matches is used
@@ -62,6 +69,17 @@ REVIEWS_KINDS = {  # the kind of rows that the embedded task generates for each
     "prompts": "prompts",
     **dict.fromkeys(("preference", "unpaired", "preference or prompts"), "preference"),
 }
+STRINGS_AND_TOOLS = "field 'tools' goes with messages, and the row is of strings: give it as messages, or leave it out"
+HH_TEMPLATE = (  # "\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf
+    r"{% for m in messages %}"
+    r"{{ '\n\n' + ('Human' if m['role'] == 'user' else m['role'] | capitalize) + ': ' + m['content'] }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+OPTIONAL = ("system", "tools", "margin", "probability", "ended", "rewards", "noise")  # read where the form has a use
+OPTIONAL += tuple(itertools.chain(*SCORES))
+METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
+METADATA += ("annotator", "order", "seconds", "note", "time")  # as what sample.py and annotate.py write beside a row
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
 #
@@ -101,8 +119,15 @@ class Report:
     kept: int = 0
     prompts_cut: int = 0
     responses_cut: int = 0
+    prompt_columns: Counter[str] = field(default_factory=Counter)  # column read as the prompt -> rows
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
+    unused: list[str] = field(default_factory=list)  # columns that do not reach the model, without METADATA
+    untemplated: int = 0  # rows of strings under a tokenizer with a chat template
+    hh_template: int = 0  # rows of messages under a tokenizer without one
+    repeats: int = 0  # rows of strings whose responses all begin with the prompt
+    negative_margins: int = 0
+    against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
     unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
@@ -122,6 +147,24 @@ class Report:
         if not self.kept:
             return out
         prompts, responses = self.prompt_lengths, self.response_lengths
+        if self.unused:
+            names = ", ".join(repr(name[:40]) for name in self.unused[:20])
+            out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
+        for name, n in self.prompt_columns.items():
+            out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
+        if self.untemplated:
+            out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
+        if self.hh_template:
+            form = "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
+            out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
+        if self.repeats:
+            out.append(
+                f"repeats    the responses of {self.repeats} rows begin with their prompt, which is read twice so"
+            )
+        for problem, n in self.against_scores.items():
+            out.append(f"scores     {problem} in {n} rows, against the preference")
+        if self.negative_margins:
+            out.append(f"margins    below 0 in {self.negative_margins} rows, against the preference")
         out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
         out.append(f"BOS        one in front of {self.bos} of {len(prompts)} prompts")
         out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
@@ -159,22 +202,42 @@ class _Draft:
     probability: float = 1.0
     rewards: list[float] | None = None
     noise: float | None = None
+    rendered: bool = False  # by a chat template; else the strings of the row
 
 
-def _render(tokenizer, messages: list[Message], generate: bool = False) -> str:
+def _render(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool = False) -> str:
     """Render messages as one text; with `generate`, the text ends at the point where the assistant's answer starts."""
-    if not tokenizer.chat_template:
-        head = {"system": "\n\nSystem: ", "user": HUMAN + " ", "assistant": ASSISTANT + " ", "tool": "\n\nTool: "}
-        return "".join(head[m["role"]] + m["content"] for m in messages) + (ASSISTANT if generate else "")
+    template = None if tokenizer.chat_template else HH_TEMPLATE  # None: the tokenizer's own
+    options = {"tools": tools, "chat_template": template, "add_generation_prompt": generate}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program and may raise anything
         raise BadInput(f"the chat template refuses the messages ({one_line(error)}): mend them") from error
 
 
-def _turn(tokenizer, messages: list[Message], before: str) -> str:
+def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool) -> None:
+    """BadInput if the text is the same without the tools, or without a field that messages have beside role and
+    content: the chat template would drop it."""
+    names = {name for m in messages for name, value in m.items() if value not in EMPTY} - {"role", "content"}
+    if not names and not tools:
+        return
+    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
+    others = [(name, [{k: v for k, v in m.items() if k != name} for m in messages], tools) for name in sorted(names)]
+    others += [("tools", messages, None)] if tools else []
+    for name, *other in others:
+        try:
+            same = _render(tokenizer, *other, generate) == text
+        except BadInput:  # the template needs it
+            continue
+        if same:
+            raise BadInput(
+                f"the chat template does not use {name[:40]!r}: leave it out, or use a model whose template does"
+            )
+
+
+def _turn(tokenizer, messages: list[Message], before: str, tools: list[dict] | None) -> str:
     """The text that the last message adds after `before`, up to its EOS if the template emits one."""
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, tools)
     if not text.startswith(before):
         raise BadInput("the chat template does not begin a conversation with its prompt: give the row as strings")
     added = text[len(before) :]
@@ -185,39 +248,44 @@ def _turn(tokenizer, messages: list[Message], before: str) -> str:
     return added
 
 
-def _conversation(tokenizer, messages: list[Message]) -> tuple[str, list[tuple[str, bool]]]:
+def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
     """The text before the first assistant turn, and the pieces from there to the last one (assistant turns trained)."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadInput("field 'messages' has no assistant message: give it one to train on")
-    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), generate=True)
+    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), tools, generate=True)
     pieces: list[tuple[str, bool]] = []
     for i in turns:
-        before = _render(tokenizer, messages[:i], generate=True)
+        before = _render(tokenizer, messages[:i], tools, generate=True)
         if not before.startswith(text):
             raise BadInput("the chat template rewrites earlier turns: train on prompt, completion rows instead")
         if len(before) > len(text):
             pieces.append((before[len(text) :], False))
-        answer = _turn(tokenizer, messages[: i + 1], before)
+        answer = _turn(tokenizer, messages[: i + 1], before, tools)
         pieces.append((answer, True))
         text = before + answer
     return prompt, pieces
 
 
 def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Draft:
+    row = row if form == ["text"] else standard(row)
     for name in form:
         if row.get(name) is None:
             raise BadInput(f"field {name!r} is missing: give it to every row")
+    row, tools = with_system(row, form), tools_of(row)
 
     if form == ["text"]:
+        require(not tools, STRINGS_AND_TOOLS)
         return _Draft(where, row, "", [[(check_text(row["text"], "text"), True)]], [1])
     if form == ["messages"]:
         messages = check_messages(row["messages"], "messages")
         if kind == "sft":
-            prompt_text, pieces = _conversation(tokenizer, messages)
-            return _Draft(where, row, prompt_text, [pieces], [1])
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return _Draft(where, row, _render(tokenizer, check_prompt(messages, "messages"), generate=True), [], [])
+            _require_used(tokenizer, messages, tools, generate=False)
+            prompt_text, pieces = _conversation(tokenizer, messages, tools)
+            return _Draft(where, row, prompt_text, [pieces], [1], rendered=True)
+        messages = check_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")
+        _require_used(tokenizer, messages, tools, generate=True)
+        return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [], rendered=True)
 
     draft = _Draft(where, row, "", [], [1])
     pair = "chosen" in form
@@ -263,6 +331,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         values, names, draft.ranks, draft.margin, draft.probability = values[:1], names[:1], [1], None, 1.0
 
     if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
+        require(not tools, STRINGS_AND_TOOLS)
         draft.prompt = check_text(prompt, "prompt")
         draft.responses = [
             [(check_text(value, name, draft.ended is not None), True)]
@@ -272,10 +341,13 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
         prompt = check_messages(prompt, "prompt")
-        draft.prompt = _render(tokenizer, check_prompt(prompt, "prompt"), generate=True)
+        draft.prompt, draft.rendered = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True), True
+        if kind == "prompts":
+            _require_used(tokenizer, prompt, tools, generate=True)
         for value, name in zip(values, names, strict=True):
             messages = [*prompt, check_answer(value, name, draft.ended is not None)]
-            draft.responses.append([(_turn(tokenizer, messages, draft.prompt), True)])
+            _require_used(tokenizer, messages, tools, generate=False)
+            draft.responses.append([(_turn(tokenizer, messages, draft.prompt, tools), True)])
         for i, ended in enumerate(draft.ended or ()):
             if not ended:  # a truncated response does not contain the template's end-of-turn markup
                 [(text, _)], content = draft.responses[i], check_answer(values[i], names[i], True)["content"].strip()
@@ -291,7 +363,8 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
 
 
 def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
-    """Read a source, turn its rows into examples, and print the data report.
+    """Read a source, turn its rows into examples, and print the data report. A tokenizer without a chat template gets
+    HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
     skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
@@ -305,18 +378,25 @@ def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
     print(f"{source}\n{report}\n")
+    if report.hh_template:
+        tokenizer.chat_template = HH_TEMPLATE
     return examples
 
 
 def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: --data and --eval-data, or a split of --data if --eval-data is not given.
-    Raises BadInput if no training example is left."""
+    Prints how many held-out prompts are also in training. Raises BadInput if no training example is left."""
+    require(bool(a.eval_data) or not a.eval_split, f"--eval-split {a.eval_split}: of which data? give --eval-data too")
     train = load(a.data, kind, tokenizer, a)
     if a.eval_data:
-        held = load(a.eval_data, kind, tokenizer, a)
+        split = a.eval_split or (None if Path(a.eval_data).expanduser().is_file() else a.split)
+        held = load(a.eval_data, kind, tokenizer, replace(a, split=split))
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
     require(bool(train), f"--data {a.data}: no example is left to train on")
+    prompts = {group_of(example) for example in held}
+    if n := len(prompts & {group_of(example) for example in train}):
+        print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
     return train, held
 
 
@@ -343,6 +423,13 @@ def build(
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+    if "prompt" in form:
+        report.prompt_columns.update(names[0] for _, row in rows if len(names := prompt_columns(row)) == 1)
+    used = {"prompt", *form, *report.prompt_columns, *METADATA, *OPTIONAL}
+    if kind == "prompts":  # the answers are not meant to be used
+        used.update(*itertools.chain(*KINDS.values()))
+    filled = {name for _, row in rows for name, value in row.items() if value not in EMPTY}
+    report.unused = sorted(map(str, filled - used))
 
     def attempt(where: str, step: Callable, *args):
         try:
@@ -356,6 +443,12 @@ def build(
 
     drafts = [attempt(where, _make_draft, where, row, form, kind, tokenizer) for where, row in rows]
     drafts = [draft for draft in drafts if draft is not None]
+    rendered = sum(draft.rendered for draft in drafts)
+    if tokenizer.chat_template:
+        report.untemplated = len(drafts) - rendered
+    else:
+        report.hh_template = rendered
+    report.repeats = sum(_repeats_prompt(draft) for draft in drafts if not draft.rendered)
     pieces = {text for draft in drafts for response in draft.responses for text, _ in response}
     texts = ["", *sorted(pieces | {draft.prompt for draft in drafts})]
     ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
@@ -376,9 +469,13 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     """The first row form that at least one row matches. All rows must then have its columns."""
     if not rows:
         raise BadInput("the data holds no rows: give it some")
-    filled = {frozenset(name for name, value in row.items() if value is not None) for _, row in rows}
+    filled, with_prompt = set(), set()
+    for _, row in rows:
+        names = frozenset(name for name, value in row.items() if value is not None)
+        filled.add(names)
+        with_prompt.add(names | {"prompt"} if prompt_columns(row) else names)
     for form in KINDS[kind]:
-        if any(names.issuperset(form) for names in filled):
+        if any(names.issuperset(form) for names in with_prompt):
             return form
     columns = ", ".join(repr(str(name)[:40]) for name in sorted(set().union(*filled), key=str)[:20]) or "none"
     needed = " | ".join(", ".join(form) for form in KINDS[kind])
@@ -407,7 +504,7 @@ def _make_example(
             piece = list(ids[text])
             if train and not piece and draft.ended is None:
                 raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
-            ends = i == len(pieces) - 1 or not tokenizer.chat_template
+            ends = i == len(pieces) - 1 or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
             if train and ends and ended and eos is not None and piece[-1:] != [eos]:
                 piece.append(eos)
             response += piece
@@ -459,6 +556,19 @@ def _make_example(
     )
 
 
+def _repeats_prompt(draft: _Draft) -> bool:
+    """Whether all responses begin with the prompt, perhaps after the mark of a dialogue."""
+
+    def bare(text: str) -> str:
+        return text.strip().removeprefix("Human:").lstrip()
+
+    prompt = bare(draft.prompt)
+    rests = [bare("".join(text for text, _ in pieces)) for pieces in draft.responses]
+    if not prompt or not rests or not all(rest.startswith(prompt) for rest in rests):
+        return False
+    return not any(prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum() for rest in rests)  # a longer word
+
+
 def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     responses = [response for example in examples for response in example.responses]
@@ -472,6 +582,12 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
         report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
     labels = [label for example in examples for label in example.labels or ()]
     report.desirable = sum(labels) / len(labels) if labels else None
+    report.negative_margins = sum((example.margin or 0) < 0 for example in examples)
+    for better, worse in SCORES:
+        pairs = [(e.row.get(better), e.row.get(worse)) for e in examples if len(e.responses) == 2]
+        n = sum(x < y for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float))
+        if n:
+            report.against_scores[f"{better!r} is below {worse!r}"] = n
 
     differences, longer_wins = [], []  # of each pair: expectations under the label's probability
     for example in examples:

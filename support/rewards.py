@@ -64,10 +64,11 @@ def load_reward(
             require(not empty, f"{flag} {source}: a response without a token has no reward ({place(prompt, response)})")
         if not responses:
             return []
-        for prompt, sequences in itertools.groupby(zip(prompts, responses, rows, strict=True), key=lambda x: x[0]):
+        located = zip(prompts, responses, rows, strict=True)
+        for (prompt, tools), sequences in itertools.groupby(located, key=lambda x: (x[0], x[2].get("tools"))):
             _, answers, answer_rows = zip(*sequences, strict=True)
             ended = [row.get("ended") is not False for row in answer_rows]
-            rankings.append({"prompt": prompt, "responses": [*answers], "ended": ended})
+            rankings.append({"prompt": prompt, "responses": [*answers], "ended": ended, "tools": tools})
         located = [(f"response {i}", ranking) for i, ranking in enumerate(rankings, 1)]
         examples, _ = build(located, tokenizer, "responses", max_prompt_length, max_length)
         layout = scoring.choose_layout(model, examples, batching)

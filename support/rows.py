@@ -1,6 +1,8 @@
 """Read rows from a file, a `save_to_disk` folder or the hub, and check their fields.
 
     read_rows   source -> rows, each with its location ("prefs.jsonl:17")
+    standard    a row that names its prompt otherwise, as if it had named it `prompt`
+    with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
     texts_of    the responses of a preference or ranking row
 
@@ -9,7 +11,7 @@ Each problem with a row is reported in one line that says how to fix it. The cal
 A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and their last turns are the
 responses. If the dialogues already differ before the last turn, they do not compare answers to the same prompt; if a
 last turn is blank, there is nothing to train on. Both kinds of row are dropped and counted (5 and 4 of the 2,312
-harmless test rows of hh-rlhf).
+harmless test rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
 """
 
 import csv
@@ -21,8 +23,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from rlhf import BadInput
+from rlhf import BadInput, require
 from support import answer_at_once_offline, lazy_import
 
 datasets = lazy_import("datasets")
@@ -31,12 +34,15 @@ parquet = lazy_import("pyarrow.parquet")
 #
 
 Row = tuple[str, dict]  # location ("prefs.jsonl:17"), columns
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and fields that some chat templates use, such as tool_calls
 
 #
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
+PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
+EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # a CSV cell with messages
@@ -151,7 +157,7 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
     """Yield each row, or a string that says why it cannot be parsed. A row that is a JSON string becomes None."""
     if suffix == "json":
         try:
-            content = json.loads(data)
+            content = json.loads(data, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             if data.lstrip().startswith(b"["):
                 raise BadInput(f"{name}:{error.lineno}: not JSON ({error.msg}): mend the file") from error
@@ -165,7 +171,7 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             yield f"{name}:{number}", f"not JSON ({one_line(error)}): mend the line"
         else:
@@ -188,7 +194,8 @@ def _parse_cell(column: str, cell: str | None) -> object:
     if not never_text and not MESSAGES_CELL.match(cell or ""):
         return cell
     try:
-        return json.loads((cell or "null").lower() if column == "label" else cell or "null")
+        text = (cell or "null").lower() if column == "label" else cell or "null"
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return cell  # the checks of the row report it
 
@@ -199,27 +206,44 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not UTF-8 ({one_line(error)}): convert the file") from error
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    line = reader.fieldnames and reader.line_num + 1
-    for row in reader:
-        if None in row:
-            yield f"{name}:{line}", f"more than {len(reader.fieldnames or ())} cells: quote the text that has commas"
-        else:
-            row = {column: _parse_cell(column, cell) for column, cell in row.items()}
-            bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
-            problem = f"field {bad[0]!r} holds messages that are not JSON: write them with double quotes" if bad else ""
-            yield f"{name}:{line}", problem or row
+    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        columns = list(reader.fieldnames or ())
+        for column in columns:
+            twice = f"{name}:1: two columns have the name {column[:40]!r}: rename one of them"
+            require(columns.count(column) == 1, twice)
         line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas"
+            else:
+                row = {column: _parse_cell(column, cell) for column, cell in row.items()}
+                bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
+                problem = f"field {', '.join(bad)!r} holds messages that are not JSON: write them with double quotes"
+                yield f"{name}:{line}", problem if bad else row
+            line = reader.line_num + 1
+    except csv.Error as error:  # an open quote would swallow the rest of the file
+        advice = "close its quotes, and write a quote inside a quoted cell twice"
+        raise BadInput(f"{name}:{line}: not CSV ({one_line(error)}): {advice}") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. ValueError if a name is there twice, of which only the last value would be kept."""
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)[:40]!r} is there twice")
+    return item
 
 
 # ------------------------------------------------------------------------------------------- checking a row
 
 
-def check_text(value: object, name: str, sampled: bool = False) -> str:
-    """Check for a text that is not blank. A sampled response may be blank, because the model can emit EOS at once."""
+def check_text(value: object, name: str, blank: bool = False) -> str:
+    """Check for a text that is not blank. With `blank` it may be: a model can emit EOS at once, or only tool calls."""
     if not isinstance(value, str):
         raise BadInput(f"field {name!r} is not text but {type(value).__name__}: give it a text")
-    if not value.strip() and not sampled:
+    if not value.strip() and not blank:
         raise BadInput(f"field {name!r} is empty: give it a text")
     try:
         value.encode()
@@ -228,8 +252,24 @@ def check_text(value: object, name: str, sampled: bool = False) -> str:
     return value
 
 
+def content_text(content: object, place: str = "the message") -> object:
+    """The content of a message, with the parts of one that is a list of {"type": "text", "text"} joined."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        fields = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        strange = [k for k in fields if k not in ("type", "text")]
+        if fields.get("type") != "text" or strange or not isinstance(fields.get("text"), str):
+            kind = f"with {strange[0]!r}" if fields.get("type") == "text" and strange else f"{fields.get('type')!r}"
+            raise BadInput(f"{place} has a part {kind[:60]}: only parts {{'type': 'text', 'text': ...}} can be read")
+        texts.append(fields["text"])
+    return "".join(texts)
+
+
 def check_messages(value: object, name: str) -> list[Message]:
-    """Check for a list of messages. A system message is only allowed in first place."""
+    """Check for a list of messages, and return them without null fields and with their content as one text. A system
+    message is only allowed in first place, and only tool calls may be without content."""
     if not isinstance(value, list) or not value:
         problem = "empty" if value == [] else f"not text or messages but {type(value).__name__}"
         raise BadInput(f"field {name!r} is {problem}: give it a text or a list of messages")
@@ -242,9 +282,11 @@ def check_messages(value: object, name: str) -> list[Message]:
             raise BadInput(f"field {name!r}, message {i + 1} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}")
         if role == "system" and i:
             raise BadInput(f"field {name!r}, message {i + 1}: roles out of order: put the system message first")
-        if message.get("content") is None:
-            raise BadInput(f"field {name!r}, message {i + 1} has no content (tool calls are not read): give it a text")
-        messages.append({"role": role, "content": check_text(message["content"], name)})
+        fields, calls = {k: v for k, v in message.items() if v is not None}, bool(message.get("tool_calls"))
+        content = content_text(fields.get("content", "" if calls else None), f"field {name!r}, message {i + 1}")
+        if content is None:
+            raise BadInput(f"field {name!r}, message {i + 1} has no content: give it a text")
+        messages.append(fields | {"content": check_text(content, name, blank=calls)})
     return messages
 
 
@@ -282,6 +324,65 @@ def optional_list(row: dict, name: str, fits: Callable[[object], bool], expected
     return values
 
 
+def prompt_columns(row: dict) -> list[str]:
+    """The filled columns that can be the prompt of a row that has neither `prompt` nor `messages`."""
+    if row.get("prompt") is not None or row.get("messages") is not None:
+        return []
+    return [name for name in PROMPT_COLUMNS if row.get(name) not in EMPTY]
+
+
+def standard(row: dict) -> dict:
+    """The row with the one column of `prompt_columns` as `prompt` too, or the row itself if there is none.
+    BadInput if there are two such columns, or if the responses are dialogues that hold the prompt as well."""
+    names = prompt_columns(row)
+    if not names:
+        return row
+    if len(names) > 1:
+        raise BadInput(f"fields {names[0]!r} and {names[1]!r} can both be the prompt: join them in a field 'prompt'")
+    for name in ("chosen", "rejected", "completion"):
+        if isinstance(row.get(name), str) and DIALOGUE.match(row[name]):
+            raise BadInput(f"fields {names[0]!r} and {name!r} both hold the prompt: leave it out of one of them")
+    return row | {"prompt": row[names[0]]}
+
+
+def with_system(row: dict, form: list[str]) -> dict:
+    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none.
+    BadInput if the row is of strings, or has another system message."""
+    system = row.get("system")
+    if system in EMPTY:
+        return row
+    message = {"role": "system", "content": check_text(system, "system")}
+    names = form if form in (["messages"], ["text"]) else ["prompt"]
+    if implicit(row) and set(form) <= {"prompt", "chosen", "rejected"}:
+        names = ["chosen", "rejected"]
+    for name in names:
+        messages = prompt_of(row) if name == "prompt" else row[name]
+        if not isinstance(messages, list):
+            raise BadInput(
+                f"field 'system' goes with messages, and {name!r} is a text: write it there, or give messages"
+            )
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role") != "system":
+            row = row | {name: [message, *messages]}
+        elif first.get("content") != system:
+            raise BadInput(f"fields 'system' and {name!r} hold two system messages: leave one out")
+    return row
+
+
+def tools_of(row: dict) -> list[dict] | None:
+    """The column `tools`: descriptions of functions that the chat template shows to the model, or their JSON."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools, object_pairs_hook=_object) if isinstance(tools, str) and tools else tools
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"field 'tools' is not JSON ({one_line(error)}): give it a list of functions") from error
+    if tools in EMPTY:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadInput("field 'tools' is not a list of functions, each {...}: give it one or leave it out")
+    return tools
+
+
 def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
     """Split `chosen` and `rejected` into the prompt that they share and the two responses that follow it."""
     chosen, rejected = row["chosen"], row["rejected"]
@@ -294,15 +395,16 @@ def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
         differ_early = any(len(response) > 1 for response in responses)
     else:
         dialogues = check_text(chosen, "chosen"), check_text(rejected, "rejected")
+        if not all(DIALOGUE.match(dialogue) for dialogue in dialogues):
+            others = [repr(x) for x, value in row.items() if x not in ("chosen", "rejected") and value not in EMPTY]
+            raise BadInput(
+                f"field 'prompt' is missing, and 'chosen' and 'rejected' are no dialogues ({HUMAN + ' ...'!r}): rename "
+                f"the field that holds the prompt to 'prompt' (there are {', '.join(others) or 'no others'})"
+            )
         prompt = os.path.commonprefix(dialogues)
-        if any(ASSISTANT in dialogue for dialogue in dialogues):
-            prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
-            responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-            differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
-        else:  # the space belongs to the response, because tokenizers attach it to the next word
-            prompt = prompt[: max((i for i, c in enumerate(prompt) if c.isspace()), default=0)].rstrip()
-            responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-            differ_early = False
+        prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
+        responses = [dialogue[len(prompt) :] for dialogue in dialogues]
+        differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
     if chosen == rejected:
         raise Dropped("identical responses")
     if not prompt:
@@ -326,6 +428,7 @@ def implicit(row: dict) -> bool:
 
 def prompt_of(row: dict) -> str | list[Message]:
     """The prompt of a row that `build` has accepted, in the form that `build` used: a text, or messages."""
+    row = standard(row)
     if implicit(row):
         return shared_beginning(row)[0]
     if row.get("prompt") is None:
@@ -339,8 +442,9 @@ def prompt_of(row: dict) -> str | list[Message]:
 
 def texts_of(row: dict) -> list[str]:
     """The responses of a preference or ranking row as texts, without chat template markup."""
+    row = standard(row)
     if row.get("responses") is not None and row.get("ranks") is not None:
         responses = row["responses"]
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
-    return [x if isinstance(x, str) else x[-1]["content"] for x in responses]
+    return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]

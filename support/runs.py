@@ -126,6 +126,8 @@ class EpochFlags(TrainingFlags):
 
     eval_data: str | None = None
     """held-out rows, in the same forms; default: a share of --data"""
+    eval_split: str | None = None
+    """split of --eval-data, which may be the same data set as --data; default: that of --split (a file has none)"""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, >= 0"""
     epochs: int = 1

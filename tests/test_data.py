@@ -8,13 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import train_dpo
 from rlhf import BadInput
 from support import reviews
-from support.examples import KINDS, Example, build, held_out, show
+from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
-from support.rows import read_rows
+from support.rows import prompt_of, read_rows, texts_of
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -32,6 +33,16 @@ GEMMA = (  # ends turns with a token of its own, which is not EOS
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '</turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
+)
+
+
+QWEN = (  # shows tools, calls, and the thoughts of a last answer, as Qwen3's does
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | map('tojson') | join('\n') + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n' }}{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -56,6 +67,7 @@ def byte_level(merges=(), bos="<s>", adds_bos=True, eos="</s>", pad="<pad>", tem
 
 PLAIN = byte_level()
 CHAT = byte_level(bos=None, eos="<|im_end|>", pad="<|im_end|>", template=CHATML, specials=["<|im_start|>"])
+THINKING = byte_level(bos=None, eos="<|im_end|>", pad="<|im_end|>", template=QWEN, specials=["<|im_start|>"])
 
 
 def text(tokenizer, ids):
@@ -265,7 +277,9 @@ def test_preferred_fine_tuning_and_prompts():
         ({"prompt": "p"}, "<s>p"),
         ({"prompt": chat[:1]}, "<s>\n\nHuman: hi\n\nAssistant:"),
         ({"messages": chat}, "<s>\n\nHuman: hi\n\nAssistant:"),
-        ({"chosen": "A b c", "rejected": "A b d"}, "<s>A b"),
+        ({"chosen": HH + " c", "rejected": HH + " d"}, "<s>" + HH),
+        ({"question": "q", "answer": "a"}, "<s>q"),
+        ({"messages": chat, "question": "q"}, "<s>\n\nHuman: hi\n\nAssistant:"),
     ]:
         example, report = one(PLAIN, "prompts", row)
         assert (text(PLAIN, example.prompt), example.responses, example.ranks) == (prompt, [], [])
@@ -301,14 +315,60 @@ HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
     [
         (HH + " yes", HH + " you", HH, [" yes", " you"]),  # "y" is shared too, and belongs to the answers
         (HH + " yes", HH + " yes and no", HH, [" yes", " yes and no"]),
-        ("The film was good.", "The film was gory.", "The film was", [" good.", " gory."]),
-        ("a b c", "a b", "a", [" b c", " b"]),
-        ("a  b", "a  c", "a", ["  b", "  c"]),
+        (HH[2:] + " yes", HH[2:] + " no", HH[2:], [" yes", " no"]),  # copies of hh-rlhf whose texts are stripped
+        ("\n\nSystem: s" + HH + " a", "\n\nSystem: s" + HH + " b", "\n\nSystem: s" + HH, [" a", " b"]),
     ],
 )
 def test_implicit_prompts(chosen, rejected, prompt, rests):
     example, _ = one(PLAIN, "preference", {"chosen": chosen, "rejected": rejected})
     assert (example.prompt_text, example.response_texts) == (prompt, rests)
+
+
+FRUIT = {"chosen": "The answer is: An apple.", "rejected": "The answer is: A hammer."}
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
+def test_a_prompt_of_another_name(name):
+    """What two answers share is no prompt: it is in another column, which the report names."""
+    row = {name: "Name a fruit.", **FRUIT, "system": None}
+    example, report = one(PLAIN, "preference", row)
+    assert (example.prompt_text, example.response_texts) == ("Name a fruit.", [*FRUIT.values()])
+    assert f"prompt     the column '{name}' of 1 rows, which have no 'prompt'" in str(report)
+    assert (prompt_of(example.row), example.row) == ("Name a fruit.", row | {"prompt": "Name a fruit."})
+    example, report = one(PLAIN, "preference", row | {"prompt": "p"})
+    assert example.prompt_text == "p" and "the column" not in str(report)
+    example, _ = one(PLAIN, "unpaired", {name: [said("user", "p")], "completion": "a", "label": True})
+    assert example.prompt_text == "\n\nHuman: p\n\nAssistant:"
+    example, _ = one(PLAIN, "sft", {name: "p", "completion": "a", "prompt": None})
+    assert example.prompt_text == "p"
+    sides = {side: [said("user", "u"), said("assistant", side)] for side in ("chosen", "rejected")}
+    example, _ = one(PLAIN, "preference", {name: "u", **sides})  # as with a prompt that is there twice
+    assert (example.prompt_text, example.response_texts) == ("\n\nHuman: u\n\nAssistant:", [" chosen", " rejected"])
+
+
+def test_a_prompt_is_not_guessed():
+    for message, row in {
+        r"field 'prompt' is missing, and 'chosen' and 'rejected' are no dialogues \('\\n\\nHuman: ...'\): rename the "
+        r"field that holds the prompt to 'prompt' \(there are no others\)": FRUIT,
+        r"rename the field that holds the prompt to 'prompt' \(there are 'context', 'id'\)": FRUIT
+        | {"context": "c", "id": 1},
+        r"'chosen' and 'rejected' are no dialogues": {"chosen": HH + " a", "rejected": HH[3:] + " b"},
+        r"fields 'instruction' and 'input' can both be the prompt: join them": FRUIT
+        | {"instruction": "Translate.", "input": "un chat"},
+        r"fields 'question' and 'chosen' both hold the prompt: leave": {
+            "question": "one",
+            "chosen": HH + " a",
+            "rejected": HH + " b",
+        },
+    }.items():
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: .*{message}"):
+            one(PLAIN, "preference", row)
+    example, _ = one(PLAIN, "preference", FRUIT | {"instruction": "Name a fruit.", "input": ""})  # Alpaca's empty input
+    assert example.prompt_text == "Name a fruit."
+    rows = [("f:1", {"question": "q", **FRUIT}), ("f:2", FRUIT), ("f:3", {"prompt": "p", **FRUIT})]
+    examples, report = build(rows, PLAIN, "preference", 99, 199, skip_bad_rows=True)
+    assert [e.prompt_text for e in examples] == ["q", "p"]
+    assert report.skipped == ["f:2: field 'prompt' is missing: give it to every row"]
 
 
 def test_implicit_prompts_as_messages():
@@ -347,7 +407,7 @@ def test_dialogues_that_hold_no_preference_are_dropped_and_counted():
     }
     with pytest.raises(BadInput, match="f:1: fields 'chosen' and 'rejected' share no beginning"):
         build(
-            [("f:1", {"chosen": "\n\nHuman: x" + ends, "rejected": "other" + ends}) for ends in [HH]],
+            [("f:1", {"chosen": "\n\nHuman: x" + ends, "rejected": "Human: y" + ends}) for ends in [HH]],
             PLAIN,
             "preference",
             9,
@@ -396,6 +456,228 @@ def test_consecutive_turns_of_one_role_are_fine():
         CHAT, "preference", {"prompt": [said("user", "a"), said("user", "b")], "chosen": "x", "rejected": "y"}
     )
     assert example.prompt_text.count("user") == 2
+
+
+# ----------------------------------------------------------- a tokenizer without a template, doubts in the report
+
+
+def hh_form(messages, generate):
+    """The hh-rlhf form, written down once more."""
+    names = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+    turns = [f"\n\n{names[m['role']]}: {m['content']}" for m in messages]
+    return "".join(turns) + "\n\nAssistant:" * generate
+
+
+@given(
+    st.lists(st.builds(said, st.sampled_from(["system", "user", "assistant", "tool"]), st.text()), min_size=1),
+    st.booleans(),
+)
+def test_the_template_that_stands_in_is_the_hh_form(messages, generate):
+    options = {"tokenize": False, "chat_template": HH_TEMPLATE, "add_generation_prompt": generate}
+    assert PLAIN.apply_chat_template(messages, **options) == hh_form(messages, generate)
+
+
+def test_the_template_that_stands_in_is_saved(tmp_path, capsys):
+    """The tokenizer keeps it, and the saved one makes the same tokens, EOS after each trained turn among them."""
+    tokenizer = byte_level()
+    a = train_dpo.Args(data=file(tmp_path, {"prompt": "p", "completion": "a"}))
+    load(a.data, "sft", tokenizer, a)
+    assert tokenizer.chat_template is None and "template  " not in capsys.readouterr().out
+    row = {"messages": [said(role, role[0]) for role in ("system", "user", "assistant", "user", "assistant")]}
+    a = train_dpo.Args(data=file(tmp_path, row))
+    [before] = load(a.data, "sft", tokenizer, a)
+    line = r"template   the tokenizer has none: 1 rows of messages are written as '\n\nHuman: ...\n\nAssistant: ...'"
+    assert line in capsys.readouterr().out
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.chat_template == HH_TEMPLATE
+    [after] = load(a.data, "sft", saved, a)
+    assert "template  " not in capsys.readouterr().out
+    assert text(saved, before.prompt) == "<s>" + hh_form(row["messages"][:2], True)
+    assert text(saved, before.responses[0]) == " a</s>\n\nHuman: u\n\nAssistant: a</s>"
+    assert (after.prompt, after.responses, after.trained) == (before.prompt, before.responses, before.trained)
+
+
+def test_strings_under_a_chat_template_are_counted():
+    rows = [("f:1", PAIR), ("f:2", CHATTED), ("f:3", PAIR | {"chosen": "c"})]
+    _, report = build(rows, CHAT, "preference", 99, 199)
+    assert "template   2 rows are strings, used without the tokenizer's chat template\n" in str(report)
+    _, report = build(rows, PLAIN, "preference", 99, 199)
+    assert "template   the tokenizer has none: 1 rows of messages" in str(report)
+    assert "template" not in str(build(rows[1:2], CHAT, "preference", 99, 199)[1])
+    assert "template" not in str(build(rows[:1], PLAIN, "preference", 99, 199)[1])
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, n",
+    [
+        ("Why?", "Why? So.", " Why? No.", 1),
+        ("Why?", "Why? So.", "No.", 0),  # an answer may quote it
+        ("a", "a", "a b", 1),
+        ("a", "ab", "ac", 0),  # another word
+        ("one", HH[:14] + "\n\nAssistant: a", HH[:14] + "\n\nAssistant: b", 1),
+        (HH, HH + " a", HH + " b", 1),
+        (HH, " a", " b", 0),
+    ],
+)
+def test_responses_that_repeat_their_prompt_are_counted(prompt, chosen, rejected, n):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _, report = build([("f:1", row), ("f:2", PAIR)], PLAIN, "preference", 99, 199)
+    assert ("repeats    the responses of 1 rows begin with their prompt" in str(report)) == n and report.repeats == n
+
+
+def test_scores_and_margins_against_the_preference_are_counted():
+    scores = [(1, 2), (2, 1), (3, 3), (None, 1), ("1", 2), (0.5, 0.75)]
+    rows = [(f"f:{i}", PAIR | {"score_chosen": x, "score_rejected": y}) for i, (x, y) in enumerate(scores)]
+    rows += [("f:9", PAIR | {"margin": margin}) for margin in (-1, 0, 1, -0.5, None, -2)]
+    rows += [("f:9", PAIR | {"chosen_rating": 1, "rejected_rating": 5})]
+    shown = str(build(rows, PLAIN, "preference", 99, 199)[1])
+    assert "scores     'score_chosen' is below 'score_rejected' in 2 rows, against the preference\n" in shown
+    assert "scores     'chosen_rating' is below 'rejected_rating' in 1 rows, against the preference\n" in shown
+    assert "margins    below 0 in 3 rows, against the preference\n" in shown and "unused" not in shown
+    shown = str(build(rows[1:3], PLAIN, "preference", 99, 199)[1])
+    assert "scores" not in shown and "margins" not in shown
+
+
+# ------------------------------------------------------------------------- fields of messages, system, tools, unused
+
+USER, FOUR = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\nfour<|im_end|>"
+ASKED = [said("user", "2 + 2?")]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_fields_of_messages_reach_the_template():
+    thought = said("assistant", "four") | {"reasoning_content": "think", "tool_calls": None, "name": ""}
+    row = {"prompt": ASKED, "chosen": [thought], "rejected": [said("assistant", "four")]}
+    example, _ = one(THINKING, "preference", row)
+    assert (example.prompt_text, example.response_texts) == (USER, [FOUR.replace("\n\n", "\nthink\n"), FOUR])
+    messages = [said("user", "2 + 2?"), CALL, said("tool", "4"), thought]
+    example, _ = one(THINKING, "sft", {"messages": messages[:2]})
+    assert example.response_texts == ["<think>\n\n</think>\n<call>add</call><|im_end|>"]
+    example, _ = one(THINKING, "preference", {"prompt": messages[:3], "chosen": [thought], "rejected": "no"})
+    assert example.prompt_text == USER + (
+        "<call>add</call><|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert example.response_texts == [FOUR.replace("\n\n", "\nthink\n"), FOUR.replace("four", "no")]
+    assert texts_of(example.row) == ["four", "no"]
+
+
+@pytest.mark.parametrize("tokenizer", [CHAT, PLAIN])
+def test_fields_that_the_template_drops_are_refused(tokenizer):
+    thought, weight = (said("assistant", "four") | x for x in ({"reasoning_content": "think"}, {"weight": 0}))
+    for kind, name, row in [
+        ("preference", "reasoning_content", {"prompt": ASKED, "chosen": [thought], "rejected": "no"}),
+        ("preference", "reasoning_content", {"prompt": ASKED, "chosen": "no", "rejected": [thought]}),
+        (
+            "preference",
+            "reasoning_content",
+            {"chosen": [*ASKED, said("assistant", "5")], "rejected": [*ASKED, thought]},
+        ),
+        ("sft", "tool_calls", {"messages": [*ASKED, CALL]}),
+        ("sft", "weight", {"messages": [*ASKED, weight]}),
+        ("unpaired", "weight", {"prompt": ASKED, "completion": [weight], "label": True}),
+        ("prompts", "name", {"prompt": [ASKED[0] | {"name": "Ann"}]}),
+        ("prompts", "name", {"messages": [ASKED[0] | {"name": "Ann"}]}),
+        ("prompts", "tools", {"messages": ASKED, "tools": TOOLS}),
+        ("sft", "tools", {"messages": [*ASKED, said("assistant", "4")], "tools": TOOLS}),
+    ]:
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use '{name}': leave it out"):
+            one(tokenizer, kind, row)
+    rows = [("f:1", {"messages": [*ASKED, weight]}), ("f:2", {"messages": [*ASKED, said("assistant", "4")]})]
+    examples, report = build(rows, tokenizer, "sft", 99, 199, skip_bad_rows=True)
+    assert [e.where for e in examples] == ["f:2"] and "does not use 'weight'" in report.skipped[0]
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "2 +", "image": None}, {"type": "text", "text": " 2?"}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "four"}]}]
+    row = {"prompt": [said("user", parts)], "chosen": answer, "rejected": "no"}
+    example, _ = one(THINKING, "preference", row)
+    assert (example.prompt_text, example.response_texts[0]) == (USER, FOUR) and texts_of(example.row) == ["four", "no"]
+    for part, kind in [
+        ({"type": "image", "image": "x.png"}, "'image'"),
+        ({"type": "image_url", "image_url": {}}, "'image_url'"),
+        ({"type": "text", "text": "a", "cache": 1}, "with 'cache'"),
+        ({"type": "text", "text": None}, "'text'"),
+        ("a", "None"),
+    ]:
+        with pytest.raises(BadInput, match=f"field 'prompt', message 1 has a part {kind}: only parts"):
+            one(THINKING, "preference", row | {"prompt": [said("user", [*parts, part])]})
+    with pytest.raises(BadInput, match="field 'prompt' is empty"):
+        one(THINKING, "preference", row | {"prompt": [said("user", [])]})
+
+
+def test_a_system_column():
+    plain = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+    answers = {name: [said("assistant", name)] for name in ("chosen", "rejected")}
+    dialogues = {name: ASKED + answer for name, answer in answers.items()}
+    with_system = [said("system", "Be brief."), *ASKED]
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n" + USER
+    for kind, row in [
+        ("preference", {"prompt": ASKED, **answers}),
+        ("preference", {"prompt": "2 + 2?", **answers}),
+        ("preference", {"question": "2 + 2?", **answers}),
+        ("preference", dialogues),
+        ("preference", {"prompt": "2 + 2?", **dialogues}),
+        ("preference", {"prompt": with_system, **answers}),
+        ("prompts", {"prompt": "2 + 2?", **dialogues}),
+        ("prompts", {"prompt": ASKED}),
+        ("prompts", {"messages": ASKED}),
+        ("sft", {"prompt": "2 + 2?", "messages": dialogues["chosen"]}),
+        ("sft", {"prompt": ASKED, "completion": "4"}),
+    ]:
+        example, report = one(CHAT, kind, row | {"system": "Be brief."})
+        assert example.prompt_text == expected and "'system'" not in str(report)
+        if kind != "sft":
+            assert prompt_of(example.row) == with_system
+        assert one(CHAT, kind, row | {"system": ""})[0].prompt_text.count("Be brief") == (
+            row.get("prompt") == with_system
+        )
+    for kind, row in [
+        ("preference", plain),
+        ("preference", {"chosen": HH + " a", "rejected": HH + " b"}),
+        ("sft", {"text": "t"}),
+        ("prompts", {"prompt": "p"}),
+    ]:
+        with pytest.raises(BadInput, match="^f.jsonl:1: field 'system' goes with messages, and '.*' is a text"):
+            one(CHAT, kind, row | {"system": "Be brief."})
+    with pytest.raises(BadInput, match="fields 'system' and 'prompt' hold two system messages"):
+        one(CHAT, "prompts", {"prompt": with_system, "system": "Be verbose."})
+    with pytest.raises(BadInput, match="field 'system' is not text but int"):
+        one(CHAT, "prompts", {"prompt": ASKED, "system": 3})
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_a_tools_column(tools):
+    shown = "<|im_start|>tools\n" + json.dumps(TOOLS[0]) + "<|im_end|>\n" + USER
+    for kind, row in [
+        ("preference", {"prompt": ASKED, "chosen": [CALL], "rejected": "no"}),
+        ("prompts", {"messages": ASKED}),
+        ("prompts", {"prompt": ASKED}),
+        ("sft", {"messages": [*ASKED, CALL]}),
+    ]:
+        example, report = one(THINKING, kind, row | {"tools": tools})
+        assert example.prompt_text == shown and "unused" not in str(report)
+        assert one(THINKING, kind, row | {"tools": "[]"})[0].prompt_text == USER
+    for row in [{"prompt": "p", "completion": "a"}, {"text": "t"}]:
+        with pytest.raises(BadInput, match="field 'tools' goes with messages, and the row is of strings"):
+            one(THINKING, "sft", row | {"tools": tools})
+    for bad, problem in [("[", "JSON"), ("3", "a list of functions"), (["f"], "a list of functions")]:
+        with pytest.raises(BadInput, match=f"field 'tools' is not {problem}"):
+            one(THINKING, "prompts", {"prompt": ASKED, "tools": bad})
+
+
+def test_columns_that_nothing_uses_are_listed():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "where": "x:1", "meta": {"a": 1}, "margin": 1.0}
+    assert "unused" not in str(one(PLAIN, "preference", row)[1])
+    row |= {"images": ["x.png"], "question": "q", "messages": ASKED, "context": None, "hint": ""}
+    unused = "unused     columns that the model does not see: 'images', 'messages', 'question'\n"
+    assert unused in str(one(PLAIN, "preference", row)[1])
+    unused = "unused     columns that the model does not see: 'images', 'question'\n"
+    assert unused in str(one(PLAIN, "prompts", row)[1])
+    row = {"prompt": "p", "completion": "a", "label": False}  # as rows for SFT
+    assert "does not see: 'label'" in str(one(PLAIN, "sft", row)[1])
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -495,10 +777,23 @@ def test_unreadable_files(tmp_path):
             tmp_path, "prompt,completion", "a,b", "\"[{'role': 'user', 'content': 'hi'}]\",b", name="j.csv"
         ),
         r"i.jsonl:1: not JSON": file(tmp_path, "[" * 100_000, name="i.jsonl"),
+        r"k.csv:3: not CSV \(unexpected end of data\): close its quotes": file(
+            tmp_path, "prompt,completion", "a,b", 'c,"d', "e,f", "g,h", name="k.csv"
+        ),
+        r"l.csv:2: not CSV": file(tmp_path, "prompt,completion", 'a,"b', 'c,"d"', name="l.csv"),
+        r"m.csv:1: two columns have the name 'prompt': rename one": file(
+            tmp_path, "prompt,completion,prompt", "a,b,c", name="m.csv"
+        ),
+        r"n.jsonl:2: not JSON \('prompt' is there twice\)": file(
+            tmp_path, good, '{"prompt": "a", "completion": "b", "prompt": "c"}', name="n.jsonl"
+        ),
+        r"o.json: not JSON \('a' is there twice\)": file(tmp_path, '[{"a": 1, "a": 2}]', name="o.json"),
     }.items():
         with pytest.raises(BadInput, match=message) as error:
             read_rows(source)
         assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="k.csv:3: not CSV"):  # it is not known which rows are good
+        read_rows(str(tmp_path / "k.csv"), skip_bad_rows=True)
     rows, skipped = read_rows(file(tmp_path, good, "{", "3", '"x"', good), skip_bad_rows=True)
     assert [where for where, _ in rows] == ["prefs.jsonl:1", "prefs.jsonl:5"]
     assert [message.split(" (")[0].split(": write")[0] for message in skipped] == [
@@ -582,18 +877,22 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner})
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner},
+            optional={"tool_calls": inner, "reasoning_content": inner},
+        )
     ),
     max_leaves=6,
 )
 COLUMNS = ["prompt", "chosen", "rejected", "completion", "label", "messages", "text", "responses", "ranks", "margin"]
+COLUMNS += ["question", "input", "system", "tools", "score_chosen", "score_rejected"]
 ROWS = st.lists(
     st.dictionaries(st.sampled_from([*COLUMNS, "probability", "x"]), JSON, max_size=8), min_size=1, max_size=3
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(ROWS, st.sampled_from(sorted(KINDS)), st.booleans(), st.sampled_from([PLAIN, CHAT]))
+@given(ROWS, st.sampled_from(sorted(KINDS)), st.booleans(), st.sampled_from([PLAIN, CHAT, THINKING]))
 def test_any_json_gives_examples_or_bad_input(rows, kind, skip, tokenizer):
     try:
         examples, report = build([(f"f:{i}", row) for i, row in enumerate(rows)], tokenizer, kind, 20, 40, skip)
@@ -652,6 +951,34 @@ def test_held_out_share():
     assert abs(len(held_out(examples, 0.05)[1]) - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
     texts = [example_of("", response=f"text {i}") for i in range(400)]  # rows without a prompt go by their text
     assert 0 < len(held_out(texts, 0.5)[1]) < 400
+
+
+def pairs_of(prompts):
+    return [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+
+
+def test_the_split_of_the_held_out_rows(tmp_path, capsys):
+    """Two splits of one data set, a file beside a split, and what of the held-out prompts is in training."""
+    parts = {"train_prefs": pairs_of("pqr"), "test_prefs": pairs_of("rrst")}
+    data = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    data.save_to_disk(tmp_path / "prefs")
+    folder, lone = str(tmp_path / "prefs"), file(tmp_path, *pairs_of("xy"))
+
+    def prompts(**flags):
+        a = train_dpo.Args(data=folder, split="train_prefs", **flags)
+        parts = load_split("preference", PLAIN, a)
+        return *("".join(e.prompt_text for e in part) for part in parts), capsys.readouterr().out
+
+    train, held, out = prompts(eval_data=folder, eval_split="test_prefs")
+    assert (train, held) == ("pqr", "rrst") and "\n1 of 3 held-out prompts are also in training\n" in out
+    train, held, out = prompts(eval_data=folder)
+    assert (train, held) == ("pqr", "pqr") and "\n3 of 3 held-out prompts are also in training\n" in out
+    train, held, out = prompts(eval_data=lone)
+    assert (train, held) == ("pqr", "xy") and "also in training" not in out
+    train, held, out = prompts(eval_fraction=0.5)
+    assert sorted(train + held) == [*"pqr"] and "also in training" not in out
+    with pytest.raises(BadInput, match="^--eval-split test_prefs: of which data"):
+        prompts(eval_split="test_prefs")
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=30), st.integers(0, 5))

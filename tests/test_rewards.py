@@ -514,7 +514,7 @@ FORMS = {
     "messages": ({"prompt": TALK, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}, TALK),
     "dialogues": ({"chosen": TALK + ANSWERS[0], "rejected": TALK + ANSWERS[1]}, TALK),
     "an empty prompt": ({"prompt": None, "chosen": TALK + ANSWERS[0], "rejected": TALK + ANSWERS[1]}, TALK),
-    "shared beginning": ({"chosen": "so it is", "rejected": "so it was"}, "so it"),
+    "question": ({"question": "so it", "chosen": " is", "rejected": " was"}, "so it"),
     "hh": (
         {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"},
         "\n\nHuman: x\n\nAssistant:",

@@ -240,7 +240,7 @@ FORMS = {  # a row, and its prompt
     "prompt of messages": ({"prompt": TALK}, TALK),
     "preference": ({"prompt": "the plot", "chosen": "was superb .", "rejected": "was dull ."}, "the plot"),
     "dialogues": ({"chosen": TALK + ANSWERS[0], "rejected": TALK + ANSWERS[1]}, TALK),
-    "two texts": ({"chosen": "the plot was superb .", "rejected": "the plot was dull ."}, "the plot was"),
+    "question": ({"question": "the plot was", "chosen": "superb .", "rejected": "dull ."}, "the plot was"),
     "hh": (
         {"chosen": "\n\nHuman: hi\n\nAssistant: it was", "rejected": "\n\nHuman: hi\n\nAssistant: a"},
         "\n\nHuman: hi\n\nAssistant:",
