@@ -466,9 +466,10 @@ class Run:
             dist.barrier()
 
     def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest checkpoint, which is complete: it got its name when it was."""
+        """The folder of the newest checkpoint that has its main file; of the newest one if none has."""
         folders = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
-        return max(folders, key=lambda path: int(path.name[5:]), default=None)
+        complete = [path for path in folders if any((path / name).exists() for name in ("state.pt", ".metadata"))]
+        return max(complete or folders, key=lambda path: int(path.name[5:]), default=None)
 
     def load_checkpoint(self, **parts: Any) -> dict | None:
         """The newest complete checkpoint, or None. `parts`: the models and optimizers that are in it, by name, for
