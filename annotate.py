@@ -54,6 +54,7 @@ from support.runs import check, cli
 
 PAGE = Path(__file__).parent / "support" / "annotate.html"
 HOLD = 15 * 60  # seconds for which a prompt is reserved for the annotator whose page shows it
+CARRIED = ("prompt", "tools", "responses", "ended", "token_ids", "tokenizer", "where")  # what --out keeps of a sample
 Event = dict  # a line of the journal: id, kind (rank, skip, flag, undo), annotator, sample, ...
 
 
@@ -268,7 +269,7 @@ class Judgements:
     def line(self, event: Event) -> str:
         if event["id"] not in self.lines:
             row = self.samples[event["sample"]].row
-            row = {name: row[name] for name in ("prompt", "tools", "responses", "ended", "where") if name in row}
+            row = {name: row[name] for name in CARRIED if name in row}
             row |= {name: event[name] for name in ("ranks", "annotator", "order", "seconds", "note", "time")}
             self.lines[event["id"]] = json.dumps(row, ensure_ascii=False) + "\n"
         return self.lines[event["id"]]
@@ -503,7 +504,7 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
             for key in group:
                 sample = samples[key]
                 scores = [next(values) for _ in sample.first]
-                row = {n: sample.row[n] for n in ("prompt", "tools", "responses", "ended", "where") if n in sample.row}
+                row = {n: sample.row[n] for n in CARRIED if n in sample.row}
                 row |= {"ranks": ranks_of(key, scores), "annotator": a.by, "rewards": scores, "noise": noise}
                 done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 f.write(done[key])

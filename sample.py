@@ -8,7 +8,10 @@ Every token is drawn from the whole of softmax(logits / temperature): no top-k, 
 whatever the model's own generation settings say. `logps` are the responses' log-probs at temperature 1, whatever the
 sampling temperature. samples.jsonl gets one row for each prompt, and annotate.py ranks its responses:
 
-    {"prompt": ..., "responses": [k texts], "ended": [k], "logps": [k], "ref_logps": [k], "where": "prompts.jsonl:17"}
+    {"prompt": ..., "responses": [k texts], "ended": [k], "logps": [k], "ref_logps": [k], "tokens": [k lengths],
+     "token_ids": [k lists], "tokenizer": digest of its vocabulary, "where": "prompts.jsonl:17"}
+
+Training on these rows with the same tokenizer uses the token ids, because a text can be tokenised in more than one way.
 """
 
 import hashlib
@@ -25,7 +28,7 @@ from tqdm import tqdm
 
 import train_sft
 from rlhf import BadInput, require
-from support import models, reviews, runs, scoring
+from support import models, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
 from support.report import interval, mean_interval, table
@@ -146,6 +149,7 @@ def main(a: Args) -> dict[str, float]:
     if a.ref:
         scorers["ref_logps"] = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
     model = scorers["logps"]
+    digest = tokens.digest(tokenizer)
     ends, probe_rows = end_ids(model, tokenizer), probes(prompts, a.max_new_tokens)
     batching = Batching(a.layout, models.pad_id(tokenizer), torch.float32, a.micro_batch_tokens, a.device)
     layouts = {name: scoring.choose_layout(scorer, probe_rows, batching) for name, scorer in scorers.items()}
@@ -181,6 +185,8 @@ def main(a: Args) -> dict[str, float]:
                     "ended": [response[-1] in ends for response in e.responses],
                     **{name: values[i].tolist() for name, values in scores.items()},
                     "tokens": [len(response) for response in e.responses],
+                    "token_ids": e.responses,
+                    "tokenizer": digest,
                     "where": e.where,
                 }
                 for i, e in enumerate(sampled)

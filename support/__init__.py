@@ -1,6 +1,7 @@
 """What surrounds the mathematics: files, models, processes, printing. A first reader may skip it.
 
     rows.py           files and hub ids -> rows, with the checks and their one-line messages
+    tokens.py         pieces of a text -> token ids, and back
     examples.py       rows -> token ids (`Example`), lengths, the held-out split
     preferences.py    pairs, ties, ceilings, expected accuracy
     models.py         loading and saving policies, references and reward models; adapters

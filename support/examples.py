@@ -14,13 +14,15 @@ The columns of a row decide its form. A prompt or response is a string or a list
     prompts     prompt | any form that has one
 
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
-The prompt and each response are tokenised separately and joined as ids, so no token spans the boundary. Strings are
-used unchanged: if a space belongs between prompt and response, the data must contain it. Messages are rendered with the
-tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model. Their other
-fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; what it drops is
-refused. Columns that do not reach the model are listed in the report.
+The prompt and each response are tokenised separately (support/tokens.py) and joined as ids, so no token spans the
+boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must contain it. Messages
+are rendered with the tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model.
+Their other fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; a field
+that the template drops is refused. Columns that do not reach the model are listed in the report.
 
-A sampled response that was truncated (`ended` is false, from sample.py) gets no EOS. For rankings by a simulated
+A sampled response that was truncated (`ended` is false, from sample.py) is its own tokens behind the prompt's: no EOS
+and nothing of the template. Where a row has the sampled `token_ids` and the digest of this very `tokenizer`, they are
+the responses. For rankings by a simulated
 annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
 """
 
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
-from support import reviews
+from support import reviews, tokens
 from support.rows import (
     EMPTY,
     Dropped,
@@ -79,7 +81,9 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 OPTIONAL = ("system", "tools", "margin", "probability", "ended", "rewards", "noise")  # read where the form has a use
 OPTIONAL += tuple(itertools.chain(*SCORES))
 METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
-METADATA += ("annotator", "order", "seconds", "note", "time")  # as what sample.py and annotate.py write beside a row
+METADATA += ("token_ids", "tokenizer", "annotator", "order", "seconds", "note", "time")  # like what our scripts write
+ANSWER = "answer-to-this"  # stands for an answer where a template is tried
+MORE = {"role": "user", "content": "more"}
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
 #
@@ -130,6 +134,8 @@ class Report:
     against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
+    sampled: int = 0  # responses whose ids are the row's `token_ids`
+    foreign: int = 0  # responses whose `token_ids` are those of another tokenizer, and not used
     unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
@@ -171,6 +177,12 @@ class Report:
         if responses:
             out.append(f"EOS        at the end of {self.eos} of {len(responses)} responses")
             out.append(f"responses  {sum(responses) / len(responses):.1f} tokens on average, {max(responses)} at most")
+        if self.sampled:
+            out.append(f"token ids  of {self.sampled} responses are those that were sampled")
+        if self.foreign:
+            out.append(
+                f"token ids  of {self.foreign} responses are another tokenizer's: their texts are tokenised anew"
+            )
         if self.unknown:
             out.append(f"unknown    {self.unknown:.1%} of the tokens: the tokenizer does not know their text")
         if self.desirable is not None:
@@ -198,6 +210,7 @@ class _Draft:
     ranks: list[int]
     labels: list[bool] | None = None
     ended: list[bool] | None = None  # None: all
+    token_ids: list[list[int]] | None = None  # of the responses, as they were sampled
     margin: float | None = None
     probability: float = 1.0
     rewards: list[float] | None = None
@@ -235,17 +248,41 @@ def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, 
             )
 
 
+def _until_eos(tokenizer, text: str) -> str:
+    """Without the whitespace after its last EOS, if it ends in one."""
+    if tokenizer.eos_token:
+        head, eos, tail = text.rpartition(tokenizer.eos_token)
+        if eos and not tail.strip():
+            return head + eos
+    return text
+
+
 def _turn(tokenizer, messages: list[Message], before: str, tools: list[dict] | None) -> str:
     """The text that the last message adds after `before`, up to its EOS if the template emits one."""
     text = _render(tokenizer, messages, tools)
     if not text.startswith(before):
         raise BadInput("the chat template does not begin a conversation with its prompt: give the row as strings")
-    added = text[len(before) :]
-    if tokenizer.eos_token:
-        head, eos, tail = added.rpartition(tokenizer.eos_token)
-        if eos and not tail.strip():
-            return head + eos
-    return added
+    return _until_eos(tokenizer, text[len(before) :])
+
+
+def _closing(tokenizer, prompt: list[Message], tools: list[dict] | None) -> str:
+    """The text that the template writes after an answer to `prompt`, up to its EOS. BadInput if it is not what stands
+    there when a user turn follows, because the template then opens another turn. It may be that and EOS."""
+    answered = [*prompt, {"role": "assistant", "content": ANSWER}]
+    _, found, last = _render(tokenizer, answered, tools).rpartition(ANSWER)
+    if not found:
+        raise BadInput("the chat template leaves out or rewrites an answer: give the row as strings")
+    try:
+        _, found, inner = _render(tokenizer, [*answered, MORE], tools).rpartition(ANSWER)
+    except BadInput:  # a template of one turn only
+        return _until_eos(tokenizer, last)
+    closing = _until_eos(tokenizer, last)
+    if found and not inner.startswith((last, closing.removesuffix(tokenizer.eos_token or ""))):
+        raise BadInput(
+            f"the chat template opens another turn after an answer ({last[-60:]!r}): mend it to do so for "
+            "add_generation_prompt only, or give the row as strings"
+        )
+    return closing
 
 
 def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
@@ -254,6 +291,7 @@ def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) 
     if not turns:
         raise BadInput("field 'messages' has no assistant message: give it one to train on")
     prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), tools, generate=True)
+    _closing(tokenizer, messages[: turns[0]], tools)
     pieces: list[tuple[str, bool]] = []
     for i in turns:
         before = _render(tokenizer, messages[:i], tools, generate=True)
@@ -267,7 +305,22 @@ def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) 
     return prompt, pieces
 
 
-def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) -> _Draft:
+def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[list[int]] | None:
+    """The field `token_ids`, checked: the tokenizer has them, and they spell the responses."""
+    valid = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < size for i in x)  # noqa: E731
+    size, context = len(pieces.tokenizer), pieces.context(draft.prompt)
+    ids = optional_list(draft.row, "token_ids", valid, "lists of token ids")
+    for i, value in enumerate(values):
+        text = value if isinstance(value, str) else value[-1]["content"]
+        if pieces.decode(context, ids[i]) != text:
+            raise BadInput(
+                f"field 'token_ids[{i}]' does not spell 'responses[{i}]': leave token_ids out, or mend the text"
+            )
+    return ids
+
+
+def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: tokens.Pieces, digest: str | None) -> _Draft:
+    tokenizer = pieces.tokenizer
     row = row if form == ["text"] else standard(row)
     for name in form:
         if row.get(name) is None:
@@ -344,16 +397,20 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, tokenizer) ->
         draft.prompt, draft.rendered = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True), True
         if kind == "prompts":
             _require_used(tokenizer, prompt, tools, generate=True)
-        for value, name in zip(values, names, strict=True):
-            messages = [*prompt, check_answer(value, name, draft.ended is not None)]
-            _require_used(tokenizer, messages, tools, generate=False)
-            draft.responses.append([(_turn(tokenizer, messages, draft.prompt, tools), True)])
-        for i, ended in enumerate(draft.ended or ()):
-            if not ended:  # a truncated response does not contain the template's end-of-turn markup
-                [(text, _)], content = draft.responses[i], check_answer(values[i], names[i], True)["content"].strip()
-                if content not in text:
-                    raise BadInput(f"the chat template rewrites field {names[i]!r}: give the row as strings")
-                draft.responses[i] = [(text[: text.rfind(content) + len(content)], True)]
+        closing = _closing(tokenizer, prompt, tools) if values else ""
+        for i, (value, name) in enumerate(zip(values, names, strict=True)):
+            answer = check_answer(value, name, draft.ended is not None)
+            _require_used(tokenizer, [*prompt, answer], tools, generate=False)
+            if draft.ended and not draft.ended[i]:
+                turn = answer["content"]
+            else:
+                turn = _turn(tokenizer, [*prompt, answer], draft.prompt, tools)
+                added = turn.removesuffix(closing).strip() != answer["content"].strip()
+                if draft.ended and added:  # the template inserts what was not sampled, such as the end of a thought
+                    turn = answer["content"] + closing
+            draft.responses.append([(turn, True)])
+    if "responses" in form and row.get("token_ids") is not None and row.get("tokenizer") == digest:
+        draft.token_ids = _sampled_ids(draft, values, pieces)
     if "ranks" in form and len(set(draft.ranks)) == 1:
         raise Dropped("ties throughout")
     return draft
@@ -441,7 +498,9 @@ def build(
                 raise BadInput(f"{where}: {error} or use --skip-bad-rows") from error
             report.skipped.append(f"{where}: {error}")
 
-    drafts = [attempt(where, _make_draft, where, row, form, kind, tokenizer) for where, row in rows]
+    pieces = tokens.Pieces(tokenizer)
+    digest = tokens.digest(tokenizer) if any(row.get("token_ids") for _, row in rows) else None
+    drafts = [attempt(where, _make_draft, where, row, form, kind, pieces, digest) for where, row in rows]
     drafts = [draft for draft in drafts if draft is not None]
     rendered = sum(draft.rendered for draft in drafts)
     if tokenizer.chat_template:
@@ -449,13 +508,12 @@ def build(
     else:
         report.hh_template = rendered
     report.repeats = sum(_repeats_prompt(draft) for draft in drafts if not draft.rendered)
-    pieces = {text for draft in drafts for response in draft.responses for text, _ in response}
-    texts = ["", *sorted(pieces | {draft.prompt for draft in drafts})]
-    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    texts = {piece for draft in drafts for response in _in_context(draft, pieces) for piece in response}
+    ids = pieces.encode({("", ""), *texts, *(("", draft.prompt) for draft in drafts)})
 
     bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
     limits = min(max_prompt_length, max_length - 1), max_length
-    examples = [attempt(draft.where, _make_example, draft, ids, tokenizer, bos, *limits, report) for draft in drafts]
+    examples = [attempt(draft.where, _make_example, draft, ids, pieces, bos, *limits, report) for draft in drafts]
     examples = [example for example in examples if example is not None]
     if not examples:
         reasons = [f"{n} {reason}" for reason, n in report.dropped.items()] + report.skipped[:1]
@@ -485,36 +543,50 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
 
 
+def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[tokens.Context, str]]]:
+    """The pieces of each response, each behind the context that decides its ids."""
+    responses = []
+    for texts in draft.responses:
+        befores = itertools.accumulate((text for text, _ in texts), initial=draft.prompt)
+        responses.append([(pieces.context(before), text) for before, (text, _) in zip(befores, texts, strict=False)])
+    return responses
+
+
 def _make_example(
     draft: _Draft,
-    ids: dict[str, list[int]],
-    tokenizer,
+    ids: dict[tuple[tokens.Context, str], list[int]],
+    pieces: tokens.Pieces,
     bos: int | None,
     max_prompt_length: int,
     max_length: int,
     report: Report,
 ) -> Example:
     """Look up the ids of prompt and responses, add BOS and EOS, and truncate to the two lengths."""
+    tokenizer = pieces.tokenizer
     eos = tokenizer.eos_token_id
     responses, trained = [], []
-    for pieces, ended in zip(draft.responses, draft.ended or [True] * len(draft.responses), strict=True):
+    in_context, ends_of = _in_context(draft, pieces), draft.ended or [True] * len(draft.responses)
+    for texts, keys, ended in zip(draft.responses, in_context, ends_of, strict=True):
         response: list[int] = []
         mask: list[bool] = []
-        for i, (text, train) in enumerate(pieces):
-            piece = list(ids[text])
+        for i, ((text, train), key) in enumerate(zip(texts, keys, strict=True)):
+            piece = list(ids[key])
             if train and not piece and draft.ended is None:
                 raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
-            ends = i == len(pieces) - 1 or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
+            ends = i == len(texts) - 1 or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
             if train and ends and ended and eos is not None and piece[-1:] != [eos]:
                 piece.append(eos)
             response += piece
             mask += [train] * len(piece)
+        if draft.token_ids:
+            response = draft.token_ids[len(responses)]
+            mask = [True] * len(response)
         if not response:
             raise Dropped("a response without a token")
         responses.append(response)
         trained.append(mask)
 
-    prompt = list(ids[draft.prompt])
+    prompt = list(ids["", draft.prompt])
     if draft.prompt:
         if bos is not None and prompt[:1] != [bos]:
             prompt = [bos, *prompt]
@@ -539,12 +611,16 @@ def _make_example(
         raise Dropped("identical responses")
     report.prompts_cut += prompt_cut
     report.responses_cut += sum(len(response) > limit for response in responses)
+    if draft.token_ids:
+        report.sampled += len(responses)
+    elif draft.responses and "responses" in draft.row and draft.row.get("token_ids"):
+        report.foreign += len(responses)
     return Example(
         where=draft.where,
         prompt=prompt,
         responses=truncated,
         prompt_text=draft.prompt,
-        response_texts=["".join(text for text, _ in pieces) for pieces in draft.responses],
+        response_texts=["".join(text for text, _ in texts) for texts in draft.responses],
         ranks=draft.ranks,
         labels=draft.labels,
         trained=None if all(map(all, trained)) else trained,
@@ -644,12 +720,12 @@ def probes(prompts: Sequence[Example], tokens: int, without: Collection[int] = (
 
 
 def show(example: Example, tokenizer) -> str:
-    """The example token by token, with `+` before each trained token and `.` before the others."""
+    """The example token by token, as the vocabulary writes them, with `+` before each trained token, else `.`."""
 
     def block(ids: list[int], trained: list[bool]) -> list[str]:
         lines = [""]
         for token, train in zip(ids, trained, strict=True):
-            word = ("+" if train else ".") + repr(tokenizer.decode([token]))
+            word = ("+" if train else ".") + repr(tokenizer.convert_ids_to_tokens(token))
             if len(lines[-1]) + len(word) > 110:
                 lines.append("")
             lines[-1] += " " + word

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf import require
-from support import models, parallel, reviews, sharding
+from support import models, parallel, reviews, sharding, tokens
 from support.examples import Example
 from support.sharding import as_forward
 
@@ -180,7 +180,9 @@ def answer(
     """The examples' prompts with k sampled responses each, in place of their own; arguments as in `generate`."""
     prompts = [e.prompt for e in examples]
     ids = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed, batch_size, k, dtype)
-    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in ids]
+    pieces = tokens.Pieces(tokenizer)
+    contexts = [pieces.context(e.prompt_text) for e in examples]
+    texts = [pieces.decode(contexts[i // k], response) for i, response in enumerate(ids)]
     places = [slice(i * k, (i + 1) * k) for i in range(len(examples))]
     unknown = {"ranks": [1] * k, "labels": None, "trained": None, "margin": None, "probability": 1.0}
     return [

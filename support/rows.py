@@ -188,6 +188,7 @@ def _parse_cell(column: str, cell: str | None) -> object:
         "margin",
         "probability",
         "ended",
+        "token_ids",
         "rewards",
         "noise",
     )

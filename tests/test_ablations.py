@@ -194,7 +194,7 @@ def test_leash_clauses_by_hand(leash, modules):
     assert found["proxy - gold: 0 - 0.1"] == pytest.approx((1.6, 0), abs=1e-9)
     # 0.4 and 0.41: mean 0.405, half 12.706 * 0.005
     assert found["gold reward: 0.1 - 0"] == pytest.approx((0.405, 12.706 * 0.005), abs=1e-9)
-    assert found["gain in gold: a tenth of that at 0.1 - that at 30"][0] == pytest.approx(0.1305 - 0.01, abs=1e-9)
+    assert found["gold: 0.1 x (gain at 0.1) minus (gain at 30)"][0] == pytest.approx(0.1305 - 0.01, abs=1e-9)
     table, verdict, effect = module.report(leash)
     assert verdict == "reproduced" and "9 of 9" in effect
     assert "| 0.1 | 1.31 +- 0.06 | 1.20 +- 0.00 |" in table
@@ -211,8 +211,8 @@ def test_leash_against_early_stopping(leash, modules):
     assert found["gold reward: 0.1 - 0 at its KL"][0] == pytest.approx(1.305 - gold(2.0), abs=1e-5)  # 4 nats
     between = gold(1.0) + (gold(2.0) - gold(1.0)) * (2**0.5 - 1)  # 2 nats
     assert found["gold reward: 0.3 - 0 at its KL"][0] == pytest.approx(1.0 - between, abs=1e-5)
-    assert found["a of gold = d (a - b log d) at 0"][0] == pytest.approx(0.9, abs=1e-5)
-    assert found["b of gold = d (a - b log d) at 0"][0] == pytest.approx(0.2, abs=1e-5)
+    assert found["gold = d (a - b log d) at 0: a"][0] == pytest.approx(0.9, abs=1e-5)
+    assert found["gold = d (a - b log d) at 0: b"][0] == pytest.approx(0.2, abs=1e-5)
     assert found["slope in d of proxy - gold at 0"][0] == pytest.approx(0.25, abs=1e-5)
 
 
@@ -261,7 +261,8 @@ def test_sft_first_chooses_on_validation_and_reports_test(modules, tmp_path):
     assert module.chosen(results, "SFT, DPO") == "SFT, DPO, 0.001"
     table, verdict, effect = module.report(results)
     # SFT - base: 0.5 and 0.6, half 12.706 * 0.05: not above 0
-    assert verdict == "not resolved" and "gold reward: SFT, DPO - base, DPO 0.55 +- 0.64; readable gold: SFT" in effect
+    assert verdict == "not resolved"
+    assert "gold reward of (SFT then DPO) minus (base then DPO): 0.55 +- 0.64; readable gold of (SFT" in effect
     assert "| gold reward: Preferred-FT, DPO - base, DPO | 0.40 +- 0.00 | reproduced |  |" in table
     assert "| **SFT, DPO, 0.001** | 1.05 +- 0.64 |" in table and "| SFT, DPO, 0.0003 | 9.00 |" in table
 
@@ -347,7 +348,7 @@ def test_overopt_clauses_by_hand(swapped, modules, tmp_path):
     found = {name: mean for name, ((mean, _), _) in module.clauses(results).items()}
     of = lambda b: (1 - 0.5 * b) / 0.995 - (1 - 4 * b) / 0.96  # noqa: E731
     falls = (of(0.1) + of(0.08)) / 2 if swapped else of(0.1)
-    assert found["share at n = 2 - at the largest: BoN 800"] == pytest.approx(falls, abs=1e-4)
+    assert found["share at n = 2 minus share at the largest n: BoN 800"] == pytest.approx(falls, abs=1e-4)
     assert found["-Spearman(b / a, pairs): BoN"] == pytest.approx((1 + 0.8) / 2 if swapped else 1)
     assert found["Spearman(share, pairs): BoN"] == pytest.approx((1 + 0.8) / 2 if swapped else 1)
     assert found["c, readable gold: PPO 800"] == pytest.approx(0.3, abs=1e-4)
@@ -399,7 +400,7 @@ def test_ppo_tricks_clauses_by_hand(modules, tmp_path):
         {
             "gold reward: baseline - rewards whitened, scale": 0.3,
             "length: baseline - rewards whitened, scale": 0.5,
-            "0.05 - share clipped": 0.04,
+            "0.05 minus the share clipped": 0.04,
             "objective: lambda 1 - lambda 0": 0.85,
             "utility: baseline - KL coefficient 0": 0.5,
             "utility: baseline - KL coefficient 10": 0.1,

@@ -130,15 +130,15 @@ def lengths(modules, tmp_path):
 
 def test_length_clauses_by_hand(modules, lengths):
     found = modules["length"].clauses(lengths)
-    assert found["slope of DPO, at the end"] == pytest.approx((0.25, 0), abs=1e-4)
-    assert found["slope, at the end: DPO - R-DPO"] == pytest.approx((0.1, 0), abs=1e-4)
+    assert found["slope of DPO at the end"] == pytest.approx((0.25, 0), abs=1e-4)
+    assert found["slope at the end: DPO - R-DPO"] == pytest.approx((0.1, 0), abs=1e-4)
     assert found["at 60 %: DPO - 1.2"] == pytest.approx((0.05, 0), abs=1e-4)
     assert found["at 60 %: 1.1 - DPO per token"] == pytest.approx((0.05, 0), abs=1e-4)
     assert found["at 50 %: 1.1 - SimPO"] == pytest.approx((-0.1, 0), abs=1e-4)
     # at a KL of 0.4: DPO two thirds of its way, SimPO a third, DPO per token all, R-DPO 5/9
-    assert found["slope, at one KL: DPO - SimPO"] == pytest.approx((0.5 / 3 - 0.1 / 3, 0), abs=1e-4)
-    assert found["slope, at one KL: DPO - DPO per token"] == pytest.approx((0.5 / 3 - 0.05, 0), abs=1e-4)
-    assert found["slope, at one KL: DPO - R-DPO"] == pytest.approx((0.5 / 3 - 0.75 / 9, 0), abs=1e-4)
+    assert found["slope at equal KL: DPO - SimPO"] == pytest.approx((0.5 / 3 - 0.1 / 3, 0), abs=1e-4)
+    assert found["slope at equal KL: DPO - DPO per token"] == pytest.approx((0.5 / 3 - 0.05, 0), abs=1e-4)
+    assert found["slope at equal KL: DPO - R-DPO"] == pytest.approx((0.5 / 3 - 0.75 / 9, 0), abs=1e-4)
     assert len(found) == 13 and common.verdict([*found.values()]) == "contradicted"
 
 

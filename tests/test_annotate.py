@@ -160,6 +160,7 @@ def test_identical_responses_are_shown_once_and_tie(tmp_path):
 
 def test_a_cut_response_is_not_one_that_ended(tmp_path):
     row = {"prompt": "a", "responses": ["x", "x"], "ended": [True, False], "logps": [-1.0, -2.0], "where": "reviews:1"}
+    row |= {"token_ids": [[5, 2], [5]], "tokenizer": "abc"}
     write(tmp_path / "samples.jsonl", [row])
     page = Page(tmp_path)
     view = page.post("next")
@@ -167,6 +168,7 @@ def test_a_cut_response_is_not_one_that_ended(tmp_path):
     page.rank(view)
     [row] = read(page.out)
     assert row["ended"] == [True, False] and row["where"] == "reviews:1" and "logps" not in row
+    assert row["token_ids"] == [[5, 2], [5]] and row["tokenizer"] == "abc"
     page.stop()
 
 

@@ -1007,7 +1007,7 @@ def test_show():
         "f.jsonl:1: prompt, 2 tokens",
         "    .'<s>' .'p'",
         "response 1 (desirable), 3 tokens, 3 trained",
-        "    +'a' +'\\n' +'</s>'",
+        "    +'a' +'Ċ' +'</s>'",
     ]
     example, _ = one(CHAT, "sft", {"messages": [*SFT["messages"], said("user", "u" * 99), said("assistant", "b")]})
     words = show(example, CHAT).split()

@@ -26,8 +26,9 @@ from rlhf import BadInput
 from support import generate, models, reviews, runs
 from support.examples import build
 from support.rows import read_rows
+from support.tokens import digest
 
-COLUMNS = ["prompt", "responses", "ended", "logps", "tokens", "where"]
+COLUMNS = ["prompt", "responses", "ended", "logps", "tokens", "token_ids", "tokenizer", "where"]
 BOS, EOS = 1, 2
 SPECIAL = (0, BOS)  # of the tiny models' tokenizer: they leave no text
 PROMPTS = [  # of like length and not, so that batches of 4 mix neighbours of the data
@@ -178,6 +179,7 @@ def test_rows_and_columns(go, world, ids):
         assert list(row) == COLUMNS
         responses = ids[tuple(tokenizer(row["prompt"])["input_ids"])]
         assert len(responses) == 3 and row["tokens"] == [len(r) for r in responses]
+        assert row["token_ids"] == responses and row["tokenizer"] == digest(tokenizer)
         assert row["responses"] == [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
         assert row["ended"] == [r[-1] == tokenizer.eos_token_id for r in responses]
         assert all(len(r) == 6 or ended for r, ended in zip(responses, row["ended"], strict=True))
@@ -194,7 +196,7 @@ def test_logps_are_those_of_the_librarys_logits(settings, go, world, ids):
     """Of the model itself, whatever the temperature, EOS included; under the model and under the reference."""
     run = go(ref=f"{world}/other", micro_batch_tokens=40, **settings)
     tokenizer = reviews.tokenizer()
-    assert list(run.rows[0]) == ["prompt", "responses", "ended", "logps", "ref_logps", "tokens", "where"]
+    assert list(run.rows[0]) == [*COLUMNS[:4], "ref_logps", *COLUMNS[4:]]
     examples = [example(p := tokenizer(prompt)["input_ids"], ids[tuple(p)]) for prompt in PROMPTS]
     for column, name in (("logps", "model"), ("ref_logps", "other")):
         want = plain_logps(load(world / name), examples)
@@ -209,7 +211,7 @@ def test_the_same_seed_gives_the_same_file_and_another_one_another(go, whole):
     state = torch.get_rng_state()
     first = go("first.jsonl", micro_batch_tokens=50)
     assert torch.equal(torch.get_rng_state(), state)
-    columns = ("prompt", "responses", "ended", "tokens", "where")
+    columns = ("prompt", "responses", "ended", "tokens", "token_ids", "tokenizer", "where")
     for mine, theirs in zip(first.rows, map(json.loads, whole.splitlines()), strict=True):
         assert [mine[name] for name in columns] == [theirs[name] for name in columns]
         assert mine["logps"] == pytest.approx(theirs["logps"], abs=1e-4)
@@ -341,9 +343,13 @@ def test_a_ranking_of_samples_has_the_sampled_ids(go, ids):
         responses = ids[tuple(tokenizer(row["prompt"])["input_ids"])]
         [e] = build([as_ranking(row)], tokenizer, "preference", 512, 1024)[0]
         for response, rebuilt, ended in zip(responses, e.responses, row["ended"], strict=True):
+            assert rebuilt == response and (rebuilt[-1] == tokenizer.eos_token_id) == ended
+            kinds[ended] += 1
+        bare = {name: row[name] for name in ("prompt", "responses", "ended")}  # as written before there were token ids
+        [e] = build([as_ranking(bare)], tokenizer, "preference", 512, 1024)[0]
+        for response, rebuilt in zip(responses, e.responses, strict=True):
             if not {*response} & {*tokenizer.all_special_ids} - {tokenizer.eos_token_id}:
-                assert rebuilt == response and (rebuilt[-1] == tokenizer.eos_token_id) == ended
-                kinds[ended] += 1
+                assert rebuilt == response
     assert kinds[True] > 1 and kinds[False] > 5
 
 
@@ -371,7 +377,7 @@ def test_an_empty_response_goes_there_and_back(go, tmp_path, ids):
         assert (row["responses"][i], row["ended"][i], row["tokens"][i]) == ("", True, 1)
         assert row["logps"][i] == pytest.approx(-torch.tensor(VOCAB).log().item(), abs=1e-5)
     full = next(i for i, text in enumerate(row["responses"]) if text.count("w") == 2)
-    pair = {name: [row[name][i] for i in (full, empty[0])] for name in ("responses", "ended")}
+    pair = {name: [row[name][i] for i in (full, empty[0])] for name in ("responses", "ended", "token_ids")}
     for kind in ("preference", "responses"):
         [e] = build([as_ranking(row | pair)], words(), kind, 512, 1024)[0]
         assert e.responses == [ids[(BOS, 7, 9)][full], [EOS]]
