@@ -267,6 +267,22 @@ def test_prompts_of_every_row_form(name, go, tmp_path):
     assert back.prompt == asked.prompt and back.prompt_text == asked.prompt_text
 
 
+def test_tools_stay_with_the_prompt(go, world, tmp_path):
+    """The samples have the tools that the model saw: as rows to rank or to score, they give the same prompt."""
+    tokenizer = reviews.tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    )
+    models.save(load(world / "model"), tokenizer, tmp_path / "model")
+    row = {"prompt": [{"role": "user", "content": "the plot"}], "tools": [{"name": "superb"}]}
+    found = go(model=str(tmp_path / "model"), data=str(write_rows(tmp_path / "rows.jsonl", [row])))
+    [sampled] = found.rows
+    assert {name: sampled[name] for name in row} == row
+    [scored] = build([("x:1", sampled)], tokenizer, "responses", 512, 1024)[0]
+    assert scored.prompt_text == "superb the plot "
+
+
 def test_max_prompts_draws_by_seed(go, whole):
     drawn = {seed: [row["prompt"] for row in go(f"{seed}.jsonl", max_prompts=5, seed=seed).rows] for seed in (0, 1)}
     for prompts in drawn.values():
