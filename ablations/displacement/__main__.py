@@ -62,7 +62,10 @@ from support.runs import cli
 from support.scoring import Batching
 
 NAME = "displacement"
-CLAIM = "DPO lowers the log-prob of the preferred answer, most where both are alike; DPOP, an NLL term and NCA do not"
+CLAIM = (
+    "DPO lowers the log-prob of the preferred answer, most if the two answers are alike; "
+    "DPOP, an NLL term and NCA do not"
+)
 METHODS = {  # loss, flag and its three trials
     "DPO": ("dpo", "beta", (0.03, 0.1, 0.3)),
     "DPO-positive": ("dpop", "dpop_lambda", (0.5, 5.0, 50.0)),
@@ -399,7 +402,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["pairs", *columns, "D_w - fresh"], runs),
         markdown(["answers", *of_answers], sampled),
         markdown(["run", "D_w before the edit", "at it", "after it", *(f"mass: {n}" for n in MASS)], edits),
-        markdown(["difference, above 0 by the claim", "mean", ""], lines),
+        markdown(["difference (claim: above 0)", "mean", ""], lines),
     ]
     if at_one:
         header = ["at one margin", "margin", "D_w of the second", "D_w of the first", "D_w", "D_w - fresh"]
@@ -412,9 +415,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
     if real.values_of:
         parts.append(tier_s.report(real))
     effect = (
-        f"D_w of DPO, edit 1: {cell('DPO, edit 1', 'D_w')} nats, random: {cell('DPO, random', 'D_w')}; "
-        f"of fresh answers, edit 1: {cell('DPO, edit 1', 'fresh')}; "
-        f"Spearman with CHES, mixed: {cell('DPO, mixed', 'spearman')}."
+        f"Log-ratio D_w of the chosen answers under DPO: {cell('DPO, edit 1', 'D_w')} nats for near pairs (edit 1: one "
+        f"word differs), {cell('DPO, random', 'D_w')} for random pairs; of fresh answers after near pairs: "
+        f"{cell('DPO, edit 1', 'fresh')}; Spearman of D_w and CHES, mixed pairs: {cell('DPO, mixed', 'spearman')}."
     )
     return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
 

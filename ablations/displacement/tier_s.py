@@ -138,7 +138,7 @@ def report(results: common.Results) -> str:
         [
             "On a real model:",
             markdown(["one pair", *(title for title, _ in COLUMNS.values())], rows),
-            markdown(["difference, above 0 by the claim", "mean", ""], differences),
+            markdown(["difference (claim: above 0)", "mean", ""], differences),
             f"Verdict on this model: *{common.verdict([*criterion.values()])}*. {len(of(dpo, 'D_w'))} statements, "
             f"{results.minutes():.1f} minutes of one thread, {made}.",
         ]

@@ -275,7 +275,7 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
     rows.append(("Best-of-n", label, f"at most {gap:.1g}", "< 0.01", gap < 0.01))
     above = max(worst(results, "best of n", f"{name} {n} wins above") for name in LAWS for n in DRAWN)
     rows.append(("Best-of-n", "wins - n / (n + 1), everywhere", f"at most {above:.0e}", "<= 0", above <= TINY))
-    small("Best-of-n", "best of n", "law - enumeration", "exact law less all draws of 4 from 5, with ties")
+    small("Best-of-n", "best of n", "law - enumeration", "exact law minus all draws of 4 from 5, with ties")
     return rows
 
 

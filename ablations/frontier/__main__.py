@@ -383,7 +383,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         cells = [show(t_interval([*matched(results, method, x).values()]), 3) for x in NATS]
         rows.append([method, *cells, show(t_interval(last), 2)])
     rows.append(["reference", show(t_interval([*start.values()]), 3) + " (KL 0)", "", "", "", ""])
-    header = ["reward on test prompts", *(f"KL {x:g}" for x in NATS), "largest KL of the hull"]
+    header = ["reward on test prompts", *(f"KL {x:g}" for x in NATS), "largest KL on the hull"]
 
     judged = {x: without_the_least_clear([*differences[x].values()]) for x in ("Preferred-FT", "Unlikelihood")}
     lines = []
@@ -409,14 +409,21 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["at Preferred-FT's own KL", "KL, nats", "reward"], at_the_end_of_preferred(results)),
         markdown(["Best-of-n", *(f"n = {n}" for n in DRAWN)], of_n),
         markdown(
-            ["at the end of a run", "KL", "KL of pi*", "share, test prompts", "share, training prompts"], ends(results)
+            [
+                "at the end of a run",
+                "KL",
+                "KL of pi*, its objective's optimum",
+                "share of the optimum's gain at the run's KL, test prompts",
+                "the same, training prompts",
+            ],
+            ends(results),
         ),
     ]
     verdict = common.verdict([x for kept in judged.values() for x in kept] + [margin])
     less = [show(paired(matched(results, "DPO", 1.0), matched(results, other, 1.0)), 3) for other in METHODS[1:]]
     effect = (
-        f"At 1 nat DPO has {show(shares(results, 'DPO')[NATS.index(1.0)])} of the optimum's gain; DPO less "
-        + ", ".join(f"{other} {x}" for other, x in zip(METHODS[1:], less, strict=True))
+        f"At 1 nat DPO has {show(shares(results, 'DPO')[NATS.index(1.0)])} of the optimum's gain; "
+        + ", ".join(f"DPO - {other} {x}" for other, x in zip(METHODS[1:], less, strict=True))
         + "."
     )
     return "\n\n".join(parts), verdict, effect

@@ -210,9 +210,10 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["at the end", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["largest along a run", "readable gold", "after so many updates", *largest], along),
         markdown(["at matched KL", *header], at_kl),
-        markdown(["difference, above 0 by the claim", "mean", ""], compared),
+        markdown(["difference (claim: above 0)", "mean", ""], compared),
     ]
-    effect = "; ".join(f"{name} {show(y, 3)}" for name, y in judged.items()) + "."
+    named = {name.replace(": ", ", ").replace("weight 1/2", "constant weight"): y for name, y in judged.items()}
+    effect = "; ".join(f"{name}: {show(y, 3)}" for name, y in named.items()) + "."
     return "\n\n".join(parts), common.verdict([*judged.values()]), effect
 
 
@@ -228,10 +229,10 @@ def draw(results: common.Results, page) -> None:
         axes_of[2].plot(steps, mean("ref_nll"), marker="o", markersize=3, color=colour, label=x)
     axes_of[0].plot([], [], "k--", linewidth=1, label="readable gold")
     axes_of[0].set_xscale("symlog", linthresh=1)
-    axes_of[0].set_xlabel("KL to SFT, nats an answer", fontsize=8)
+    axes_of[0].set_xlabel("KL to SFT, nats per answer", fontsize=8)
     axes_of[0].set_title("gold reward", fontsize=9)
-    axes_of[1].set_title("entropy, nats a token", fontsize=9)
-    axes_of[2].set_title("reference's NLL, nats a token", fontsize=9)
+    axes_of[1].set_title("entropy, nats per token", fontsize=9)
+    axes_of[2].set_title("reference's NLL, nats per token", fontsize=9)
     for axes in axes_of:
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)

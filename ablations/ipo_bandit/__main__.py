@@ -32,7 +32,7 @@ from rlhf import losses
 from support.runs import cli
 
 NAME = "ipo_bandit"
-CLAIM = "where preferences never fail, DPO goes to one action for every tau, and IPO where its closed form says"
+CLAIM = "if preferences are certain, DPO collapses to one action for every tau; IPO follows its closed form"
 METHODS = {"IPO": losses.ipo, "DPO": losses.dpo}
 TAUS = (0.1, 0.5, 1.0, 10.0)
 PAIRS = {"D1": "ab bc ac", "D2": "ab bc ca", "D3": "ab ba bc", "D3 as printed": "ab ba"}  # the preferred action first
@@ -134,7 +134,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
             rows.append([data, f"{tau:g}", joined(optimum(data, tau)), *cells])
     header = ["data", "tau", "closed form of IPO: a b c", "IPO: a b c (largest half-interval)", "DPO: a b c"]
     mine, other = (common.show(chances(results, f"{method} D1 1")[0], 4) for method in METHODS)
-    effect = f"D1, tau 1: probability of a {mine} with IPO (closed form {optimum('D1', 1)[0]:.4f}), {other} with DPO."
+    closed = f"{optimum('D1', 1)[0]:.4f}"
+    effect = f"data D1, tau 1: P(action a) is {mine} with IPO (closed form {closed}), {other} with DPO."
     return markdown(header, rows), common.verdict(clauses(results)), effect
 
 

@@ -178,7 +178,7 @@ def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
             differences[f"{title}: {best} - {other}"] = paired(values(best, name), values(other, name))
     gain = lambda x, seed: values(x, "gold")[seed] - values("sft", "gold")[seed]  # noqa: E731
     margins = [gain(best, seed) / 10 - gain(largest, seed) for seed in values(best, "gold")]
-    differences[f"gain in gold: a tenth of that at {best} - that at {largest}"] = t_interval(margins)
+    differences[f"gold: 0.1 x (gain at {best}) minus (gain at {largest})"] = t_interval(margins)
     return differences
 
 
@@ -189,8 +189,8 @@ def without_leash(results: common.Results, seed: int) -> list[tuple[float, float
 
 
 def early_stopping(results: common.Results) -> dict[str, tuple[float, float]]:
-    """Name -> (mean, half interval) of what is not judged: readable gold of the best coefficient less the others'; and,
-    after Gao et al. 2022, gold at a coefficient's end less that without a penalty at the same KL, and for the run
+    """Name -> (mean, half interval) of what is not judged: readable gold of the best coefficient minus the others';
+    after Gao et al. 2022, gold at a coefficient's end minus gold without a penalty at the same KL, and for the run
     without a penalty a and b of gold = d (a - b log d) and the slope through 0 of proxy - gold in d."""
     paths, best = {seed: without_leash(results, seed) for seed in results.values("0", "gold")}, best_of(results)
     readable = lambda x: results.values(x, "readable")  # noqa: E731
@@ -206,7 +206,7 @@ def early_stopping(results: common.Results) -> dict[str, tuple[float, float]]:
         fits.append(torch.linalg.lstsq(torch.stack([d, -d * d.log()], 1), gold).solution.tolist())
         slopes.append(((proxy - gold) @ d / (d @ d)).item())
     for name, values in zip("ab", zip(*fits, strict=True), strict=True):
-        intervals[f"{name} of gold = d (a - b log d) at 0"] = t_interval(values)
+        intervals[f"gold = d (a - b log d) at 0: {name}"] = t_interval(values)
     return intervals | {"slope in d of proxy - gold at 0": t_interval(slopes)}
 
 
@@ -220,14 +220,15 @@ def report(results: common.Results) -> tuple[str, str, str]:
     lines = [[name, show(x, 3), common.verdict([x])] for name, x in judged.items()]
     parts = [
         markdown(["KL coefficient", *(title for title, _ in COLUMNS.values())], rows),
-        markdown(["difference, above 0 by the claim", "mean", ""], lines),
+        markdown(["difference (claim: above 0)", "mean", ""], lines),
     ]
     if results.steps("0"):
         rows = [[name, show(x, 3)] for name, x in early_stopping(results).items()]
         parts.append(markdown(["not judged: the peak, and against early stopping", "mean"], rows))
     holds = sum(verdict == "reproduced" for *_, verdict in lines)
-    golds = [f"{name}, {value}" for name, value, _ in lines if name.endswith(" - 0") and "gold" in name]
-    effect = f"{holds} of {len(judged)} differences are above 0; in deviations of SFT answers {'; '.join(golds)}."
+    golds = [f"{n.split(':')[0]} {x}" for n, x, _ in lines if n.endswith(" - 0") and "gold" in n]
+    effect = f"{holds} of {len(judged)} differences are above 0; coefficient {best_of(results)} minus 0, in SFT "
+    effect += f"deviations: {', '.join(golds)}."
     return "\n\n".join(parts), common.verdict([*judged.values()]), effect
 
 
@@ -252,7 +253,7 @@ def draw(results: common.Results, page) -> None:
     left.set_xscale("symlog", linthresh=1)
     left.set_xlim(left=-0.05)
     left.margins(y=0.12)
-    left.set_xlabel("KL to SFT, nats an answer")
+    left.set_xlabel("KL to SFT, nats per answer")
     left.set_ylabel("reward, deviations of SFT answers")
     left.set_title("ends (number: KL coefficient), path at 0", fontsize=9)
     for name in ("grammatical", "distinct_2", "entropy"):

@@ -13,15 +13,15 @@ take the one at which the KL to the SFT model is TARGET on pairs of 50 %, interp
 takes DPO's beta and so has seen six trials in all, tries its penalty, and takes the one whose answers, on pairs of
 60 %, are nearest to the SFT model's length. SimPO has no target margin (gamma 0). Then all run for as many steps on one
 set of pairs for each seed and bias. A beta does not fix how far a run goes, so the runs are evaluated on the way: "at
-one KL" is where a run first has the KL at which the one that goes least far of the four, with that seed and bias, ends;
-linear between two checkpoints.
+equal KL" is where a run first has the KL at which the run that goes least far of the four, with that seed and bias,
+ends; linear between two checkpoints.
 
 Criterion, written before the full run. `ratio` is the mean length of sampled answers to test prompts over that of the
 SFT model's, `slope` is what the ratio gains from 50 % to 70 %, per 10 points. Paired by seed, 95 % t-intervals.
 Reproduced: all of these are above 0. Contradicted: one is below 0. Else not resolved.
 
     exploits   slope of DPO, at the end
-    do not     slope of DPO - that of R-DPO, of DPO per token, of SimPO: at the end, and at one KL
+    do not     slope of DPO - that of R-DPO, of DPO per token, of SimPO: at the end, and at equal KL
     how much   at 60 %, at the end: ratio of DPO - 1.2, and 1.1 - ratio of DPO per token
     control    at 50 %, at the end: 1.1 - the ratio of each method
 
@@ -52,7 +52,7 @@ from support.runs import cli
 from support.scoring import Batching
 
 NAME = "length"
-CLAIM = "a small length bias of the data makes DPO's answers longer, and not those of losses that see the length"
+CLAIM = "a small length bias in the data makes DPO's answers longer, but not those of length-aware losses"
 METHODS = {  # flags; the flag that the three trials vary, and its values
     "DPO": ({"loss": "dpo"}, "beta", (0.05, 0.2, 0.8)),
     "DPO per token": ({"loss": "dpo_norm"}, "beta", (0.5, 2.0, 8.0)),
@@ -243,28 +243,28 @@ def slope(low: dict[int, float], high: dict[int, float]) -> dict[int, float]:
 
 
 def slopes(results: common.Results) -> dict[str, dict[str, dict[int, float]]]:
-    """Place ("end" or "one KL") -> method -> seed -> slope."""
+    """Place ("the end" or "equal KL") -> method -> seed -> slope."""
     methods = [m for m in METHODS if ratio(results, f"{m} 70%")]
     end = {m: slope(*(ratio(results, f"{m} {bias}") for bias in ("50%", "70%"))) for m in methods}
     one = {
         m: slope(*(over_sft(results, at_one_kl(results, f"{m} {bias}", "length")) for bias in ("50%", "70%")))
         for m in methods
     }
-    return {"end": end, "one KL": one}
+    return {"the end": end, "equal KL": one}
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
     """Name -> (mean, half interval) of each difference in the criterion."""
     by_place, minus = slopes(results), lambda ratios, x, sign=1: t_interval([sign * (y - x) for y in ratios.values()])
-    gaps = {"slope of DPO, at the end": minus(by_place["end"]["DPO"], 0.0)}
+    gaps = {"slope of DPO at the end": minus(by_place["the end"]["DPO"], 0.0)}
     for place, slope_of in by_place.items():
         for m in slope_of:
             if m != "DPO":
-                gaps[f"slope, at {'the ' * (place == 'end')}{place}: DPO - {m}"] = paired(slope_of["DPO"], slope_of[m])
+                gaps[f"slope at {place}: DPO - {m}"] = paired(slope_of["DPO"], slope_of[m])
     if ratio(results, "DPO 60%") and ratio(results, "DPO per token 60%"):
         gaps["at 60 %: DPO - 1.2"] = minus(ratio(results, "DPO 60%"), 1.2)
         gaps["at 60 %: 1.1 - DPO per token"] = minus(ratio(results, "DPO per token 60%"), 1.1, -1)
-    for m in by_place["end"]:
+    for m in by_place["the end"]:
         gaps[f"at 50 %: 1.1 - {m}"] = minus(ratio(results, f"{m} 50%"), 1.1, -1)
     return gaps
 
@@ -295,21 +295,22 @@ def report(results: common.Results) -> tuple[str, str, str]:
     titles = {"pairs": "held-out pairs", "SFT": "SFT model's answers", "own": "own answers"}
     parts = [
         markdown([setting, "ratio", *(title for title, _ in COLUMNS.values())], rows),
-        markdown(["difference, above 0 by the claim", "mean", ""], differences),
-        "At one KL, on the way of each run:",
+        markdown(["difference (claim: above 0)", "mean", ""], differences),
+        "At equal KL, along each run:",
         markdown([setting, "KL, nats", "ratio", "DPO - it", "gold reward", "DPO - it"], at_one),
-        "The implicit reward, log pi - log ref, as a line in the length: nats a token, and R^2:",
+        "The implicit reward, log pi - log ref, as a line in the length: nats per token, and R^2:",
         markdown([setting, *(f"{titles[x]}: {n}" for x in ANSWERS for n in ("slope", "R^2"))], rewards),
         f"The trials, on validation prompts, with what was taken from them ({taken}):",
         markdown(["trial", *(title for title, _ in COLUMNS.values())], trials),
     ]
-    named = [f"{n} {show(x, 3)}" for n, x in intervals.items() if n.startswith(("slope of", "slope, at one KL"))]
-    effect = f"Length over the SFT model's, per 10 points of bias: {'; '.join(named)}."
+    named = {n.replace(": ", ", "): x for n, x in intervals.items() if n.startswith(("slope of", "slope at equal"))}
+    effect = "; ".join(f"{n}: {show(x, 3)}" for n, x in named.items())
+    effect = f"Length over the SFT model's, per 10 points of bias: {effect}."
     return "\n\n".join(parts), common.verdict([*intervals.values()]), effect
 
 
 def draw(results: common.Results, page) -> None:
-    """Length against the bias of the data, at the end and at one KL."""
+    """Length against the bias of the data, at the end and at equal KL."""
     left, right = page.subplots(1, 2, sharey=True)
     for i, m in enumerate(m for m in METHODS if ratio(results, f"{m} 70%")):
         biases = [b for b in BIASES if results.values(f"{m} {b:.0%}", "length")]
@@ -322,7 +323,7 @@ def draw(results: common.Results, page) -> None:
             xs = [100 * bias + 0.3 * (i - 1.5) for bias in biases]
             axes.errorbar(xs, [mean for mean, _ in points], bars, marker="o", markersize=4, capsize=2, label=m)
     left.set_title("length over the SFT model's, at the end", fontsize=9)
-    right.set_title("the same, at one KL", fontsize=9)
+    right.set_title("the same, at equal KL", fontsize=9)
     for axes in (left, right):
         axes.axhline(1, color="gray", lw=0.8)
         axes.set_xlabel("% of pairs whose longer answer is preferred", fontsize=8)

@@ -39,7 +39,7 @@ from rlhf import losses
 from support.runs import cli, schedule
 
 NAME = "noise"
-CLAIM = "where labels are flipped, robust DPO that knows the share has less regret than DPO"
+CLAIM = "if labels are flipped, robust DPO told the share of flips has less regret than DPO"
 METHODS = {  # loss per pair at beta 1, from the margin h and the true share of flips
     "DPO": lambda h, share: losses.dpo(h, torch.zeros_like(h), 1.0),
     "conservative": lambda h, share: losses.dpo(h, torch.zeros_like(h), 1.0, share),
@@ -226,13 +226,13 @@ def report(results: common.Results) -> tuple[str, str, str]:
     header = ["robust over DPO", "conservative over DPO", "IPO over DPO", "IPO over robust"]
     parts = [
         markdown(["labels, pairs", "flips", "method", *columns], rows),
-        "What robust DPO gains over DPO, in regret, and at one KL in reward:",
+        "Gains of robust DPO over DPO: in regret, and at equal KL in reward:",
         markdown(["labels, pairs", "flips", *columns[:4], "final, by the criterion"], differences),
-        "What is gained in regret where the scale is tuned:",
+        "Gains in regret with the scale tuned:",
         markdown(["labels, pairs", "flips", *header], tuned),
     ]
     effect = "; ".join(
-        f"flips {share:g}: regret of DPO - robust {show(criterion[share], 3)}, with the scale tuned "
+        f"flips {share:g}: regret of DPO minus robust DPO {show(criterion[share], 3)}, with the scale tuned "
         f"{show(gain(results, 'tuned', MAIN, share, 'robust'), 3)}"
         for share in criterion
     )

@@ -214,7 +214,7 @@ def draw(results: common.Results, page) -> None:
         axes.set_title(f"reference {cell}", fontsize=9)
         axes.set_xscale("symlog", linthresh=4)
         axes.set_xticks([0, 1, 2, 3, 4, 8, 16, 64], ["0", "1", "2", "3", "4", "8", "16", "64"])
-        axes.set_xlabel("KL to the reference, nats an answer")
+        axes.set_xlabel("KL to the reference, nats per answer")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("gold reward, held-out prompts")

@@ -54,7 +54,10 @@ from support.rewards import load_reward
 from support.runs import cli
 
 NAME = "overopt"
-CLAIM = "gold keeps ever less of what the proxy promises: d (a - b d) or d (a - b log d), and b falls with more pairs"
+CLAIM = (
+    "gold keeps ever less of what the proxy promises: with d = sqrt(KL) it follows d (a - b d) or d (a - b log d), "
+    "and b falls with more pairs"
+)
 PAIRS, WIDTHS = (800, 1600, 3200, 6400), (16, 64)
 SETTINGS = {f"BoN {n}": ("BoN", 128, n) for n in PAIRS}
 SETTINGS |= {f"BoN 3200, {width} wide": ("BoN", width, 3200) for width in WIDTHS}
@@ -278,7 +281,7 @@ def spearman(results: common.Results, name: str, sign: int) -> list[float]:
 def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], bool]]:
     """Name -> (mean, half interval) of what the claim says is above 0, and whether it is in the criterion."""
     mean = lambda setting, name, y="gold": t_interval([*by_seed(results, setting, y)[name].values()])  # noqa: E731
-    intervals = {f"share at n = 2 - at the largest: {FEW}": (mean(FEW, "falls"), True)}
+    intervals = {f"share at n = 2 minus share at the largest n: {FEW}": (mean(FEW, "falls"), True)}
     intervals["Spearman(share, pairs): BoN"] = t_interval(spearman(results, "share", 1)), True
     intervals["-Spearman(b / a, pairs): BoN"] = t_interval(spearman(results, "b / a", -1)), True
     for name in ("c", "b", "AICc"):
@@ -313,9 +316,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
     parts = [
         markdown(["proxy of so many pairs", *titles], ends),
         markdown(["", "fit of", "a", "b", "b / a", "R^2", "AICc, line - form", "c"], forms),
-        markdown(["above 0 by the claim", "mean", "above 0?", "in the criterion"], lines),
+        markdown(["quantity (claim: above 0)", "mean", "above 0?", "in the criterion"], lines),
     ]
-    effect = "; ".join(f"{x} {y}" for x, y, _, judged in lines if judged) + "."
+    effect = "; ".join(f"{x.replace(': ', ', ')}: {y}" for x, y, _, judged in lines if judged) + "."
     return "\n\n".join(parts), common.verdict([y for y, judged in intervals.values() if judged]), effect
 
 

@@ -39,7 +39,7 @@ from support.runs import cli
 NAME = "ppo_tricks"
 CLAIM = (
     "whitened rewards lower gold reward and shorten answers; the clip hardly acts; lambda 1 beats lambda 0; "
-    "both extremes of the KL coefficient lower the utility"
+    "both extremes of the KL coefficient lower the utility, gold - 0.3 KL"
 )
 BASELINE = "baseline"
 SETTINGS = {
@@ -148,9 +148,8 @@ def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], boo
     differences["objective: lambda 1 - lambda 0.95"] = "lambda 1", BASELINE, "objective", False
     for x in ("0", "10"):
         differences[f"utility: baseline - KL coefficient {x}"] = BASELINE, f"KL coefficient {x}", "utility", True
-    intervals = {
-        "0.05 - share clipped": (t_interval([0.05 - x for x in results.values(BASELINE, "clipped").values()]), True)
-    }
+    below = [0.05 - x for x in results.values(BASELINE, "clipped").values()]
+    intervals = {"0.05 minus the share clipped": (t_interval(below), True)}
     for title, (x, y, name, judged) in differences.items():
         if results.values(x, name) and results.values(y, name):
             intervals[title] = paired(results.values(x, name), results.values(y, name)), judged
@@ -171,12 +170,14 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["change", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["change - baseline (bold: not 0)", *(COLUMNS[n][0] for n in DIFFERENCES)], changes),
         markdown(
-            ["above 0 by the claim", "mean", "above 0?", "in the criterion"],
+            ["difference (claim: above 0)", "mean", "above 0?", "in the criterion"],
             [[x, show(y, 3), common.verdict([y]), "yes" if judged else ""] for x, (y, judged) in intervals.items()],
         ),
     ]
     criterion = {x: y for x, (y, judged) in intervals.items() if judged}
-    effect = "; ".join(f"{x} {show(y, 3)}" for x, y in criterion.items()) + "."
+    clipped = show(t_interval([*results.values(BASELINE, "clipped").values()]), 3)
+    others = [f"{x.replace(': ', ', ')}: {show(y, 3)}" for x, y in criterion.items() if "clipped" not in x]
+    effect = "; ".join([f"share clipped: {clipped} (claim: below 0.05)", *others]) + "."
     return "\n\n".join(parts), common.verdict([*criterion.values()]), effect
 
 

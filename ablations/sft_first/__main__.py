@@ -36,7 +36,7 @@ from support.examples import build, held_out
 from support.runs import cli
 
 NAME = "sft_first"
-CLAIM = "DPO from an SFT model ends higher than DPO from the base model with as many updates"
+CLAIM = "DPO from an SFT model ends higher than DPO from the base model with equally many updates"
 ARMS = {  # SFT rows of the first half of the updates (None: no SFT), and the loss of the rest
     "base, DPO": (None, "dpo"),
     "SFT, DPO": ("sft", "dpo"),
@@ -162,7 +162,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["arm, learning rate (bold: chosen)", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["difference", "mean", "above 0?", "in the criterion"], lines),
     ]
-    effect = "; ".join(f"{line[0]} {line[1]}" for line in lines if line[3]) + "."
+    judged = [(name, show(x)) for _, name, x in differences if x in criterion]
+    effect = "; ".join(f"{name} of (SFT then DPO) minus (base then DPO): {x}" for name, x in judged) + "."
     return "\n\n".join(parts), common.verdict(criterion), effect
 
 
