@@ -140,6 +140,23 @@ def test_prompts_of_messages(rm):
     assert found == pytest.approx(want, abs=1e-5) and len(rendered.prompt) > 5 and asked
 
 
+def test_a_reward_model_sees_the_tools_of_its_prompt(rm, tmp_path):
+    """Equal prompts with other tools, one after the other: as if the tools were written into the prompt."""
+    tokenizer = reviews.tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    )
+    shutil.copytree(rm, tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    prompt = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    rows = [{"tools": [{"name": "superb"}]}, {"tools": [{"name": "dull"}]}, {}]
+    reward = load_reward(str(tmp_path / "rm"))
+    found = reward([prompt("the plot")] * 3, ["was ."] * 3, rows)
+    want = reward([prompt(f"{text}the plot") for text in ("superb ", "dull ", "")], ["was ."] * 3, [{}] * 3)
+    assert found == pytest.approx(want, abs=1e-5) and len({round(x, 3) for x in want}) == 3
+
+
 def test_long_sequences_are_cut_as_told(rm):
     tokenizer = reviews.tokenizer()
     [want] = library(rm, [tokenizer("dull dull dull was great , and")["input_ids"]])
