@@ -19,7 +19,7 @@ import pytest
 
 import annotate
 from rlhf import BadInput
-from support import reviews
+from support import report, reviews
 from support.examples import build
 from support.rows import read_rows
 
@@ -822,8 +822,8 @@ def test_report(tmp_path, capsys):
     assert found["bias/chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
     # the longer one wins: ana a 0 of 2; ben a: (2 over 0) 1, (2 over 1) 1/2, (0 over 1) 0; b half each; c 1
     assert found["bias/longer"] == pytest.approx((0 + 0 + 1 + 0.5 + 0 + 0.5 + 0.5 + 1) / 8)
-    low, high = found["agreement/same_interval"]
-    assert (low, high) == (pytest.approx(1 / 3), 1)  # prompt a alone, and prompt b alone
+    low, high = found["agreement/same_interval"]  # of 2 of 6 and 2 of 2: two prompts say next to nothing
+    assert (low, high) == pytest.approx(report.share_interval([2, 2], [6, 2])) and low < 0.01 and high > 0.99
     printed = capsys.readouterr().out
     assert "5 rankings of 3 prompts" in printed
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}

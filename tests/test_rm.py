@@ -660,7 +660,7 @@ def test_what_is_said_of_held_out_rankings_by_hand():
     accuracy = [0.5, 1.0, 0.8]
     assert results["accuracy"] == pytest.approx(mean(accuracy))
     deviation = math.sqrt(sum((x - mean(accuracy)) ** 2 for x in accuracy) / 2)
-    assert results["accuracy_interval"] == pytest.approx(1.96 * deviation / math.sqrt(3))
+    assert results["accuracy_interval"] == pytest.approx(4.303 * deviation / math.sqrt(3))  # t(2)
     # the longer one: loses both pairs of the first, wins the second, loses the third, whose label may be wrong
     assert results["longer_wins"] == pytest.approx((0.0 + 1.0 + 0.2) / 3)
     assert results["ceiling"] == pytest.approx((1.0 + 1.0 + 0.8) / 3)
@@ -684,7 +684,7 @@ def test_intervals_are_over_prompts_or_over_the_values_split_by():
     examples, rewards = made_up()
     alike = [dataclasses.replace(e, prompt_text="aab"[i]) for i, e in enumerate(examples)]
     _, results, _ = held_out_report(alike, rewards, None, embedded=False)
-    assert results["accuracy_interval"] == pytest.approx(1.96 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)
+    assert results["accuracy_interval"] == pytest.approx(12.706 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)  # t(1)
     topics = [dataclasses.replace(e, row={"meta": {"topic": "t"}}) for e in examples]
     rows, results, _ = held_out_report(topics, rewards, "meta.topic", embedded=False)
     assert results["accuracy_interval"] == math.inf  # one group gives none
