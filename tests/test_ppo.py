@@ -247,9 +247,7 @@ def shaped(world, run):
     of.entropy = -(p.exp() * p).sum(-1) * rows.mask
     each = torch.arange(len(rows.lengths))
     of.raw = rows_scores(rows, rm)
-    cut = {"no": of.raw, "replace": torch.full_like(of.raw, a.missing_eos_value)}
-    cut["subtract"] = of.raw - a.missing_eos_value
-    of.scores = torch.where(rows.ended, of.raw, cut[a.missing_eos])
+    of.scores = after_missing_eos(a, of.raw, rows)
     of.kl = kl_of(a, of.logps - of.ref, p, q) * rows.mask
     rewards = -(a.kl_coef if a.kl_in == "reward" else 0.0) * of.kl
     rewards[each, rows.last] += of.scores
@@ -271,7 +269,7 @@ def shaped(world, run):
         mean = total.mean(1, keepdim=True)
         if a.advantage == "remax":
             greedy = greedy_rows(policy, run.rollouts[0].examples, a.max_new_tokens)
-            found = total - rows_scores(greedy, rm)[:, None]
+            found = total - after_missing_eos(a, rows_scores(greedy, rm), greedy)[:, None]
         elif a.advantage == "rloo":
             others = [[j for j in range(a.k) if j != i] for i in range(a.k)]
             found = torch.stack([total[:, i] - total[:, rest].mean(1) for i, rest in enumerate(others)], 1)
@@ -281,6 +279,11 @@ def shaped(world, run):
             found = total - mean
         of.advantages = found.reshape(-1, 1) * rows.mask
     return of
+
+
+def after_missing_eos(a, raw, rows):
+    cut = {"no": raw, "replace": torch.full_like(raw, a.missing_eos_value), "subtract": raw - a.missing_eos_value}
+    return torch.where(rows.ended, raw, cut[a.missing_eos])
 
 
 def rows_scores(rows, rm):
@@ -349,6 +352,7 @@ SETTINGS = {
     "drgrpo": {"advantage": "drgrpo"} | SHORT,
     "reinforce++": {"advantage": "reinforce++"} | SHORT,
     "remax": {"advantage": "remax", "k": 2} | SHORT,
+    "remax, cut answers": {"advantage": "remax", "missing_eos": "subtract", "missing_eos_value": 1.5} | SHORT,
     "cut answers, rewards whitened": {"missing_eos": "replace", "missing_eos_value": -2.0, "whiten_rewards": "scale"},
     "all at a temperature": {"temperature": 0.6, "kl_estimator": "exact", "kl_in": "loss"}
     | {"entropy_coef": 0.1, "ptx_coef": 0.6, "micro_batch_tokens": 30},
@@ -427,6 +431,28 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
     assert metrics["policy/clipfrac"] > 0 and abs(metrics["objective/kl"]) > 0.1  # else little was tested
     known = {"step", *want} | (set() if critics else {"loss/value"})  # whether that belongs there: the test below
     assert {name for name in metrics if "perf" not in name} | ({"loss/value"} - {*want}) == known
+
+
+def test_what_coefficients_of_kl_and_entropy_multiply():
+    """Weights of the tokens of answers of 2, 1 and 3 tokens by hand, and their sum: 1 where they make a mean of tokens
+    or of means, the mean length 2 where answers are summed, 2 / 8 where the sums are divided by --max-new-tokens 8."""
+    lengths = torch.tensor([2, 1, 3])
+    weights = {
+        "gae": [1 / 6] * 6,
+        "reinforce++": [1 / 6] * 6,
+        "rloo": [1 / 3] * 6,
+        "remax": [1 / 3] * 6,
+        "grpo": [1 / 6] * 2 + [1 / 3] + [1 / 9] * 3,
+        "drgrpo": [1 / 24] * 6,
+    }
+    assert {*weights} == {*train_ppo.COUNTS}
+    for name, expected in weights.items():
+        a = train_ppo.Args(advantage=name, max_new_tokens=8)
+        assert train_ppo.token_weights(a, lengths, lengths).tolist() == pytest.approx(expected), name
+        two = train_ppo.token_weights(a, lengths, lengths[:2])  # of a batch of the minibatch
+        assert two.tolist() == pytest.approx(expected[:3]), name
+        total = {"rloo": 2, "remax": 2, "drgrpo": 2 / 8}.get(name, 1)
+        assert sum(expected) == pytest.approx(total), name
 
 
 def test_methods_without_a_critic_log_nothing_of_one(go):
