@@ -72,9 +72,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     temperature: float = 1.0
     """of the sampling, and of every log-prob of policy and reference, > 0"""
     kl_coef: float | None = None
-    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5). With --kl-in loss it multiplies the tokens' KL:
-    its mean over a minibatch's tokens (gae, reinforce++), the mean over answers of each one's mean (grpo), of its sum
-    (rloo, remax), or of its sum / --max-new-tokens (drgrpo)"""
+    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5); with --kl-in loss it multiplies the mean KL of
+    a minibatch's tokens (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum
+    over tokens (rloo, remax), or sum / --max-new-tokens (drgrpo)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """of the KL at each token (rlhf/advantages.py); in the reward only k1 gives the exact gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -104,9 +104,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model (which knows what is good), or as the policy with a new head, or with 0"""
     entropy_coef: float = 0.0
-    """bonus for the entropy of each next-token distribution, >= 0; it multiplies the mean over a minibatch's tokens (gae,
-    reinforce++), the mean over answers of each one's mean (grpo), of its sum (rloo, remax), or of its sum /
-    --max-new-tokens (drgrpo)"""
+    """bonus for the entropy of next-token distributions, >= 0; it multiplies the mean entropy of a minibatch's tokens
+    (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum over tokens (rloo,
+    remax), or sum / --max-new-tokens (drgrpo)"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx; against forgetting)"""
     ptx_data: str = "reviews"
