@@ -111,6 +111,7 @@ def go(world, tmp_path, monkeypatch):
 
     def run(**changes):
         seen = SimpleNamespace(out=tmp_path / f"ppo{next(number)}", rollouts=[], updates=[], gradients=[], rates=[])
+        seen.stepped = []
 
         class Recorded(train_ppo.Rollout):
             def __init__(self, *args):
@@ -125,6 +126,8 @@ def go(world, tmp_path, monkeypatch):
         class Adam(torch.optim.AdamW):
             def step(self):
                 seen.rates += [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+                grads = [w.grad for group in self.param_groups for w in group["params"] if w.grad is not None]
+                seen.stepped.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
                 super().step()
 
         def update(a, policy, reference, critic, rollout, places, kl_coef, batching, update=train_ppo.update):
@@ -354,6 +357,8 @@ SETTINGS = {
     "remax": {"advantage": "remax", "k": 2} | SHORT,
     "remax, cut answers": {"advantage": "remax", "missing_eos": "subtract", "missing_eos_value": 1.5} | SHORT,
     "cut answers, rewards whitened": {"missing_eos": "replace", "missing_eos_value": -2.0, "whiten_rewards": "scale"},
+    "discount, no whitening": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "value_clip": None} | SHORT,
+    "clip range": {"clip_range": 0.02, "value_clip": 0.01},
     "all at a temperature": {"temperature": 0.6, "kl_estimator": "exact", "kl_in": "loss"}
     | {"entropy_coef": 0.1, "ptx_coef": 0.6, "micro_batch_tokens": 30},
 }
@@ -363,7 +368,6 @@ MORE = {
     for place in ("reward", "loss")
     for advantage in ("gae", "reinforce++", "grpo", "remax")
 } | {
-    "discount, no whitening": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "value_clip": None},
     "subtract, shift": {"missing_eos": "subtract", "missing_eos_value": 1.5, "whiten_rewards": "shift"},
     "value of the policy": {"value_init": "policy"},
     "value zero": {"value_init": "zero"},
@@ -371,7 +375,6 @@ MORE = {
     "PTX": {"ptx_coef": 1.5, "advantage": "rloo"},
     "replace, remax": {"missing_eos": "replace", "advantage": "remax"},
     "temperature above 1": {"temperature": 1.7, "kl_estimator": "k3"},
-    "clip range": {"clip_range": 0.02, "value_clip": 0.01},
 }
 
 
@@ -453,6 +456,15 @@ def test_what_coefficients_of_kl_and_entropy_multiply():
         assert two.tolist() == pytest.approx(expected[:3]), name
         total = {"rloo": 2, "remax": 2, "drgrpo": 2 / 8}.get(name, 1)
         assert sum(expected) == pytest.approx(total), name
+
+
+@pytest.mark.parametrize("most", [0.01, 1e3])
+def test_steps_are_made_with_gradients_of_at_most_max_grad_norm(most, go):
+    """Of policy and critic: a longer gradient is scaled to it, a shorter one is as it was."""
+    run = go(max_grad_norm=most, epochs_per_rollout=1)
+    norms = [gradient.norm().item() for gradient in run.gradients]  # before, of policy and critic in turn
+    assert len(norms) == 4 and min(norms) > 0.02
+    assert run.stepped == pytest.approx([min(norm, most) for norm in norms], rel=1e-4)
 
 
 def test_methods_without_a_critic_log_nothing_of_one(go):

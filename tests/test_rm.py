@@ -416,6 +416,23 @@ def test_dry_run_shows_three_examples_and_writes_nothing(world, tmp_path, monkey
     assert not [*tmp_path.iterdir()] and sorted(world.rglob("*")) == before
 
 
+@pytest.mark.parametrize("most", [0.01, 1e3])
+def test_the_step_is_made_with_a_gradient_of_at_most_max_grad_norm(go, most, monkeypatch):
+    """A longer gradient is scaled to it, a shorter one is as it was; `grad_norm` is the norm before."""
+    seen = []
+
+    class Adam(torch.optim.AdamW):
+        def step(self):
+            norms = [w.grad.norm().square() for group in self.param_groups for w in group["params"]]
+            seen.append(sum(norms).sqrt().item())
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    norms = [row["grad_norm"] for row in go(max_steps=2, epochs=2, max_grad_norm=most).train]
+    assert min(norms) > 0.02 and len(norms) == 2
+    assert seen == pytest.approx([min(norm, most) for norm in norms], rel=1e-4)
+
+
 def test_a_loss_that_explodes_is_stopped(go):
     with pytest.raises(FloatingPointError, match=r"step 2: the loss is \S+ and the gradient norm \S+ \(rows ranked"):
         go(lr=1e30, max_grad_norm=1e30, batch_size=4, eval_every=100)
