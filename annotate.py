@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from rlhf import BadInput, require
 from support import agreement, reviews, rewards
-from support.report import bootstrap, table
+from support.report import bootstrap, share_interval, table
 from support.rows import read_rows
 from support.runs import check, cli
 
@@ -568,30 +568,32 @@ def report(out: Path) -> dict:
         wins = [x for row_ranks in ranks for x in agreement.longer_wins(lengths, row_ranks)]
         longer_wins.append([sum(wins), len(wins)])
 
-    def ratio(sums: torch.Tensor) -> float:
-        return (sums[0] / sums[1]).item()
+    def share(sums: Sequence[Sequence[float | int]]) -> tuple[float, tuple[float, float]]:
+        """Sum over prompts divided by their number of values, and its interval."""
+        total, n = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2).sum(0)
+        return (total / n).item(), share_interval([x for x, _ in sums], [n for _, n in sums])
 
-    by_chance = ratio(torch.tensor(chance).sum(0))
-    same_text = f"pairwise agreement, over {len(tables)} prompts ranked twice or more"
-    first_text = f"the response shown first is ranked best (by chance {show(by_chance)})"
+    def alpha(indices: Sequence[int]) -> float:
+        return agreement.alpha(tables.index_select(0, torch.tensor(indices, dtype=torch.int64)).sum(0))
+
+    (by_chance, _), everything = share(chance), range(len(tables))
+    same = share([[table.trace().item(), table.sum().item()] for table in tables])
     tables = torch.stack(tables) if tables else torch.zeros(0, 3, 3)
-    measures = {  # name: description, values per prompt, and the statistic of their sum
-        "agreement/same": (same_text, tables, agreement.same),
-        "agreement/alpha": ("Krippendorff's ordinal alpha of the response pairs", tables, agreement.alpha),
-        "bias/first_shown": (first_text, first_shown, ratio),
-        "bias/longer": ("the longer response of an untied pair wins (no bias: 0.500)", longer_wins, ratio),
+    same_text = f"pairwise agreement, over {len(tables)} prompts ranked twice or more"
+    alpha_text = "Krippendorff's ordinal alpha of the response pairs"
+    first_text = f"the response shown first is ranked best (by chance {show(by_chance)})"
+    longer_text = "the longer response of an untied pair wins (no bias: 0.500)"
+    measures = {  # name: description, value, interval
+        "agreement/same": (same_text, *same),
+        "agreement/alpha": (alpha_text, alpha(everything), bootstrap(everything, alpha)),
+        "bias/first_shown": (first_text, *share(first_shown)),
+        "bias/longer": (longer_text, *share(longer_wins)),
     }
     results = {"judgements": len(rows), "prompts": len(by_prompt), "seconds": median(rows), "bias/chance": by_chance}
     lines = []
-    for name, (description, sums, statistic) in measures.items():
-        sums = torch.as_tensor(sums, dtype=torch.float64)
-
-        def resampled(indices: Sequence[int], sums=sums, statistic=statistic) -> float:
-            return statistic(sums.index_select(0, torch.tensor(indices)).sum(0))
-
-        low, high = bootstrap(range(len(sums)), resampled) if len(sums) else (math.nan, math.nan)
-        results |= {name: statistic(sums.sum(0)), f"{name}_interval": (low, high)}
-        lines.append([description, show(results[name]), f"{show(low)} to {show(high)}"])
+    for name, (description, value, (low, high)) in measures.items():
+        results |= {name: value, f"{name}_interval": (low, high)}
+        lines.append([description, show(value), f"{show(low)} to {show(high)}"])
     lines.append(["median time per judgement, seconds", show(results["seconds"], 1), ""])
     print(table(["", "", "95 % interval"], lines))
     for event in events:

@@ -10,8 +10,8 @@ over the vocabulary at each sampled token:
     KL(pi || ref) = E_{y ~ pi} sum_t KL( pi(. | x, y_<t) || ref(. | x, y_<t) )
 
 so runs can be compared in the plane of reward and KL, which the plot shows. Numbers are means over prompts with 95 %
-bootstrap intervals. In order below: the measures, data, the models one by one, table and plot. docs/metrics.md has the
-formula of each number.
+intervals: Wilson's for shares, bootstrap for the others. In order below: the measures, data, the models one by one,
+table and plot. docs/metrics.md has the formula of each number.
 """
 
 import math
@@ -35,7 +35,7 @@ from support import lazy_import, models, reviews, runs, scoring
 from support.examples import Example, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
-from support.report import bootstrap, mean_interval, new_page, table
+from support.report import bootstrap, new_page, share_interval, standard_error, table
 from support.rewards import checked, load_function, load_reward
 from support.rows import prompt_of, texts_of
 from support.scoring import Batching
@@ -69,6 +69,16 @@ NUMBERS = {  # each model's numbers in results.json -> their names in the table
     "distinct_2": "distinct-2",
     "self_bleu": "self-BLEU",
     "implicit_accuracy": "accuracy of the implicit reward",
+}
+SHARES = {  # numbers in [0, 1], or in [lowest, lowest + 1]: name -> lowest
+    "win": 0.0,
+    "judge/win": 0.0,
+    "judge/position_bias": -0.5,
+    "judge/orders_disagree": 0.0,
+    "ended": 0.0,
+    "grammatical": 0.0,
+    "implicit_accuracy": 0.0,
+    "explicit_accuracy": 0.0,
 }
 
 
@@ -188,29 +198,39 @@ def accuracy(example: Example, scores: Tensor, tie: float) -> float:
     return sum((expected_accuracy(margins, label_probability, tie) * weights).tolist())
 
 
-def mean(values: Sequence[float], prompts: Sequence[Sequence[int]]) -> dict[str, float | None]:
-    """Mean of all values, its standard error, and its 95 % bootstrap interval. `prompts` lists the places of each
-    prompt's values, which are resampled together and may depend on each other."""
-    sums = [(sum(values[i] for i in places), len(places)) for places in prompts]
-    pooled = lambda drawn: sum(x for x, _ in drawn) / sum(n for _, n in drawn)  # noqa: E731
-    ordered = [values[i] for places in prompts for i in places]
-    value, half = mean_interval(ordered, [p for p, places in enumerate(prompts) for _ in places])
-    numbers = dict(zip(("value", "se", "low", "high"), (value, half / 1.96, *bootstrap(sums, pooled)), strict=True))
+def mean(name: str, values: Sequence[float], prompts: Sequence[Sequence[int]]) -> dict[str, float | None]:
+    """Mean of all values of the number `name`, its standard error, and its 95 % interval: of a share (SHARES, and a
+    reward that is 0 or 1) `share_interval`, else bootstrap. `prompts` lists the places of each prompt's values, which
+    are resampled together and may depend on each other."""
+    sums, counts = [sum(values[i] for i in places) for places in prompts], [*map(len, prompts)]
+    lowest = SHARES.get(name, 0.0 if name == "reward" and {*values} <= {0.0, 1.0} else None)
+    if lowest is None:
+        pooled = lambda drawn: sum(x for x, _ in drawn) / sum(n for _, n in drawn)  # noqa: E731
+        low, high = bootstrap([*zip(sums, counts, strict=True)], pooled)
+    else:
+        ends = share_interval([x - lowest * n for x, n in zip(sums, counts, strict=True)], counts)
+        low, high = (x + lowest for x in ends)
+    numbers = {"value": sum(sums) / sum(counts), "se": standard_error(sums, counts), "low": low, "high": high}
     return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def at_equal_length(
     wins: Sequence[float], differences: Sequence[float], prompts: Sequence[Sequence[int]]
 ) -> dict[str, float | None]:
-    """The length-controlled win rate with its bootstrap interval; None if it is not defined."""
+    """The length-controlled win rate with its bootstrap interval, which goes on both sides at least as far as that of
+    the plain win rate does (with no loss in the sample there is none in any resample); None if it is not defined."""
+    plain = mean("win", wins, prompts)
     wins, differences = (torch.tensor(x, dtype=torch.float64) for x in (wins, differences))
 
     def rate(drawn: Sequence[Sequence[int]]) -> float:
         places = [i for places in drawn for i in places]
         return length_controlled(wins[places], differences[places])
 
-    numbers = dict(zip(("value", "low", "high"), (rate(prompts), *bootstrap(prompts, rate)), strict=True))
-    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    value, (low, high) = rate(prompts), bootstrap(prompts, rate)
+    if math.isfinite(low):
+        low = max(0.0, min(low, value - (plain["value"] - plain["low"])))
+        high = min(1.0, max(high, value + (plain["high"] - plain["value"])))
+    return {name: x if math.isfinite(x) else None for name, x in {"value": value, "low": low, "high": high}.items()}
 
 
 def win(reward: float, other: float) -> float:
@@ -308,7 +328,7 @@ def main(a: Args) -> dict:
         rewards = torch.tensor(reward(*map(list, zip(*sequences, strict=True))), dtype=torch.float64)
         rewards = rewards.split([len(e.ranks) for e in preferences])
         right = [accuracy(e, x, SAME_REWARD) for e, x in zip(preferences, rewards, strict=True)]
-        results["explicit_accuracy"] = mean(right, [*alike.values()])
+        results["explicit_accuracy"] = mean("explicit_accuracy", right, [*alike.values()])
 
     # ---------------------------------------------------------------------------------------------- models, one by one
     state = run.load_checkpoint() or {"step": 0, "models": {}, "answers": {}}
@@ -351,14 +371,14 @@ def main(a: Args) -> dict:
                 numbers[f"{n}_at_equal_length"] = at_equal_length(stats[n], longer, places)
         samples[name] = {"text": texts} | stats
 
-        numbers |= {n: mean(values, places) for n, values in stats.items()}
+        numbers |= {n: mean(n, values, places) for n, values in stats.items()}
         diversity = {"distinct_1": distinct(ids, 1), "distinct_2": distinct(ids, 2)}
         diversity["self_bleu"] = self_bleu(ids[:SELF_BLEU_ANSWERS])
         numbers |= {n: {"value": value if math.isfinite(value) else None} for n, value in diversity.items()}
         if preferences:
             ratios = [x - y for x, y in zip(logps, ref_logps, strict=True)]
             right = [accuracy(e, x, train_dpo.TIE) for e, x in zip(preferences, ratios, strict=True)]
-            numbers["implicit_accuracy"] = mean(right, [*alike.values()])
+            numbers["implicit_accuracy"] = mean("implicit_accuracy", right, [*alike.values()])
         results["models"][name] = {n: numbers[n] for n in NUMBERS if n in numbers}
 
         values = {f"{name}/{n}": x["value"] for n, x in results["models"][name].items() if x["value"] is not None}

@@ -57,6 +57,7 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and reward metrics of means over tokens
+LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # see check_flags
 TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
 DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
@@ -79,7 +80,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
-    """the f-divergence whose implicit reward takes the place of log(pi / ref)"""
+    """the f-divergence whose implicit reward takes the place of log(pi / ref); not reverse_kl: for dpo, robust, ipo,
+    r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce only"""
     divergence_alpha: float = 0.5
     """exponent of --divergence alpha, >= 0 and not 1"""
     clip: float | None = None
@@ -111,10 +113,17 @@ class Args(runs.LoraFlags, runs.EpochFlags):
 
 
 def check_flags(a: Args) -> None:
-    """BadInput if flags do not fit each other; support/runs.py has the range of each."""
+    """BadInput if flags do not fit each other; support/runs.py has the range of each.
+
+    An f-divergence's reward is known up to a constant per prompt, and is no log-probability. So another divergence fits
+    losses of the margin alone, and bco, which bounds dpo's loss for any reward and any delta. The others are derived
+    from the log-ratio itself: a mean over tokens (*_norm), the KL as reference point (kto), the normaliser of a policy
+    proportional to pi_ref exp(P / beta) (sppo), a density ratio (nca), the reference's own probability as the anchor
+    (apo_zero, apo_down, dpop).
+    """
     require(a.loss != "exo" or a.label_smoothing > 0, "--loss exo needs a --label-smoothing above 0, say 0.001")
-    needs_log_ratios = a.loss in REFERENCE_FREE | {"kto"} and a.divergence != "reverse_kl"
-    require(not needs_log_ratios, f"--loss {a.loss} is not defined with --divergence {a.divergence}: leave that out")
+    fits = a.divergence == "reverse_kl" or a.loss not in LOG_RATIO_ALONE
+    require(fits, f"--loss {a.loss} is not defined with --divergence {a.divergence}: leave that out")
 
 
 # ----------------------------------------------------------------------------------------------------------- objective

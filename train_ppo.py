@@ -72,7 +72,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     temperature: float = 1.0
     """temperature of the sampling, and of every log-prob of policy and reference, > 0"""
     kl_coef: float | None = None
-    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5)"""
+    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5); with --kl-in loss it multiplies the mean KL of
+    a minibatch's tokens (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum
+    over tokens (rloo, remax), or sum / --max-new-tokens (drgrpo)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 gives the exact gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -102,7 +104,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
-    """bonus for the entropy of each next-token distribution, >= 0"""
+    """bonus for the entropy of next-token distributions, >= 0; it multiplies the mean entropy of a minibatch's tokens
+    (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum over tokens (rloo,
+    remax), or sum / --max-new-tokens (drgrpo)"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
     ptx_data: str = "reviews"
@@ -278,6 +282,13 @@ def main(a: Args) -> dict[str, float]:
         ]
         return torch.tensor(reward(*map(list, zip(*sequences, strict=True))), device=a.device)
 
+    def after_missing_eos(scores: Tensor, examples: Sequence[Example]) -> Tensor:
+        """The scores of these examples' responses by the rule --missing-eos, [b]."""
+        if a.missing_eos == "no":
+            return scores
+        ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
+        return advantages.missing_eos(scores, ended, a.missing_eos, a.missing_eos_value)
+
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
     reward_model = reward if scores_ids else getattr(reward, "model", None)
@@ -313,12 +324,11 @@ def main(a: Args) -> dict[str, float]:
         sampling_seconds = time.perf_counter() - began
         lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
         ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        raw = scores = score(examples)
-        greedy = None
-        if a.missing_eos != "no":
-            scores = advantages.missing_eos(raw, ended, a.missing_eos, a.missing_eos_value)
+        raw, greedy = score(examples), None
+        scores = after_missing_eos(raw, examples)
         if a.advantage == "remax":
-            greedy = score(answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype))
+            greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
+            greedy = after_missing_eos(score(greedy_answers), greedy_answers)
         by_policy = lambda batch: scoring.logps_and_entropies(policy, batch, dtype, a.temperature)  # noqa: E731
         logps, entropy = scoring.per_token(by_policy, examples, batching).unbind(1)
         with models.without_lora(reference):

@@ -38,14 +38,13 @@ import train_sft
 from support import models, reviews, scoring
 from support.examples import Example, build, held_out
 from support.generate import answer, answer_stats, end_ids
-from support.report import mean_interval
+from support.report import mean_interval as t_interval
 from support.rewards import load_reward
 from support.runs import Run, is_made, processor
 from support.scoring import Batching
 
 ROOT = Path(__file__).parent
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 @dataclass
@@ -211,22 +210,6 @@ def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half its 95 % t-interval, which is infinite for fewer than two values."""
-    mean, half = mean_interval(values)
-    return mean, half * student(len(values) - 1) / 1.96 if math.isfinite(half) else half
-
-
-def student(n: int) -> float:
-    """97.5 % quantile of Student's t with n degrees of freedom; from 10 on the expansion around the normal quantile of
-    Fisher and Cornish 1960, accurate to 0.001 there."""
-    if n <= len(T):
-        return T[n - 1]
-    z = 1.959964
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / n**i for i, term in enumerate(terms, 1))
 
 
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:

@@ -49,8 +49,14 @@ def coincidences(units: Sequence[Sequence[int]], values: Sequence[int] = VALUES)
 
 @functools.cache
 def of_rankings(rankings: tuple[tuple[int, ...], ...]) -> Float[Tensor, "c c"]:
-    """Coincidence table of one prompt's response pairs, from each annotator's ranks of the K responses."""
-    return coincidences(list(zip(*map(pair_values, rankings), strict=True)))
+    """Coincidence table of one prompt's response pairs, from each annotator's ranks of the K responses.
+
+    Which response of a pair comes first says nothing about it, so each pair counts half as (i, j) and half as (j, i),
+    which swaps -1 and 1. Both then have the same total, 0 is half way between them, and the distance `ordinal` is the
+    interval one times a constant, which alpha cancels: a measure of agreement does not depend on the file's order.
+    """
+    table = coincidences(list(zip(*map(pair_values, rankings), strict=True)))
+    return (table + table.flip(0, 1)) / 2
 
 
 def same(table: Float[Tensor, "c c"]) -> float:

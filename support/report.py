@@ -1,10 +1,11 @@
 """What a run reports at its end: intervals, tables, curves, and answers before and after training.
 
-mean_interval, bootstrap    a mean or a statistic with its 95 % interval
-table, interval             numbers as text
-weighted_means              metrics over micro-batches
-before_and_after            the same prompts answered by the model before and after training
-curves, reward_kl_plot      the pictures of a run directory
+mean_interval, share_interval    95 % intervals of a mean and of a share
+bootstrap                        that of any statistic
+table, interval                  numbers as text
+weighted_means                   metrics over micro-batches
+before_and_after                 the same prompts answered by the model before and after training
+curves, reward_kl_plot           the pictures of a run directory
 """
 
 import json
@@ -37,24 +38,69 @@ ANSWER_STATS = {  # what is measured of sampled answers (generate.answer_stats),
 
 # after Okabe and Ito, so that colour-blind readers can tell them apart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C510A", "#7F7F7F")
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.3}
 
 # ----------------------------------------------------------------------------------------------- intervals and tables
 
 
-def mean_interval(values: Sequence[float], groups: Sequence | None = None) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval: 1.96 standard errors; infinite for fewer than two groups.
+def student(n: int) -> float:
+    """97.5 % quantile of Student's t with n >= 1 degrees of freedom; from 10 on the expansion around the normal
+    quantile of Fisher and Cornish 1960, exact to 0.001 there."""
+    if n <= len(T):
+        return T[n - 1]
+    z = 1.959964
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / n**i for i, term in enumerate(terms, 1))
 
-    Values of one group, such as those of one prompt, may depend on each other; by default each value is its own group:
-    se^2 = G / (G - 1) * sum over the G groups of (sum of the group's (value - mean))^2 / n^2.
+
+def standard_error(sums: Sequence[float | int], counts: Sequence[float | int]) -> float:
+    """That of the mean of all values, from the sum and the number of each group's values; infinite for one group.
+
+    se^2 = G / (G - 1) * sum over the G groups of (sum_g - mean count_g)^2 / (number of values)^2
     """
-    mean, deviations = statistics.fmean(values), defaultdict(float)
+    groups, mean = len(sums), sum(sums) / sum(counts)
+    squares = sum((x - mean * n) ** 2 for x, n in zip(sums, counts, strict=True))
+    return math.sqrt(squares * groups / (groups - 1)) / sum(counts) if groups > 1 else math.inf
+
+
+def mean_interval(values: Sequence[float], groups: Sequence | None = None) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval: `standard_error` times Student's t at the number of groups minus
+    1; infinite for fewer than two groups.
+
+    Values of one group, such as those of one prompt, may depend on each other; by default each is its own group.
+    """
+    mean, deviations, counts = statistics.fmean(values), defaultdict(float), defaultdict(int)
     for value, group in zip(values, range(len(values)) if groups is None else groups, strict=True):
         deviations[group] += value - mean
-    if len(deviations) < 2:
+        counts[group] += 1
+    if len(counts) < 2:
         return mean, math.inf
-    spread = math.sqrt(sum(x * x for x in deviations.values()) * len(deviations) / (len(deviations) - 1))
-    return mean, 1.96 * spread / len(values)
+    return mean, student(len(counts) - 1) * standard_error([*deviations.values()], [*counts.values()])
+
+
+def share_interval(sums: Sequence[float | int], counts: Sequence[float | int]) -> tuple[float, float]:
+    """95 % interval of the mean p of values in [0, 1], which stays in [0, 1] and has a width at p = 0 and 1:
+
+        (p + t^2 / 2n -+ t sqrt(p (1 - p) / n + t^2 / 4n^2)) / (1 + t^2 / n),   n = p (1 - p) / se^2
+
+    Wilson 1927, with an effective number of values n, from the `standard_error` over G groups, and Student's t at
+    G - 1: values may be fractions, and those of a group may depend on each other. If all values are the same x, se says
+    nothing; then a share q = t^2 / (G + t^2) of groups may yet be found that has 0 or 1 instead, and the interval is
+    [x (1 - q), x (1 - q) + q], which for x = 0 and 1 is Wilson's with n = G. sums, counts: the sum and the number of
+    each group's values; groups without any are left out. (nan, nan) for fewer than two groups.
+    """
+    groups = [(x, n) for x, n in zip(sums, counts, strict=True) if n]
+    if len(groups) < 2:
+        return math.nan, math.nan
+    p, error = sum(x for x, _ in groups) / sum(n for _, n in groups), standard_error(*zip(*groups, strict=True))
+    t2 = student(len(groups) - 1) ** 2
+    if error < 1e-9:
+        q = t2 / (len(groups) + t2)
+        return p * (1 - q), p * (1 - q) + q
+    n = p * (1 - p) / error**2
+    half = math.sqrt(t2 * (p * (1 - p) / n + t2 / (4 * n * n)))
+    return (p + t2 / (2 * n) - half) / (1 + t2 / n), (p + t2 / (2 * n) + half) / (1 + t2 / n)
 
 
 def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:

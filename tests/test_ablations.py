@@ -117,22 +117,6 @@ def test_results_refuse_what_is_not_a_number(tmp_path):
     assert not results.done("a", 3) and not results.path.exists()
 
 
-def test_t_interval_by_hand():
-    # 1, 2, 3, 6, 8: mean 4, squares of the differences 9 + 4 + 1 + 4 + 16 = 34, variance 34 / 4, t(4) = 2.776
-    mean, half = common.t_interval([1.0, 2.0, 3.0, 6.0, 8.0])
-    assert mean == 4
-    assert half == pytest.approx(2.776 * math.sqrt(34 / 4 / 5), rel=1e-9)
-    assert common.t_interval([7.0]) == (7.0, math.inf)
-    assert common.t_interval([2.0, 2.0, 2.0]) == (2.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    "n, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (14, 2.145), (29, 2.045), (120, 1.980)]
-)
-def test_student_against_printed_tables(n, quantile):
-    assert common.student(n) == pytest.approx(quantile, abs=6e-4)
-
-
 def test_paired_takes_the_seeds_that_both_have():
     mean, half = common.paired({0: 3.0, 1: 5.0, 2: 9.0}, {2: 8.0, 0: 1.0, 3: 100.0})
     assert mean == 1.5  # of 2 and 1

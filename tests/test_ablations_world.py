@@ -295,7 +295,17 @@ def test_beta_sweep_clauses_by_hand(tmp_path):
     # 2 d - c d^2 is best at epochs 1, 3 and 4 of 4: 2 / 4 - 4 / 16 against 2 - 4, 6 / 8 - 27 / 64 against 1 - 3 / 4, 0
     assert found == pytest.approx([0.1, 4, 3, 2, 0.25 - -2, 0.328125 - 0.25, 0, 0.5 - 0.25], rel=1e-3)
     table, verdict, _ = beta_sweep.report(results)
-    assert verdict == "not resolved" and "the worst seed | 0.100 | reproduced |" in table
+    assert verdict == "not resolved" and "beta and KL | 0.100 +- 0.000 | reproduced |" in table
+
+
+def test_beta_sweep_judges_the_order_of_kl_over_all_seeds(monkeypatch):
+    """Nine worlds in order and one half in it: the worst alone would contradict, and the surer the more worlds there
+    are. Mean -0.95, deviation sqrt((9 * 0.05^2 + 0.45^2) / 9); t(9) = 2.262."""
+    results = common.Results(common.ROOT / "beta_sweep" / "results.csv")
+    monkeypatch.setattr(beta_sweep, "spearman", lambda results, seed: -0.5 if seed == 3 else -1.0)
+    mean, half = next(iter(beta_sweep.clauses(results).values()))
+    assert (mean, half) == pytest.approx((0.05, 2.262 * math.sqrt((9 * 0.05**2 + 0.45**2) / 9 / 10)), rel=1e-6)
+    assert common.verdict([(mean, half)]) == "not resolved"
 
 
 def test_accuracy_over_all_pairs_of_answers():

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from support import reviews
-from support.agreement import alpha, coincidences, dense_ranks, first_shown, longer_wins, ordinal, pair_values, same
+from support.agreement import (
+    alpha,
+    coincidences,
+    dense_ranks,
+    first_shown,
+    longer_wins,
+    of_rankings,
+    ordinal,
+    pair_values,
+    same,
+)
 
 # Krippendorff 2011, "Computing Krippendorff's alpha-reliability", sections C to E: 4 observers, 12 units, gaps (0).
 OBSERVERS = [
@@ -119,6 +129,37 @@ def test_agreement_of_simulated_annotators_is_what_their_noise_implies():
     rankings = [[reviews.rank([1.0, 0.0], 0.7, rng) for _ in range(2)] for _ in range(4000)]
     units = [[pair_values(a)[0], pair_values(b)[0]] for a, b in rankings]
     assert same(coincidences(units)) == pytest.approx(p**2 + (1 - p) ** 2, abs=0.03)
+
+
+@pytest.mark.parametrize("pairs", [(1, 2), (2, 1)])
+def test_alpha_does_not_depend_on_the_order_of_the_responses(pairs):
+    """Two annotators agree on 950 of 1,000 pairs, the better response listed first in half, 95 % or all of the rows.
+
+    Each has the values -1 and 1 equally often once a pair counts both ways: n = 2000, o(-1, 1) = 50, so that
+    alpha = 1 - 1999 (2 * 50) / (2 * 1000^2)."""
+    rng = random.Random(3)
+    found = []
+    for first in (0.5, 0.95, 1.0):
+        total = torch.zeros(3, 3, dtype=torch.float64)
+        for row in range(1000):
+            ranks = pairs if rng.random() < first else pairs[::-1]
+            other = ranks if row % 20 else ranks[::-1]
+            total += of_rankings((tuple(ranks), tuple(other)))
+        found.append(alpha(total))
+        assert same(total) == pytest.approx(0.95)
+    assert found == pytest.approx([1 - 1999 * 100 / 2e6] * 3, abs=1e-12)  # 0.90
+
+
+def test_alpha_of_rankings_with_ties_is_the_same_in_any_order_of_the_responses():
+    rng, steps = random.Random(4), torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    rankings = [tuple(tuple(rng.choices((1, 2, 3), k=4)) for _ in range(3)) for _ in range(30)]
+    found = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        table = sum(of_rankings(tuple(tuple(ranks[i] for i in order) for ranks in x)) for x in rankings)
+        assert alpha(table) == pytest.approx(alpha(table, interval))  # the ordinal distance is the interval one
+        found.append(alpha(table))
+    assert found[1:] == pytest.approx([found[0]] * 2)
+    assert ordinal(table.sum(1))[0] / ordinal(table.sum(1))[0, 1] == pytest.approx((steps - steps[0]) ** 2)
 
 
 def test_pair_values():

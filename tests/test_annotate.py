@@ -19,7 +19,7 @@ import pytest
 
 import annotate
 from rlhf import BadInput
-from support import reviews
+from support import report, reviews
 from support.examples import build
 from support.rows import read_rows
 
@@ -312,14 +312,14 @@ def test_agreement_on_the_page(tmp_path):
         assert view["same"] is None and view["alpha"] is None
         places = [1 if response["text"] == "yes" else 2 for response in view["responses"]]
         view = page.judge(view, places=places, annotator=name)
-    assert view["prompts"] == 1 and view["same"] == 1 and view["alpha"] is None  # no variation yet
+    assert view["prompts"] == 1 and view["same"] == view["alpha"] == 1
     for name in ("ana", "ben"):
         view = page.post("next", name)
         better = "yes" if name == "ana" else "no"
         places = [1 if response["text"] == better else 2 for response in view["responses"]]
         view = page.judge(view, places=places, annotator=name)
-    assert (view["prompts"], view["same"]) == (2, 0.5)  # values (-1, -1) and (-1, 1): 1 - 3 * 2 / (2 * 3 * 1)
-    assert view["alpha"] == pytest.approx(0)
+    assert (view["prompts"], view["same"]) == (2, 0.5)  # of n = 4 values, -1 and 1 twice each: 1 - 3 * 2 / (2 * 2 * 2)
+    assert view["alpha"] == pytest.approx(0.25)
     page.stop()
 
 
@@ -817,15 +817,15 @@ def test_report(tmp_path, capsys):
     found = annotate.main(annotate.Args(out=str(tmp_path / "out.jsonl"), report=True))
     assert (found["judgements"], found["prompts"], found["seconds"]) == (5, 3, 7.0)
     assert found["agreement/same"] == pytest.approx(2 / 4)
-    # n = 8 with (-1: 5, 0: 1, 1: 2); delta2(-1,1) = (8 - 3.5)^2, delta2(-1,0) = 3^2, delta2(0,1) = 1.5^2
-    observed, expected = 2 * (4.5**2 + 1.5**2), 2 * (10 * 4.5**2 + 5 * 9 + 2 * 1.5**2)
+    # each pair both ways: n = 8 with (-1: 3.5, 0: 1, 1: 3.5); delta2(-1,1) = 4.5^2, delta2(-1,0) = delta2(0,1) = 2.25^2
+    observed, expected = 2 * (4.5**2 + 2.25**2), 2 * (3.5**2 * 4.5**2 + 2 * 3.5 * 2.25**2)
     assert found["agreement/alpha"] == pytest.approx(1 - 7 * observed / expected)
     assert found["bias/first_shown"] == pytest.approx((0 + 1 + 1 + 0) / 4)
     assert found["bias/chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
     # the longer one wins: ana a 0 of 2; ben a: (2 over 0) 1, (2 over 1) 1/2, (0 over 1) 0; b half each; c 1
     assert found["bias/longer"] == pytest.approx((0 + 0 + 1 + 0.5 + 0 + 0.5 + 0.5 + 1) / 8)
-    low, high = found["agreement/same_interval"]
-    assert (low, high) == (pytest.approx(1 / 3), 1)  # prompt a alone, and prompt b alone
+    low, high = found["agreement/same_interval"]  # of 2 of 6 and 2 of 2: two prompts say next to nothing
+    assert (low, high) == pytest.approx(report.share_interval([2, 2], [6, 2])) and low < 0.01 and high > 0.99
     printed = capsys.readouterr().out
     assert "5 rankings of 3 prompts" in printed
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}

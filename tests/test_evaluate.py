@@ -23,6 +23,7 @@ import train_sft
 from rlhf import BadInput
 from support import models, report, reviews, runs
 from support.examples import build
+from support.report import student
 from support.rows import prompt_of, texts_of
 
 ZEROS = pytest.approx(0, abs=1e-9)
@@ -167,6 +168,8 @@ def test_every_number_against_plain_transformers(go, world, answered):
         assert found["value"] == pytest.approx(statistics.fmean(values), abs=1e-5), name
         assert found["se"] == pytest.approx(statistics.stdev(by_prompt(values)) / math.sqrt(10), abs=1e-5), name
         interval = evaluate.bootstrap(by_prompt(values), statistics.fmean)
+        if name in ("win", "ended", "grammatical"):
+            interval = report.share_interval([2 * x for x in by_prompt(values)], [2] * 10)
         assert (found["low"], found["high"]) == pytest.approx(interval, abs=1e-5), name
     assert min(kl) > 0.5 and 0 < numbers["win"]["value"] < 1 and len(set(expected["length"])) > 1
 
@@ -301,7 +304,10 @@ def test_same_prompts_and_seeds_for_all_models(go, world, answered):
     results = go("first", "copy", k=3, seed=5)
     assert [e.responses for e in answered[0]] == [e.responses for e in answered[1]]
     assert len({tuple(e.responses[0]) for e in answered[0][:3]}) > 1  # and the k answers to a prompt differ
-    assert results["models"]["copy"]["win"] == {"value": 0.5, "se": ZEROS, "low": 0.5, "high": 0.5}
+    share = student(9) ** 2 / (10 + student(9) ** 2)  # of the prompts may have a winner yet
+    tie = {"value": 0.5, "se": ZEROS, "low": pytest.approx(0.5 - share / 2), "high": pytest.approx(0.5 + share / 2)}
+    assert results["models"]["copy"]["win"] == tie
+    assert results["models"]["copy"]["win_at_equal_length"] == {n: tie[n] for n in ("value", "low", "high")}
     assert results["models"]["copy"]["kl"]["value"] == 0
 
 
@@ -311,11 +317,27 @@ def test_same_prompts_and_seeds_for_all_models(go, world, answered):
 def test_mean_over_prompts_by_hand(monkeypatch):
     """Prompts with the values (1, 2), (3) and (5): mean 11/4; deviations of the sums 3 - 11/2, 3 - 11/4, 5 - 11/4."""
     monkeypatch.setattr(evaluate, "bootstrap", report.bootstrap)
-    found = evaluate.mean([1.0, 2.0, 3.0, 5.0], [[0, 1], [2], [3]])
+    found = evaluate.mean("reward", [1.0, 2.0, 3.0, 5.0], [[0, 1], [2], [3]])
     assert found["value"] == 2.75
     assert found["se"] == pytest.approx(math.sqrt(3 / 2 * (2.5**2 + 0.25**2 + 2.25**2)) / 4)
     assert found["low"] == 1.5 and found["high"] == 5  # all three draws the first prompt, or the last: 1 in 27 each
-    assert evaluate.mean([4.0, 6.0], [[0, 1]]) == {"value": 5.0, "se": None, "low": None, "high": None}
+    assert evaluate.mean("length", [4.0, 6.0], [[0, 1]]) == {"value": 5.0, "se": None, "low": None, "high": None}
+
+
+def test_intervals_of_shares_near_0_and_1_have_a_width():
+    """All of 64 prompts alike: q = t^2 / (64 + t^2) of prompts may yet be at the other end. A KL of 0 is no share."""
+    prompts, q = [[i] for i in range(64)], student(63) ** 2 / (64 + student(63) ** 2)
+    of = lambda name, value: evaluate.mean(name, [value] * 64, prompts)  # noqa: E731
+    for name in ("win", "judge/win", "ended", "grammatical", "implicit_accuracy", "explicit_accuracy", "reward"):
+        assert of(name, 1.0) == {"value": 1, "se": 0, "low": pytest.approx(1 - q), "high": 1}, name
+    assert of("judge/orders_disagree", 0.0) == {"value": 0, "se": 0, "low": 0, "high": pytest.approx(q)}
+    assert of("judge/position_bias", 0.5) == {"value": 0.5, "se": 0, "low": pytest.approx(0.5 - q), "high": 0.5}
+    for name, value in (("kl", 0.0), ("reward", 0.25), ("length", 1.0)):
+        assert of(name, value) == {"value": value, "se": ZEROS, "low": value, "high": value}
+    differences = [float(i % 7 - 3) for i in range(64)]
+    found = evaluate.at_equal_length([1.0] * 64, differences, prompts)
+    assert found["low"] == pytest.approx(found["value"] - q) and found["high"] <= 1
+    assert found["value"] == evaluate.length_controlled(torch.ones(64).double(), f64(*differences))
 
 
 def sigmoid(x: float) -> float:
@@ -375,7 +397,7 @@ def test_length_controlled_win_rate_where_length_says_nothing_or_all():
     assert evaluate.at_equal_length([1, 0, 1, 1], [2, 2, 2, 2], prompts) == undefined
     wins, differences = [1.0, 1.0, 1.0, 0.0] * 50, [3, -3] * 50 + [-3, 3] * 50
     found = evaluate.at_equal_length(wins, differences, [[i] for i in range(200)])
-    plain = evaluate.mean(wins, [[i] for i in range(200)])
+    plain = evaluate.mean("win", wins, [[i] for i in range(200)])
     assert found == pytest.approx({name: plain[name] for name in found}, abs=0.02)
 
 

@@ -71,14 +71,17 @@ def test_values_and_gradients_for_every_tile(dtype, bound, option, bias, keep_by
 
 @pytest.mark.parametrize("trained", [s for s in itertools.product([True, False], repeat=3) if any(s)])
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
-def test_any_part_may_be_frozen(trained, keep_bytes):
+@pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (1.0, 0.6), (0.25, 1.7)])
+def test_any_part_may_be_frozen(trained, keep_bytes, scale, temperature):
+    """Of every option too: with adapters the head is frozen, and PPO samples at a temperature."""
     hidden, weight, b, targets = problem()
     for x, wanted in zip((hidden, weight, b), trained, strict=True):
         x.requires_grad_(wanted)
     inputs = [x for x in (hidden, weight, b) if x.requires_grad]
-    truth = torch.autograd.grad(naive(hidden, Head(weight, b), targets)[0].square().sum(), inputs)
+    head = Head(weight, b, scale)
+    truth = torch.autograd.grad(naive(hidden, head, targets, temperature)[0].square().sum(), inputs)
     for tile in (V * 8, 4 * V * 8, 1 << 20):
-        logps, _ = token_logps(hidden, Head(weight, b), targets, keep_bytes=keep_bytes, tile_bytes=tile)
+        logps, _ = token_logps(hidden, head, targets, temperature, keep_bytes=keep_bytes, tile_bytes=tile)
         for mine, exact in zip(torch.autograd.grad(logps.square().sum(), inputs), truth, strict=True):
             assert error(mine, exact) < 1e-10
 

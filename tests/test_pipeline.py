@@ -72,7 +72,7 @@ def test_matched_interpolates_at_the_kl_of_the_second_round():
     for others in ([lower, upper], [upper, lower, far], [near, upper, lower]):
         found = pipeline.matched(ours, others)
         assert found["difference"] == pytest.approx(sum(differences) / 2)
-        assert found["interval"] == pytest.approx(1.96 * abs(differences[0] - differences[1]) / 2)
+        assert found["interval"] == pytest.approx(12.706 * abs(differences[0] - differences[1]) / 2)  # t(1)
         assert (found["kl"], found["kl_lower"], found["kl_upper"]) == (2, 1, 5)
     assert "is better" not in pipeline.verdict(found) and "interpolated" in pipeline.verdict(found)
     assert "the second round is worse" in pipeline.verdict(found | {"difference": -0.5, "interval": 0.1})

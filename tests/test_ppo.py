@@ -111,6 +111,7 @@ def go(world, tmp_path, monkeypatch):
 
     def run(**changes):
         seen = SimpleNamespace(out=tmp_path / f"ppo{next(number)}", rollouts=[], updates=[], gradients=[], rates=[])
+        seen.stepped = []
 
         class Recorded(train_ppo.Rollout):
             def __init__(self, *args):
@@ -125,6 +126,8 @@ def go(world, tmp_path, monkeypatch):
         class Adam(torch.optim.AdamW):
             def step(self):
                 seen.rates += [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+                grads = [w.grad for group in self.param_groups for w in group["params"] if w.grad is not None]
+                seen.stepped.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
                 super().step()
 
         def update(a, policy, reference, critic, rollout, places, kl_coef, batching, update=train_ppo.update):
@@ -247,9 +250,7 @@ def shaped(world, run):
     of.entropy = -(p.exp() * p).sum(-1) * rows.mask
     each = torch.arange(len(rows.lengths))
     of.raw = rows_scores(rows, rm)
-    cut = {"no": of.raw, "replace": torch.full_like(of.raw, a.missing_eos_value)}
-    cut["subtract"] = of.raw - a.missing_eos_value
-    of.scores = torch.where(rows.ended, of.raw, cut[a.missing_eos])
+    of.scores = after_missing_eos(a, of.raw, rows)
     of.kl = kl_of(a, of.logps - of.ref, p, q) * rows.mask
     rewards = -(a.kl_coef if a.kl_in == "reward" else 0.0) * of.kl
     rewards[each, rows.last] += of.scores
@@ -271,7 +272,7 @@ def shaped(world, run):
         mean = total.mean(1, keepdim=True)
         if a.advantage == "remax":
             greedy = greedy_rows(policy, run.rollouts[0].examples, a.max_new_tokens)
-            found = total - rows_scores(greedy, rm)[:, None]
+            found = total - after_missing_eos(a, rows_scores(greedy, rm), greedy)[:, None]
         elif a.advantage == "rloo":
             others = [[j for j in range(a.k) if j != i] for i in range(a.k)]
             found = torch.stack([total[:, i] - total[:, rest].mean(1) for i, rest in enumerate(others)], 1)
@@ -281,6 +282,11 @@ def shaped(world, run):
             found = total - mean
         of.advantages = found.reshape(-1, 1) * rows.mask
     return of
+
+
+def after_missing_eos(a, raw, rows):
+    cut = {"no": raw, "replace": torch.full_like(raw, a.missing_eos_value), "subtract": raw - a.missing_eos_value}
+    return torch.where(rows.ended, raw, cut[a.missing_eos])
 
 
 def rows_scores(rows, rm):
@@ -349,7 +355,10 @@ SETTINGS = {
     "drgrpo": {"advantage": "drgrpo"} | SHORT,
     "reinforce++": {"advantage": "reinforce++"} | SHORT,
     "remax": {"advantage": "remax", "k": 2} | SHORT,
+    "remax, cut answers": {"advantage": "remax", "missing_eos": "subtract", "missing_eos_value": 1.5} | SHORT,
     "cut answers, rewards whitened": {"missing_eos": "replace", "missing_eos_value": -2.0, "whiten_rewards": "scale"},
+    "discount, no whitening": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "value_clip": None} | SHORT,
+    "clip range": {"clip_range": 0.02, "value_clip": 0.01},
     "all at a temperature": {"temperature": 0.6, "kl_estimator": "exact", "kl_in": "loss"}
     | {"entropy_coef": 0.1, "ptx_coef": 0.6, "micro_batch_tokens": 30},
 }
@@ -359,7 +368,6 @@ MORE = {
     for place in ("reward", "loss")
     for advantage in ("gae", "reinforce++", "grpo", "remax")
 } | {
-    "discount, no whitening": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "value_clip": None},
     "subtract, shift": {"missing_eos": "subtract", "missing_eos_value": 1.5, "whiten_rewards": "shift"},
     "value of the policy": {"value_init": "policy"},
     "value zero": {"value_init": "zero"},
@@ -367,7 +375,6 @@ MORE = {
     "PTX": {"ptx_coef": 1.5, "advantage": "rloo"},
     "replace, remax": {"missing_eos": "replace", "advantage": "remax"},
     "temperature above 1": {"temperature": 1.7, "kl_estimator": "k3"},
-    "clip range": {"clip_range": 0.02, "value_clip": 0.01},
 }
 
 
@@ -427,6 +434,37 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
     assert metrics["policy/clipfrac"] > 0 and abs(metrics["objective/kl"]) > 0.1  # else little was tested
     known = {"step", *want} | (set() if critics else {"loss/value"})  # whether that belongs there: the test below
     assert {name for name in metrics if "perf" not in name} | ({"loss/value"} - {*want}) == known
+
+
+def test_what_coefficients_of_kl_and_entropy_multiply():
+    """Weights of the tokens of answers of 2, 1 and 3 tokens by hand, and their sum: 1 where they make a mean of tokens
+    or of means, the mean length 2 where answers are summed, 2 / 8 where the sums are divided by --max-new-tokens 8."""
+    lengths = torch.tensor([2, 1, 3])
+    weights = {
+        "gae": [1 / 6] * 6,
+        "reinforce++": [1 / 6] * 6,
+        "rloo": [1 / 3] * 6,
+        "remax": [1 / 3] * 6,
+        "grpo": [1 / 6] * 2 + [1 / 3] + [1 / 9] * 3,
+        "drgrpo": [1 / 24] * 6,
+    }
+    assert {*weights} == {*train_ppo.COUNTS}
+    for name, expected in weights.items():
+        a = train_ppo.Args(advantage=name, max_new_tokens=8)
+        assert train_ppo.token_weights(a, lengths, lengths).tolist() == pytest.approx(expected), name
+        two = train_ppo.token_weights(a, lengths, lengths[:2])  # of a batch of the minibatch
+        assert two.tolist() == pytest.approx(expected[:3]), name
+        total = {"rloo": 2, "remax": 2, "drgrpo": 2 / 8}.get(name, 1)
+        assert sum(expected) == pytest.approx(total), name
+
+
+@pytest.mark.parametrize("most", [0.01, 1e3])
+def test_steps_are_made_with_gradients_of_at_most_max_grad_norm(most, go):
+    """Of policy and critic: a longer gradient is scaled to it, a shorter one is as it was."""
+    run = go(max_grad_norm=most, epochs_per_rollout=1)
+    norms = [gradient.norm().item() for gradient in run.gradients]  # before, of policy and critic in turn
+    assert len(norms) == 4 and min(norms) > 0.02
+    assert run.stepped == pytest.approx([min(norm, most) for norm in norms], rel=1e-4)
 
 
 def test_methods_without_a_critic_log_nothing_of_one(go):

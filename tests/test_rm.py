@@ -416,6 +416,23 @@ def test_dry_run_shows_three_examples_and_writes_nothing(world, tmp_path, monkey
     assert not [*tmp_path.iterdir()] and sorted(world.rglob("*")) == before
 
 
+@pytest.mark.parametrize("most", [0.01, 1e3])
+def test_the_step_is_made_with_a_gradient_of_at_most_max_grad_norm(go, most, monkeypatch):
+    """A longer gradient is scaled to it, a shorter one is as it was; `grad_norm` is the norm before."""
+    seen = []
+
+    class Adam(torch.optim.AdamW):
+        def step(self):
+            norms = [w.grad.norm().square() for group in self.param_groups for w in group["params"]]
+            seen.append(sum(norms).sqrt().item())
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    norms = [row["grad_norm"] for row in go(max_steps=2, epochs=2, max_grad_norm=most).train]
+    assert min(norms) > 0.02 and len(norms) == 2
+    assert seen == pytest.approx([min(norm, most) for norm in norms], rel=1e-4)
+
+
 def test_a_loss_that_explodes_is_stopped(go):
     with pytest.raises(FloatingPointError, match=r"step 2: the loss is \S+ and the gradient norm \S+ \(rows ranked"):
         go(lr=1e30, max_grad_norm=1e30, batch_size=4, eval_every=100)
@@ -660,7 +677,7 @@ def test_what_is_said_of_held_out_rankings_by_hand():
     accuracy = [0.5, 1.0, 0.8]
     assert results["accuracy"] == pytest.approx(mean(accuracy))
     deviation = math.sqrt(sum((x - mean(accuracy)) ** 2 for x in accuracy) / 2)
-    assert results["accuracy_interval"] == pytest.approx(1.96 * deviation / math.sqrt(3))
+    assert results["accuracy_interval"] == pytest.approx(4.303 * deviation / math.sqrt(3))  # t(2)
     # the longer one: loses both pairs of the first, wins the second, loses the third, whose label may be wrong
     assert results["longer_wins"] == pytest.approx((0.0 + 1.0 + 0.2) / 3)
     assert results["ceiling"] == pytest.approx((1.0 + 1.0 + 0.8) / 3)
@@ -684,7 +701,7 @@ def test_intervals_are_over_prompts_or_over_the_values_split_by():
     examples, rewards = made_up()
     alike = [dataclasses.replace(e, prompt_text="aab"[i]) for i, e in enumerate(examples)]
     _, results, _ = held_out_report(alike, rewards, None, embedded=False)
-    assert results["accuracy_interval"] == pytest.approx(1.96 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)
+    assert results["accuracy_interval"] == pytest.approx(12.706 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)  # t(1)
     topics = [dataclasses.replace(e, row={"meta": {"topic": "t"}}) for e in examples]
     rows, results, _ = held_out_report(topics, rewards, "meta.topic", embedded=False)
     assert results["accuracy_interval"] == math.inf  # one group gives none

@@ -27,7 +27,7 @@ from tiny import ARCHITECTURES, example, random_examples, tiny
 
 import train_dpo
 import train_sft
-from rlhf import BadInput
+from rlhf import BadInput, losses
 from rlhf.tree import collate
 from support import models, refcache, report, reviews, runs, scoring
 from support.examples import build
@@ -210,6 +210,36 @@ def test_every_divergence(divergence, go):
     assert run.train[1]["rewards/margins"] > 0
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "bco", "plackett_luce"])
+def test_the_objective_has_the_reward_of_its_divergence(loss):
+    """D is 0.8 and -0.4: the loss, gradient and reward metrics by the rewards' formulas."""
+    rewards = {
+        "reverse_kl": lambda D: D,
+        "forward_kl": lambda D: 1 - math.exp(-D),
+        "js": lambda D: math.log(2 * math.exp(D) / (1 + math.exp(D))),
+        "alpha": lambda D: (math.exp(-0.7 * D) - 1) / -0.7,
+        "chi_po": lambda D: math.exp(D) - 1 + D,
+    }
+    of = {
+        "dpo": lambda w, r: -math.log(sigmoid(BETA * (w - r))),
+        "plackett_luce": lambda w, r: -math.log(sigmoid(BETA * (w - r))),
+        "ipo": lambda w, r: (w - r - 1 / (2 * BETA)) ** 2,
+        "bco": lambda w, r: -math.log(sigmoid(BETA * w - 0.2)) - math.log(sigmoid(0.2 - BETA * r)),
+    }[loss]
+    for divergence, reward in rewards.items():
+        a = train_dpo.Args(loss=loss, beta=BETA, divergence=divergence, divergence_alpha=0.3)
+        logps = torch.tensor([-2.0, -5.0], dtype=torch.float64, requires_grad=True)
+        reference = torch.tensor([-2.8, -4.6], dtype=torch.float64)
+        total, totals = train_dpo.objective(a, [ranked([1, 2])], logps, reference, torch.tensor([2, 3]), delta=0.2)
+        w, r = reward(0.8), reward(-0.4)
+        assert total.item() == pytest.approx(of(w, r), rel=1e-9), divergence
+        found = train_dpo.means([totals])
+        assert (found["rewards/chosen"], found["rewards/rejected"]) == pytest.approx((BETA * w, BETA * r)), divergence
+        step = 1e-6
+        slope = (of(reward(0.8 + step), r) - of(reward(0.8 - step), r)) / (2 * step)
+        assert torch.autograd.grad(total, logps)[0][0].item() == pytest.approx(slope, rel=1e-6), divergence
+
+
 def ranked(ranks: list[int], probability: float = 1.0):
     return example([5], [[6] * (i + 2) for i in range(len(ranks))], ranks=ranks, probability=probability)
 
@@ -324,6 +354,44 @@ def test_kto_z0_is_of_the_whole_step_and_bco_delta_of_all_steps_before(world, go
         assert len(seen) > 1 and [z0 for *_, z0 in seen] == pytest.approx([want] * len(seen), abs=1e-4)
         largest = max(largest, want)
     assert largest > 0.01
+
+
+def test_the_last_evaluation_has_the_last_delta_of_bco(world, go):
+    """The held-out loss of the saved policy, with the mean of the rewards of all steps for delta."""
+    run = go(loss="bco", beta=1.0, lr=1e-2, epochs=3)
+    delta = mean((row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in run.train)
+    held = read(world / "held.jsonl")
+    policy, reference = (plain_logps(load(path), held) for path in (run.out, world / "model"))
+    pairs = [[x - y for x, y in zip(*both, strict=True)] for both in zip(policy, reference, strict=True)]
+    loss = lambda delta: mean(-math.log(sigmoid(w - delta) * sigmoid(delta - r)) for w, r in pairs)  # noqa: E731
+    assert abs(loss(delta) - loss(0.0)) > 0.01
+    assert run.evals[-1]["eval/loss"] == run.results["after/eval/loss"] == pytest.approx(loss(delta), abs=1e-4)
+    assert run.results["before/eval/loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+
+
+def test_the_last_evaluation_has_its_own_z0_of_kto(world, go):
+    """The held-out loss of the saved policy, with z0 from the held-out prompts' mismatched responses; and of the start
+    as its own reference, where z0 is 0."""
+    flags = {"beta": 1.0, "lr": 1e-2, "epochs": 2, "undesirable_weight": 0.5}
+    run = go(loss="kto", model=f"{world}/other", ref=f"{world}/model", **flags)
+    train, held = read(world / "train.jsonl", "unpaired"), read(world / "held.jsonl", "unpaired")
+    other = train_dpo.mismatched(train + held, 0)
+    others = [dataclasses.replace(e, responses=[y]) for e, y in zip(train + held, other, strict=True)]
+    models = load(run.out), load(world / "model")
+
+    def ratios(examples):
+        both = ([x for logps in plain_logps(model, examples) for x in logps] for model in models)
+        return [x - y for x, y in zip(*both, strict=True)]
+
+    D, good = ratios(held), [label for e in held for label in e.labels]
+    z0, of_training = (max(0.0, mean(ratios(x))) for x in (others[len(train) :], others[: len(train)]))
+    loss = lambda z0: mean(  # noqa: E731
+        sigmoid(z0 - d) if y else 0.5 * sigmoid(d - z0) for d, y in zip(D, good, strict=True)
+    )
+    assert {*good} == {True, False}
+    assert min(abs(loss(z0) - loss(x)) for x in (0.0, of_training)) > 0.002, (z0, of_training)
+    assert run.evals[-1]["eval/loss"] == run.results["after/eval/loss"] == pytest.approx(loss(z0), abs=1e-4)
+    assert run.results["before/eval/loss"] == pytest.approx((0.5 + 0.25) / 2, abs=1e-4)
 
 
 def test_ties(world, go, tmp_path):
@@ -747,6 +815,24 @@ def test_a_nan_stops_the_run_and_names_its_rows(script, world, go, steps, tmp_pa
     assert cli(monkeypatch, script, [*argv, "--resume"]) == 0
     mine, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", straight.out))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("most", [0.01, 1e3])
+def test_the_step_is_made_with_a_gradient_of_at_most_max_grad_norm(script, go, most, monkeypatch):
+    """A longer gradient is scaled to it, a shorter one is as it was; `grad_norm` is the norm before."""
+    seen = []
+
+    class Adam(torch.optim.AdamW):
+        def step(self):
+            norms = [w.grad.norm().square() for group in self.param_groups for w in group["params"]]
+            seen.append(sum(norms).sqrt().item())
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    norms = [row["grad_norm"] for row in go(script, max_steps=2, max_grad_norm=most).train]
+    assert min(norms) > 0.02 and len(norms) == 2
+    assert seen == pytest.approx([min(norm, most) for norm in norms], rel=1e-4)
 
 
 def test_a_learning_rate_that_explodes(go, tmp_path):
@@ -1284,10 +1370,31 @@ def test_dpop_without_its_penalty_is_dpo(go):
     assert same[0]["grad_norm"] == pytest.approx(same[1]["grad_norm"], rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["simpo", "orpo", "kto"])
+MARGIN_ALONE = {"dpo", "robust", "ipo", "r_dpo", "dpo_nll", "hinge", "exo", "discopop", "plackett_luce"}
+
+
+@pytest.mark.parametrize("loss", sorted({*ALL_LOSSES} - MARGIN_ALONE - {"bco"}))
 def test_a_divergence_that_a_loss_does_not_have_is_refused(go, loss):
+    assert loss in "simpo orpo dpo_norm ipo_norm kto sppo nca apo_zero apo_down dpop".split()
     with pytest.raises(BadInput, match=f"--loss {loss} is not defined with --divergence js"):
         go(loss=loss, divergence="js")
+
+
+def test_every_other_loss_takes_a_divergence():
+    """Those of the margin, from which a prompt's constant drops out; and bco, an upper bound of dpo's loss for any
+    rewards and any delta, since sigmoid(x) sigmoid(y) < sigmoid(x + y)."""
+    for loss in {*MARGIN_ALONE, "bco"}:
+        train_dpo.check_flags(train_dpo.Args(loss=loss, beta=BETA, divergence="chi_po", label_smoothing=0.1))
+        D, constant = torch.tensor([0.7, -0.2], dtype=torch.float64), 3.0
+        if loss in MARGIN_ALONE:
+            lengths = torch.tensor([2, 3])
+            a = train_dpo.Args(loss=loss, beta=BETA, label_smoothing=0.1)
+            found = [train_dpo.objective(a, [ranked([1, 2])], D, -x * torch.ones(2), lengths)[0] for x in (0, constant)]
+            assert found[0].item() == pytest.approx(found[1].item(), rel=1e-6), loss
+    g = torch.Generator().manual_seed(0)
+    w, r = 3 * torch.randn(2, 1000, generator=g, dtype=torch.float64)
+    for delta in (-2.0, 0.0, 0.5):
+        assert (losses.bco(w, r, BETA, delta) > losses.dpo(w, r, BETA)).all()
 
 
 def test_a_reference_with_another_vocabulary_is_refused(go, tmp_path):
