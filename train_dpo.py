@@ -1,17 +1,16 @@
 """Direct preference optimisation: train a policy straight from preferences, without a reward model.
 
-    python train_dpo.py                                         the embedded task; makes its SFT model first
+    python train_dpo.py                                         the embedded task; trains its SFT model first
     python train_dpo.py --model DIR --data prefs.jsonl          your own model and pairs
     python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another member of the family
 
 A preference says that response w to a prompt x is better than response l. DPO (Rafailov et al. 2023, Eq. 7) raises
-the probability of w against that of l, both measured against a frozen reference model, by logistic regression:
+the probability of w over that of l, both relative to a frozen reference model, by logistic regression:
 
     loss = -log sigmoid( beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ] )
 
-beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta is the strength of the leash
-to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, before and
-after.
+beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta sets how closely it
+stays to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, results.
 """
 
 import math
@@ -56,11 +55,11 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
     "orpo": lambda a, x: losses.orpo(x.chosen_logps, x.rejected_logps, *x.lengths, a.orpo_lambda),
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
-PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and reward metrics of means over tokens
+PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and metrics use the mean over tokens
 LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # see check_flags
 TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
     "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512},
 }
@@ -73,12 +72,12 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """reference model (frozen), same tokenizer; default: the starting weights"""
     out: str = "runs/dpo"
     loss: Loss = "dpo"
-    """which of the family (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
+    """which loss (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
     beta: float | None = None
-    """strength of the leash to the reference, per nat, > 0; papers' values differ by loss (simpo 2, dpo_norm 5);
-    default 0.1 (embedded: 0.6)"""
+    """reward per nat of log-ratio, > 0: the larger, the closer to the reference; papers' values differ by loss
+    (simpo 2, dpo_norm 5); default 0.1 (embedded: 0.6)"""
     label_smoothing: float = 0.0
-    """assumed share of flipped labels, in [0, 0.5): conservative DPO; robust; exo, which needs it > 0, say 0.001"""
+    """assumed share of flipped labels, in [0, 0.5), for dpo (then conservative), robust and exo (which needs > 0)"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
     """the f-divergence whose implicit reward takes the place of log(pi / ref); not reverse_kl: for dpo, robust, ipo,
     r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce only"""
@@ -87,7 +86,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     clip: float | None = None
     """--loss dpo: largest |beta * margin|, > 0 (chi-PO: twice the largest reward); default: none"""
     length_penalty: float = 0.01
-    """r_dpo: reward taken off for each token that chosen is longer, >= 0"""
+    """r_dpo: reward subtracted for each token of a response, >= 0"""
     nll_coef: float = 1.0
     """dpo_nll: weight of the chosen response's NLL per token, >= 0"""
     dpop_lambda: float = 50.0
@@ -95,7 +94,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     discopop_tau: float = 0.05
     """discopop: temperature of the mixture, in (0, 1]"""
     gamma_beta_ratio: float = 0.5
-    """simpo: target margin over beta, in nats per token, >= 0"""
+    """simpo: target margin divided by beta, in nats per token, >= 0"""
     orpo_lambda: float = 0.1
     """orpo: weight of the odds ratio, >= 0"""
     desirable_weight: float = 1.0
@@ -103,17 +102,17 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     undesirable_weight: float = 1.0
     """kto: weight of undesirable responses, >= 0"""
     ties: Literal["refuse", "drop", "random"] = "refuse"
-    """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
+    """plackett_luce: what to do with a ranking that has ties; random breaks them, in training only"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     keep_softmax_mib: int = 1024
-    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
+    """MiB: a softmax up to this size is kept for the backward pass, a larger one is recomputed; >= 0"""
     ref_cache: str = "runs/ref_cache"
-    """folder of the reference's log-probs, which runs on the same data share"""
+    """cache of the reference's log-probs, shared by runs on the same data"""
 
 
 def check_flags(a: Args) -> None:
-    """BadInput if flags do not fit each other; support/runs.py has the range of each.
+    """Raise BadInput if flags conflict; support/runs.py has the range of each.
 
     An f-divergence's reward is known up to a constant per prompt, and is no log-probability. So another divergence fits
     losses of the margin alone, and bco, which bounds dpo's loss for any reward and any delta. The others are derived
@@ -131,7 +130,7 @@ def check_flags(a: Args) -> None:
 
 @dataclass
 class Pairs:
-    """m preference pairs. `chosen`, `rejected`: log-ratios to the reference, or the f-divergence's reward of them."""
+    """m preference pairs. `chosen`, `rejected`: log-ratios to the reference, or their f-divergence reward."""
 
     chosen: Tensor
     rejected: Tensor
@@ -159,8 +158,8 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         ones = torch.ones_like(loss)
         count("loss", loss, ones)
         probability = logps.new_tensor([e.probability for e in examples for _ in e.labels])
-        above_is_right = torch.where(good, probability, 1 - probability)
-        count("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, above_is_right, TIE * a.beta), ones)
+        p_desirable = torch.where(good, probability, 1 - probability)
+        count("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
         sides = {"chosen": (good, ones[good]), "rejected": (~good, ones[~good])}
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
@@ -202,7 +201,7 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
-    if steps < steps_per_epoch:  # then most rows are never seen, and need no reference log-probs
+    if steps < steps_per_epoch:  # then some rows are never seen, and need no reference log-probs
         train = random.Random(a.seed).sample(train, steps * a.batch_size)
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
@@ -215,7 +214,7 @@ def main(a: Args) -> dict[str, float]:
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
     run.check_same(data=train, eval_data=held, model=policy)
 
-    # ------------------------------------------------------------ reference: its log-probs once, then it leaves memory
+    # ------------------------------------------------------------ reference: score once, then free it
     everything = train + held
     others: list[Example] = []
     if a.loss == "kto":  # each prompt with a response of another prompt: these estimate the KL term z0
@@ -243,7 +242,7 @@ def main(a: Args) -> dict[str, float]:
         return losses.kto_z0(logps - torch.cat([other_refs[i] for i in places]))
 
     def evaluate(logps: Sequence[Tensor], delta: float = 0.0, z0: Tensor | None = None) -> dict[str, float]:
-        """The metrics of these log-probs of the held-out responses, each example counted once."""
+        """Metrics of the held-out examples, which weigh the same, from the log-probs of their responses."""
         lengths = torch.tensor([len(r) for e in held for r in e.responses])
         _, totals = objective(a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0)
         return {f"eval/{name}": value for name, value in means([totals]).items()}
@@ -321,7 +320,7 @@ def main(a: Args) -> dict[str, float]:
     policy, lora = sharding.unshard(policy, make_policy, a.device, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return final
-    reference = policy  # without its adapters
+    reference = policy  # with its adapters off
     if a.ref or not lora:
         reference = models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code)
     rows, results = [], {}
@@ -333,7 +332,7 @@ def main(a: Args) -> dict[str, float]:
         results["ceiling"] = ceiling(held)
         for name in ("accuracies", "margins"):
             values = [metrics.get(f"eval/rewards/{name}") for metrics in sides.values()]
-            if None not in values:  # kto with one label only has no margin
+            if None not in values:  # kto with a single label has no margin
                 rows.append([f"held-out {name}", *(f"{x:.3f}" for x in values)])
         if results["ceiling"] < 1:
             rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
@@ -351,7 +350,9 @@ def main(a: Args) -> dict[str, float]:
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )
     changed = "".join(f" --{n} {getattr(a, n)}" for n in ("model", "data", "loss") if getattr(a, n) != getattr(Args, n))
-    print(f"Next: python train_dpo.py{changed} --beta {a.beta / 2:g} --out {run.out}-loose  (a longer leash)")
+    print(
+        f"Next: python train_dpo.py{changed} --beta {a.beta / 2:g} --out {run.out}-loose  (further from the reference)"
+    )
     return results
 
 
@@ -367,20 +368,20 @@ def means(parts: Sequence[dict[str, tuple[Tensor, float]]]) -> dict[str, float]:
 
 
 def guard(a: Args, gaps: Tensor, loss: float) -> None:
-    """BadInput unless the policy is the reference before the first update: log-ratios 0, and the loss as it is there.
+    """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
 
-    `gaps` are |log pi - log ref| of the step's responses. These would break it: a reference scored with other weights,
+    `gaps` are |log pi - log ref| of the step's responses. This catches a reference scored with other weights,
     another dtype or template, dropout, attention that leaks between responses, a wrong shift.
     """
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
         return
-    worst = gaps.max().item() if a.dtype == "float32" else gaps.mean().item()
+    gap = gaps.max().item() if a.dtype == "float32" else gaps.mean().item()
     if a.dtype != "float32":
-        print(f"step-0 guard: mean |log-ratio| {worst:.3g} nats in {a.dtype}")
+        print(f"step-0 guard: mean |log-ratio| {gap:.3g} nats in {a.dtype}")
     require(
-        worst < (1e-3 if a.dtype == "float32" else 0.5),
-        f"step-0 guard: the policy is {worst:.3g} nats from the reference that it starts from: the scores disagree",
+        gap < (1e-3 if a.dtype == "float32" else 0.5),
+        f"step-0 guard: the policy is {gap:.3g} nats from the reference that it starts from: the scores disagree",
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(
@@ -393,7 +394,7 @@ PANELS = {  # of curves.png
     "loss": ["loss", "eval/loss"],
     "accuracy of the implicit reward": ["rewards/accuracies", "eval/rewards/accuracies"],
     "margin, beta * nats": ["rewards/margins", "eval/rewards/margins"],
-    "log-prob moved from the reference, held out, nats": ["eval/logps/chosen_delta", "eval/logps/rejected_delta"],
+    "held-out log-prob minus the reference's, nats": ["eval/logps/chosen_delta", "eval/logps/rejected_delta"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["lr"],
 }

@@ -1,17 +1,17 @@
-"""PPO, phase 3: let the policy answer, score the answers with a reward model, and make the better ones likelier.
+"""PPO: let the policy answer, score the answers with a reward model, and make the better ones likelier.
 
-    python train_ppo.py                                          the embedded task; makes its SFT and reward model first
+    python train_ppo.py                                          the embedded task; trains its SFT and RM first
     python train_ppo.py --model runs/sft --reward runs/rm --data prompts.jsonl
     python train_ppo.py --advantage rloo --out runs/rloo         without a critic
 
-The reward model is reliable only on text like its training data. So the policy pays for every nat by which it leaves
-its SFT predecessor, the reference (Ouyang et al. 2022, Eq. 2, arXiv 2203.02155):
+The reward model is reliable only on text like its training data. So the policy pays for every nat of KL
+divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2203.02155):
 
     maximise  E_{x, y ~ pi} [ R(x, y) - kl_coef * log(pi(y|x) / ref(y|x)) ]
 
 Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token (by a critic and GAE,
 or by comparing the k answers); then a few epochs of clipped policy gradient on them (Schulman et al. 2017, Eq. 7, arXiv
-1707.06347). In order: data, models, the loop, before and after; below that log-probs, the update and the guard.
+1707.06347). In order: flags, advantages, main (data, models, the loop, results), one update, the guard.
 """
 
 import random
@@ -39,7 +39,7 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # a minibatch's sum over tokens is divided by this; "responses": the mean of each response's mean
+COUNTS = {  # what a minibatch's sum over tokens is divided by; "responses": the mean over responses of their means
     "gae": "tokens",
     "reinforce++": "tokens",
     "rloo": "sequences",
@@ -48,9 +48,9 @@ COUNTS = {  # a minibatch's sum over tokens is divided by this; "responses": the
     "drgrpo": "constant",
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
-ROUNDING = 1e-5  # tolerated difference of a log-prob between two batchings, relative to its size (of 1 nat at least),
-# at up to 10 M parameters, and as their root beyond: 5e-7 was seen at 0.4 M, 7e-6 at 135 M with rows of 480 tokens
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+ROUNDING = 1e-5  # tolerated difference of a log-prob between two batchings, relative to max(1 nat, |log-prob|), up to
+# 10 M parameters; above, it grows as their square root. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (rows of 480 tokens)
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
 }
@@ -65,8 +65,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     module:function(prompts, responses, rows) -> floats, for rewards that can be verified"""
     out: str = "runs/ppo"
     advantage: Literal[(*COUNTS,)] = "gae"
-    """gae: PPO's, with a critic; the others compare the answers to a prompt (rloo, grpo, drgrpo), or take the batch's
-    mean (reinforce++) or the greedy answer (remax) for a baseline, and have none"""
+    """gae: PPO's, with a critic. Without one: rloo, grpo and drgrpo compare the answers to a prompt; reinforce++ has
+    the batch's mean for a baseline, remax the reward of the greedy answer"""
     k: int = 4
     """answers to each prompt, >= 1; rloo, grpo and drgrpo need 2 or more"""
     temperature: float = 1.0
@@ -76,15 +76,15 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     a minibatch's tokens (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum
     over tokens (rloo, remax), or sum / --max-new-tokens (drgrpo)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 gives the exact gradient"""
+    """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 has an unbiased gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
     """whether the KL is taken off each token's reward, or added to the loss (as GRPO does, with k3)"""
     kl_target: float | None = None
-    """nats an answer: an adaptive kl_coef steers towards it (Ziegler et al. 2019), > 0; default: kl_coef is fixed"""
+    """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
-    """with --kl-target: share of the run's answers in which the coefficient can change by about e^0.2, in (0, 1]"""
+    """with --kl-target: share of the run's answers over which kl_coef can change by about e^0.2, in (0, 1]"""
     kl_stop: float | None = None
-    """end a rollout's epochs when the policy's approximate KL from the one that sampled exceeds this, nats a token"""
+    """end a rollout's epochs when the approximate KL from the sampling policy exceeds this, in nats per token"""
     gamma: float = 1.0
     """gae: discount per token, in [0, 1]; 1 treats an answer as one decision"""
     lam: float = 0.95
@@ -98,9 +98,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     missing_eos_value: float = -1.0
     """see --missing-eos; in units of reward"""
     clip_range: float = 0.2
-    """no gradient for a token whose ratio to the policy that sampled it is beyond 1 -+ this, > 0"""
+    """clip range of pi / pi_old around 1; clipped tokens have no gradient, > 0"""
     value_clip: float | None = 0.2
-    """no gradient for a value that moved further than this since the rollout, > 0, in reward; None: no clip"""
+    """no gradient for a value that moved further than this (in reward) since the rollout, > 0; None: no clip"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
@@ -134,7 +134,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
 
 
 def check_flags(a: Args) -> None:
-    """BadInput if flags do not fit each other; support/runs.py has the range of each."""
+    """Raise BadInput if flags conflict; support/runs.py has the range of each."""
     require(
         a.advantage not in GROUPED or a.k >= 2,
         f"--advantage {a.advantage} compares the answers to a prompt: --k must be at least 2",
@@ -152,7 +152,7 @@ def check_flags(a: Args) -> None:
 
 @dataclass
 class Rollout:
-    """p prompts with k answers each: b = p * k sequences, n tokens, laid flat prompt after prompt."""
+    """p prompts with k answers each: b = p * k sequences, n tokens, flattened in prompt order."""
 
     examples: list[Example]
     logps: Tensor  # [n], of the policy that sampled
@@ -162,7 +162,7 @@ class Rollout:
     returns: Tensor | None  # [n], the critic's regression target
 
     def by_prompt(self, name: str) -> list[Tensor]:
-        """One of the tensors of tokens, prompt by prompt."""
+        """A per-token tensor, split by prompt."""
         return [*getattr(self, name).split([sum(map(len, e.responses)) for e in self.examples])]
 
 
@@ -185,9 +185,9 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def token_weights(a: Args, lengths: Tensor, batch_lengths: Tensor) -> Tensor:
-    """The weight of each token's loss [n] in a batch: 1 / the tokens (or sequences, ...) of its minibatch.
+    """The loss weight of each token [n] of a micro-batch: 1 / the tokens (or sequences, ...) of its minibatch.
 
-    lengths: of all the minibatch's answers; batch_lengths: of those in this batch.
+    lengths: of all the minibatch's answers; batch_lengths: of those in this micro-batch.
     """
     each = torch.ones(int(batch_lengths.sum()), device=batch_lengths.device)
     if COUNTS[a.advantage] == "tokens":
@@ -241,10 +241,10 @@ def main(a: Args) -> dict[str, float]:
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
     policy = sharding.load(make_policy, a.device, dtype)
-    reference = policy  # without its adapters
+    reference = policy  # with its adapters off
     if a.ref or not a.lora_rank:
         reference = load_sharded(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
-    scores_ids = Path(a.reward).is_dir()  # whether the reward is a model that scores the very ids that were sampled
+    scores_ids = Path(a.reward).is_dir()  # whether a reward model scores the sampled ids without re-tokenising
     if scores_ids:
         other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
         scores_ids = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
@@ -346,15 +346,15 @@ def main(a: Args) -> dict[str, float]:
         estimates, returns = compute_advantages(a, kl_coef, kl, scores, lengths, values, greedy)
         rollout = Rollout(examples, logps, ref_logps, values, estimates, returns)
 
-        # ----------------------------------------------------------------------------- epochs of minibatches over them
-        rate = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
+        # ------------------------------------------------------------------------------ minibatch epochs on the rollout
+        share = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = a.lr * rate
+            group["lr"] = a.lr * share
         for group in critic_optimizer.param_groups if critic else ():
-            group["lr"] = a.critic_lr * rate
+            group["lr"] = a.critic_lr * share
         parts, norms = [], []
-        for passed in range(a.epochs_per_rollout):
-            rng = random.Random(f"{a.seed} {step} {passed}")
+        for rollout_epoch in range(a.epochs_per_rollout):
+            rng = random.Random(f"{a.seed} {step} {rollout_epoch}")
             shuffled = rng.sample(range(len(examples)), len(examples))
             for i in range(a.minibatches):
                 places = shuffled[i :: a.minibatches]
@@ -378,17 +378,17 @@ def main(a: Args) -> dict[str, float]:
 
         # ----------------------------------------------- what follows is bookkeeping: metrics, controller, checkpoints
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0] if name != "ratio"}
-        total_kl = advantages.sequence_sums(k1, lengths).mean().item()
+        mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
             "objective/scores": raw.mean().item(),
-            "objective/kl": total_kl,
+            "objective/kl": mean_kl,
             "objective/entropy": entropy.mean().item(),
-            "objective/rlhf_reward": scores.mean().item() - kl_coef * total_kl,
+            "objective/rlhf_reward": scores.mean().item() - kl_coef * mean_kl,
             "length": lengths.float().mean().item(),
             "ended": ended.float().mean().item(),
             "kl_coef": kl_coef,
             "grad_norm": sum(norms) / len(norms),
-            "lr": a.lr * rate,
+            "lr": a.lr * share,
         }
         if a.k > 1:
             grouped = rearrange(scores, "(p k) -> p k", k=a.k)
@@ -401,7 +401,7 @@ def main(a: Args) -> dict[str, float]:
         if a.kl_target:
             answers = float(a.max_steps * len(lengths))
             horizon = max(a.kl_horizon * answers, float(len(lengths)))
-            kl_coef = advantages.adaptive_kl_coef(kl_coef, total_kl, a.kl_target, len(lengths), horizon)
+            kl_coef = advantages.adaptive_kl_coef(kl_coef, mean_kl, a.kl_target, len(lengths), horizon)
         seconds = time.perf_counter() - began
         speed = lengths.sum().item() / seconds
         metrics |= {
@@ -410,7 +410,7 @@ def main(a: Args) -> dict[str, float]:
             "perf/sampling_share": sampling_seconds / seconds,
         }
         run.log(step + 1, metrics)
-        run.progress(step + 1, score=metrics["objective/scores"], kl=total_kl, tokens_per_s=speed)
+        run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
             weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
@@ -447,7 +447,7 @@ def main(a: Args) -> dict[str, float]:
 
 
 def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef: float, batching: Batching):
-    """Gradients of one minibatch, the rollout's prompts at these places; returns its metrics."""
+    """Backpropagate one minibatch, the rollout's prompts at these places; returns its metrics."""
     examples = [rollout.examples[i] for i in places]
     names = ["logps", "ref_logps", "advantages", *(["values", "returns"] if critic else [])]
     by_prompt = {name: rollout.by_prompt(name) for name in names}
@@ -500,11 +500,11 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: Batching) -> None:
-    """BadInput unless scorer, sampler and loss agree on log-probs before a rollout's first update, while the policy is
-    the one that sampled.
+    """Raise BadInput unless scorer, sampler and update agree on log-probs before a rollout's first update, while the
+    policy is the one that sampled.
 
     `ratio` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
-    their beginnings) are compared with the sampler's own cached, left-padded computation. These would break it:
+    their first 16 tokens) are compared with the sampler's own cached, left-padded computation. This catches
     log-probs at another temperature, dropout, attention that leaks, a wrong shift, generation settings that warp the
     distribution.
     """
@@ -523,20 +523,20 @@ def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: 
     require(ratio < rounding, f"{problem} scorer and update differ by {ratio:.3g} of their size: the scores disagree")
     require(gap < 1e-3, f"{problem} sampler and scorer differ by {gap:.3g} nats: the scores disagree")
     if step == 0 and not a.ref:
-        kl = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
-        require(kl < rounding, f"step 1: policy and reference, its start, differ by {kl:.3g} of their log-probs")
+        gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
+        require(gap < rounding, f"step 1: policy and reference, its start, differ by {gap:.3g} of their log-probs")
 
 
 def relative_gap(differences: Tensor, logps: Tensor) -> float:
-    """The largest difference between log-probs, in nats, or relative to a log-prob that is larger than 1 nat."""
+    """The largest difference between log-probs, relative to the log-prob's size (at least 1 nat)."""
     return (differences.abs() / logps.abs().clamp(min=1)).max().item()
 
 
 PANELS = {  # of curves.png
-    "score and what is left of it after the KL": ["objective/scores", "objective/rlhf_reward"],
-    "KL to the reference, nats an answer": ["objective/kl"],
+    "score, and score minus KL penalty": ["objective/scores", "objective/rlhf_reward"],
+    "KL to the reference, nats per answer": ["objective/kl"],
     "gold reward": ["objective/gold"],
-    "entropy, nats a token": ["objective/entropy"],
+    "entropy, nats per token": ["objective/entropy"],
     "policy: approximate KL of the step, share clipped": ["policy/approxkl", "policy/clipfrac"],
     "critic: explained variance": ["val/explained_variance"],
     "length, tokens": ["length"],

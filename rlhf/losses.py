@@ -377,7 +377,7 @@ def plackett_luce(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> F
     """Negative log-probability of a ranking: sum over i of log(sum over j of exp(r_j - r_i)), j = i or ranked below i.
 
     Rafailov et al. 2023, appendix A.3, arXiv 2305.18290. With r = beta D it is DPO on rankings, and equals `dpo` at
-    k = 2; with a reward model's scores it is reward ranking. ranks: 1 is best, without ties; 0 pads a prompt with fewer
+    k = 2; with a reward model's scores it trains that model. ranks: 1 is best, without ties; 0 pads a prompt with fewer
     than k responses. Only differences of rewards matter. Range [0, inf); log k! if all rewards are equal.
     """
     no_better = (rearrange(ranks, "p i -> p i 1") <= rearrange(ranks, "p j -> p 1 j")) & (ranks > 0)[:, :, None]
@@ -459,7 +459,8 @@ def clipped(
 ) -> Bool[Tensor, " n"]:
     """Which tokens `ppo_clip` clips: ratio > 1 + clip_range with A > 0, or ratio < 1 - clip_range with A < 0.
 
-    Such a token has already moved as far as its advantage allows, so its gradient is 0. `clipfrac` is the mean.
+    Such a token has already moved as far as its advantage allows, so its gradient is 0. The mean is the metric
+    `policy/clipfrac`.
     """
     check_ranges(clip_range=clip_range)
     ratio = _ratio(logps.detach(), old_logps)

@@ -36,7 +36,7 @@ class Tree(Protocol):
 
     prompt: list[int]  # never empty
     responses: list[list[int]]  # k of them
-    trained: list[list[bool]] | None  # which tokens of each response are scored; None: all
+    trained: list[list[bool]] | None  # which response tokens count in a loss; None: all
 
 
 class Segment(NamedTuple):
@@ -239,9 +239,7 @@ def tree_attention(
             "no segments reach the attention over packed trees: the batch is not packed, or the model drops them"
         )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError(
-            "the model's attention has a soft-cap or sinks, which the one over packed trees has not"
-        )
+        raise NotImplementedError("the model's attention has a soft-cap or sinks, which packed trees do not support")
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary embeddings and norms return float32
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):

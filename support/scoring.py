@@ -49,7 +49,7 @@ def hidden_states(
     models.set_attention(model, packed=batch.segments is not None)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
     for layer in models.checkpointed_layers(model):
-        layer.training = torch.is_grad_enabled()  # it recomputes in train mode only; its parts stay in eval mode
+        layer.training = torch.is_grad_enabled()  # layers recompute in train mode only; their parts stay in eval mode
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
         states = model.base_model(
@@ -203,9 +203,9 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     """`tree` if the model gives the same numbers in both layouts and no branch sees another, else `padded`.
 
     The numbers are the log-probs of the response tokens, or a reward model's scores at the tokens before them. The
-    shortest tree is scored with the longest sequence and the largest tree, because a sliding window is harmless on
-    short ones. On the way our numbers are checked against the model's own. `batching.layout` "tree" or "padded" forces
-    that layout; BadInput if the tree does not fit. BadInput too if the model has too few positions.
+    shortest tree is scored with the longest sequence and the largest tree, because short rows cannot reveal a sliding
+    window. On the way our numbers are checked against the model's own. `batching.layout` "tree" or "padded" forces that
+    layout. Raises BadInput if a forced tree does not fit, or if the model has too few positions.
     """
     rows = _probe_rows(examples)
     check_positions(model, examples)
@@ -276,7 +276,7 @@ def _probe_rows(examples: Sequence[Example]) -> list[Example]:
 
 
 def _token_numbers(model, examples: Sequence[Example], batching: Batching, layout: str) -> Float[Tensor, " n"]:
-    """The number of each response token that the layouts must agree on, from one batch of all these examples."""
+    """The output at each response token on which the layouts must agree, from one batch of all these examples."""
     batch = collate(examples, layout, batching.pad_id, next(model.parameters()).device)
     if models.has_reward_head(model):
         return token_values(model, batch, batching.dtype)
@@ -303,7 +303,7 @@ def _check_logps(model, example: Example, ours: Float[Tensor, " n"], batching: B
 def _check_rewards(model, examples: Sequence[Example], batching: Batching) -> None:
     """BadInput unless our scores are those of the library's own classifier, with padding to the right and to the left.
 
-    What would break this: a pad id that a response can end with, a wrong last token, positions that count the padding.
+    This catches a pad id that a response can end with, a wrong last token, positions that count the padding.
     """
     dtype = batching.dtype
     batch = collate(examples, "padded", batching.pad_id, model.device)
