@@ -45,10 +45,12 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from rlhf import BadInput, require
-from support import agreement, reviews, rewards
+from support import agreement, lazy_import
 from support.report import bootstrap, share_interval, table
 from support.rows import read_rows
 from support.runs import check, cli
+
+reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards")
 
 # --------------------------------------------------------------------------------------------------------------- flags
 

@@ -116,6 +116,8 @@ class Args(runs.Flags):
     """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
     resume: bool = False
     """continue with the first model that --out has no numbers of, with the same flags"""
+    seed: int = 0
+    """of the sampling, the same for all models"""
     wandb: bool = False
     """log to Weights & Biases too"""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -115,8 +115,13 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """passes over the answers of a rollout, >= 1"""
     minibatches: int = 2
     """optimizer steps of each pass, >= 1"""
+    lora_rank: int = 0
+    """rank of low-rank adapters of the policy that are trained in place of all its weights, >= 0 (0: none), with about
+    ten times the learning rate; the reference is then the policy without them, and a critic is trained whole"""
+    data: str = "reviews"
+    """prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
     lr: float | None = None
-    """learning rate of the policy's AdamW at the start, > 0; default 1e-6 (embedded: 3e-4)"""
+    """peak learning rate of the policy's AdamW, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
     """learning rate of the critic's AdamW, > 0; default 5 times --lr (embedded: 10/3 times)"""
     adam_eps: float = 1e-5

@@ -71,6 +71,8 @@ class Args(runs.EpochFlags):
     """peak learning rate of AdamW, > 0; default 1e-5 (embedded: 1e-3)"""
     epochs: int = 1
     """passes over the data, >= 1; more than one overfits soon"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products; weights (the master copy), optimizer and rewards are always float32"""
     eval_prompts: int | None = None
     """answers of the starting model, to held-out prompts first, for the reward's mean and deviation, >= 0; default 256
     (embedded: 512); 0, or a reward model to start from: over the data's responses instead"""
@@ -121,6 +123,7 @@ def main(a: Args) -> dict[str, float]:
     if a.loss == "plackett_luce":
         train = without_ties(train, a.ties, a.seed)
         held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
+        require(bool(train), f"--data {a.data}: no ranking without ties is left to train on")
     require(not a.margin_coef or any(e.margin for e in train), f"--margin-coef: no row of {a.data} has a 'margin'")
     print(f"{len(train)} examples to train on, {len(held)} held out")
     if a.dry_run:

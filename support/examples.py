@@ -86,8 +86,6 @@ ANSWER = "answer-to-this"  # stands for an answer where a template is tried
 MORE = {"role": "user", "content": "more"}
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
-#
-
 
 @dataclass
 class Example:

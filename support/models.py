@@ -33,7 +33,7 @@ logging.getLogger("transformers.modeling_utils").addFilter(  # `_require_all_wei
     lambda record: "LOAD REPORT" not in record.getMessage() or "CONVERSION" in record.getMessage()
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PACKED = "tree_"  # before the name of a model's own attention: the attention over packed trees in its place
+PACKED = "tree_"  # begins the name of the attention over packed trees; the model's own attention follows, in hex
 
 # ------------------------------------------------------------------------------------------------- loading and saving
 
@@ -289,12 +289,13 @@ def layers(model) -> list[torch.nn.Module]:
 def checkpoint_layers(model) -> None:
     """From now on recompute each layer's activations in the backward pass instead of keeping them.
 
-    The recomputation uses the attention that the forward pass had, even if `set_attention` was called in between.
+    The recomputation uses the attention that the forward pass had, even if `set_attention` was called in between. A
+    copy of the model needs a call of its own.
     BadInput if the library's model has no layers that can do that.
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _attention(model, model.config._attn_implementation)
+        return nullcontext(), _Attention(model, model.config._attn_implementation)
 
     kind = model.config.model_type
     able = any(isinstance(module, modeling_layers.GradientCheckpointingLayer) for module in model.modules())
@@ -339,27 +340,30 @@ def set_attention(model, packed: bool) -> None:
     Whoever computes hidden states calls this with what the batch is, so no caller has to remember it. The setting
     stays: a backward pass may still need it. Generation needs the model's own attention.
     """
-    plain = (model.config._attn_implementation or "").removeprefix(PACKED)
-    name = PACKED + plain if packed else plain
-    if name == (model.config._attn_implementation or ""):
+    current = model.config._attn_implementation
+    plain = bytes.fromhex(current.removeprefix(PACKED)).decode() if current.startswith(PACKED) else current
+    name = PACKED + plain.encode().hex() if packed else plain  # in hex, since the library reads words such as "flash"
+    if name == current:
         return
     if packed:
         transformers.AttentionInterface.register(name, _never_compiled(tree_attention))
-    model.set_attn_implementation(name or None)
-
-
-@contextmanager
-def _attention(model, name: str | None) -> Iterator[None]:
-    """Set the attention of this name inside, and the current one again afterwards."""
-    current = model.config._attn_implementation
-    if current == name:
-        yield
-        return
     model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(current)
+
+
+class _Attention:
+    """Set the attention of this name inside, and the current one again afterwards; may be entered several times."""
+
+    def __init__(self, model, name: str):
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.before = self.model.config._attn_implementation
+        if self.before != self.name:
+            self.model.set_attn_implementation(self.name)
+
+    def __exit__(self, *_) -> None:
+        if self.before != self.name:
+            self.model.set_attn_implementation(self.before)
 
 
 @functools.cache

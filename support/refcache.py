@@ -67,7 +67,7 @@ def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]
     for other in sorted({*folder.glob("*.safetensors")} - {path}):
         try:
             with safe_open(other, "pt") as f:
-                other_key = json.loads(f.metadata()["question"])
+                other_key = json.loads(f.metadata()["question"])  # the key, under the name of the first files
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             other_key = {}
         differing = [name for name in key if other_key.get(name) != key[name]]

@@ -169,8 +169,10 @@ def before_and_after(
         with adapters(model):
             answers = answer(model, tokenizer, prompts, a.max_new_tokens, a.seed, dtype=batching.dtype)
             logps = scoring.score_logps(model, answers, batching)
-        with models.without_lora(reference):
-            ref_logps = scoring.score_logps(reference, answers, batching)
+        ref_logps = logps
+        if side == "after" or start is not reference:
+            with models.without_lora(reference):
+                ref_logps = scoring.score_logps(reference, answers, batching)
         stats[side] = answer_stats(answers, end_ids(policy, tokenizer), embedded)
         stats[side]["kl"] = [(x - y).item() for x, y in zip(logps, ref_logps, strict=True)]
         stats[side]["score"] = score(answers).tolist() if score and answers else []

@@ -31,12 +31,10 @@ from support import answer_at_once_offline, lazy_import
 datasets = lazy_import("datasets")
 parquet = lazy_import("pyarrow.parquet")
 
-#
 
 Row = tuple[str, dict]  # location ("prefs.jsonl:17"), columns
 Message = dict[str, Any]  # role, content, and fields that some chat templates use, such as tool_calls
 
-#
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -201,7 +202,7 @@ def cli(main: Callable, args_class: type) -> None:
     `--help` shows the flags that the script declares itself first, then those that it shares with the others.
     """
     fields = args_class.__dataclass_fields__
-    args_class.__dataclass_fields__ = {name: fields[name] for name in vars(args_class)["__annotations__"]} | fields
+    args_class.__dataclass_fields__ = {name: fields[name] for name in inspect.get_annotations(args_class)} | fields
     try:
         main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
     except BadInput as error:
@@ -367,10 +368,9 @@ class Run:
     def start(self, step: int, steps: int) -> None:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
         progress bar; take over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
         if not parallel.is_main():
             self.bar = tqdm(disable=True)
+            self._take_over_signals()
             return
         if not (self.out / "args.json").exists():
             shutil.copy(self.script, self.out)
@@ -386,7 +386,12 @@ class Run:
             identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
             options = {"project": "rlhf", "name": self.out.name, "dir": str(self.out), "config": self.flags}
             wandb.init(id=identity, resume="allow", **options)
+        self._take_over_signals()
         self.bar = tqdm(total=steps, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def _take_over_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
 
     def _interrupt(self, number, _frame):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

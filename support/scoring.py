@@ -28,7 +28,7 @@ from support.sharding import as_forward
 class Batching(NamedTuple):
     """How examples become forward passes."""
 
-    layout: str = "auto"  # until `choose_layout` has made it "tree" or "padded" (rlhf/tree.py)
+    layout: str = "padded"  # or "tree" (rlhf/tree.py), or "auto" for `choose_layout` to choose
     pad_id: int = 0  # fills padded rows
     dtype: torch.dtype = torch.float32  # of the matrix products
     micro_batch_tokens: int = 2048  # budget of one forward pass
@@ -258,7 +258,7 @@ def compare_layouts(model, rows: Sequence[Example], plain: Float[Tensor, " n"], 
         leak = _leak(model, rows, tree_numbers, batching)
     except torch.cuda.OutOfMemoryError:
         raise
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, ImportError, OSError) as error:
         return str(error).split("\n")[0]
     if max(difference, leak) <= tolerance:
         return None

@@ -81,7 +81,7 @@ def test_checkpointed_gradients_would_be_wrong_if_the_recomputation_took_the_cur
     """So the test above can fail."""
     model = tiny("llama")
     want = gradient(model, "tree")
-    monkeypatch.setattr(models, "_attention", lambda *args: models.nullcontext())
+    monkeypatch.setattr(models, "_Attention", lambda *args: models.nullcontext())
     models.checkpoint_layers(model)
 
     def other(model):
@@ -104,3 +104,15 @@ def test_nothing_of_ours_hangs_on_the_model():
     logps(model, "tree").sum().backward()
     scoring.choose_layout(model, EXAMPLES, scoring.Batching())
     assert {name for name in vars(model) if not name.startswith("_")} == public
+
+
+def test_two_backward_passes_recompute_twice():
+    model = tiny("llama")
+    models.checkpoint_layers(model)
+    total = scoring.response_logps(model, collate(EXAMPLES, "tree", 0), keep_bytes=0)[0].sum()
+    total.backward(retain_graph=True)
+    first = [w.grad.clone() for w in model.parameters()]
+    total.backward()
+    assert all(
+        torch.allclose(w.grad, 2 * x, rtol=1e-4, atol=1e-5) for w, x in zip(model.parameters(), first, strict=True)
+    )

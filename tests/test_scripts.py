@@ -403,6 +403,9 @@ def test_ties(world, go, tmp_path):
     with pytest.raises(BadInput, match="ranks.jsonl:1: field 'ranks' has ties.*--ties drop or random"):
         go(loss="plackett_luce", data=data, eval_data=data)
     examples = load_examples(data, "preference", reviews.tokenizer(), train_dpo.Args())
+    tied = str(write_rows(tmp_path / "tied.jsonl", rows[:4]))
+    with pytest.raises(BadInput, match="tied.jsonl: no ranking without ties is left to train on"):
+        go(loss="plackett_luce", data=tied, eval_data=data, ties="drop")
     seen = {ties: [e.ranks for e in without_ties(examples, ties, 0)] for ties in ("drop", "random")}
     assert seen["drop"] == [[2, 1, 3]] * 6
     assert {*map(tuple, seen["random"][:4])} == {(1, 2, 3), (1, 3, 2)} and seen["random"][4:] == seen["drop"]
@@ -1261,7 +1264,7 @@ def test_sampling_uses_the_models_own_attention():
     own = model.config._attn_implementation
     plain = generate(model, IDS, PROMPTS, 6, seed=1)
     models.set_attention(model, packed=True)
-    assert model.config._attn_implementation == f"tree_{own}"
+    assert model.config._attn_implementation == f"tree_{own.encode().hex()}"
     assert generate(model, IDS, PROMPTS, 6, seed=1) == plain
     assert model.config._attn_implementation == own and not model.training
 
