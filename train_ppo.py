@@ -260,7 +260,9 @@ def main(a: Args) -> dict[str, float]:
         reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits)
     critic = None
     if a.advantage == "gae" and a.value_init == "reward":
-        problem = "--value-init reward: --reward is no reward model with the policy's tokenizer: use policy"
+        problem = (
+            "--value-init reward: --reward is no reward model with the policy's tokenizer: use --value-init policy"
+        )
         require(scores_ids, problem)
         critic = load_sharded(models.load_reward_model, a.reward, "--reward")
     elif a.advantage == "gae":

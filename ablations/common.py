@@ -147,7 +147,7 @@ def commit() -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     if "commit" not in _cached:
-        changed = git("status", "--porcelain", "--", "*.py")
+        changed = git("status", "--porcelain", "--", ":/*.py")
         _cached["commit"] = (git("rev-parse", "--short=12", "HEAD") or "none") + ("+" if changed else "")
     return _cached["commit"]
 

@@ -102,7 +102,7 @@ def test_nothing_of_ours_hangs_on_the_model():
     models.checkpoint_layers(model)
     sample(model)
     logps(model, "tree").sum().backward()
-    scoring.choose_layout(model, EXAMPLES, scoring.Batching())
+    scoring.choose_layout(model, EXAMPLES, scoring.Batching("auto"))
     assert {name for name in vars(model) if not name.startswith("_")} == public
 
 

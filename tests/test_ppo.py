@@ -915,7 +915,7 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
     refused("--minibatches must be", minibatches=0)
     refused("--kl-horizon must be", kl_horizon=0.0)
     refused("12 prompts are fewer than --batch-size", batch_size=13)
-    refused("--value-init reward", "use policy", reward="gold")
+    refused("--value-init reward", "use --value-init policy", reward="gold")
     refused("--reward", "no such folder", reward=f"{world}/none")
     refused("--reward", "not a reward model", reward=f"{world}/model")
     refused("--reward no_such:thing", "cannot be imported", reward="no_such:thing", value_init="policy")

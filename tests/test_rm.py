@@ -926,7 +926,7 @@ def test_scores_depend_neither_on_the_budget_nor_on_the_layout(name):
     model = models.new_reward_model(tiny(name), words())
     model.config.reward_mean = 0.25
     examples = random_examples([(3, [2, 4, 9]), (12, [1, 1]), (1, [5]), (7, [3, 8, 2, 6])])
-    layout = scoring.choose_layout(model, examples, Batching())
+    layout = scoring.choose_layout(model, examples, Batching("auto"))
     assert layout == ("padded" if name == "gemma2" else "tree")
     models.set_attention(model, packed=False)
     with torch.no_grad():

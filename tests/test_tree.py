@@ -69,7 +69,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_budget(layout, dtype, bound)
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_the_check_ends_on_a_layout_that_is_right(name, capsys):
     model, examples = tiny(name), random_examples(SHAPES + [(20, [20, 25])])
-    layout = choose_layout(model, examples, Batching())
+    layout = choose_layout(model, examples, Batching("auto"))
     assert layout == "tree" if name in TREE else True
     if name in ("gemma2", "qwen3_next", "gpt_oss", "stablelm"):
         assert layout == "padded" and "layout: padded" in capsys.readouterr().out
@@ -88,8 +88,8 @@ def test_the_check_catches_a_window_that_matters_on_long_rows_only(monkeypatch):
     monkeypatch.setattr(models, "tree_attention", forgetful)
     model = tiny("mistral")
     short = random_examples([(2, [2, 3]), (1, [3, 2])])
-    assert choose_layout(model, short, Batching()) == "tree"
-    assert choose_layout(model, short + random_examples([(9, [9, 3])]), Batching()) == "padded"
+    assert choose_layout(model, short, Batching("auto")) == "tree"
+    assert choose_layout(model, short + random_examples([(9, [9, 3])]), Batching("auto")) == "padded"
     with pytest.raises(BadInput, match="--layout tree does not fit mistral"):
         choose_layout(model, random_examples([(9, [9, 3])]), Batching("tree"))
 
@@ -100,7 +100,7 @@ def test_the_check_does_not_take_a_full_memory_for_another_result(monkeypatch):
 
     monkeypatch.setattr(models, "tree_attention", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        choose_layout(tiny("llama"), random_examples([(2, [2, 3])]), Batching())
+        choose_layout(tiny("llama"), random_examples([(2, [2, 3])]), Batching("auto"))
 
 
 def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(monkeypatch):
@@ -111,8 +111,8 @@ def test_the_check_scores_the_longest_sequence_and_not_only_the_largest_tree(mon
     for layer in model.model.layers:
         layer.self_attn.sliding_window = 24
     trees = random_examples([(4, [18, 18]), (2, [2, 2])])  # 40 tokens, but no sequence longer than 22
-    assert choose_layout(model, trees, Batching()) == "tree"
-    assert choose_layout(model, trees + random_examples([(26, [6, 6])]), Batching()) == "padded"
+    assert choose_layout(model, trees, Batching("auto")) == "tree"
+    assert choose_layout(model, trees + random_examples([(26, [6, 6])]), Batching("auto")) == "padded"
 
 
 def test_sums_are_as_good_as_float64_over_a_thousand_tokens():
@@ -131,20 +131,20 @@ def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
 
     monkeypatch.setattr(models, "tree_attention", leaky)
     model, rows = tiny("llama"), random_examples([(3, [4, 5]), (6, [7, 8])])
-    assert choose_layout(model, rows, Batching()) == "padded"
+    assert choose_layout(model, rows, Batching("auto")) == "padded"
     logps, _ = response_logps(model, collate(rows, "tree", 0))
-    assert scoring._leak(model, rows, logps, Batching()) > 1e-2
+    assert scoring._leak(model, rows, logps, Batching("auto")) > 1e-2
 
 
 def test_bfloat16_check():
     model = tiny("llama")
-    assert choose_layout(model, random_examples(SHAPES), Batching(dtype=torch.bfloat16)) == "tree"
+    assert choose_layout(model, random_examples(SHAPES), Batching("auto", dtype=torch.bfloat16)) == "tree"
 
 
 def test_a_head_that_is_read_wrongly_is_refused(monkeypatch):
     monkeypatch.setattr(models, "output_head", lambda model: output_head(model)._replace(scale=1.0))
     with pytest.raises(BadInput, match="granite.*output_head"):
-        choose_layout(tiny("granite"), random_examples(SHAPES), Batching())
+        choose_layout(tiny("granite"), random_examples(SHAPES), Batching("auto"))
 
 
 def test_collate_by_hand():
