@@ -123,6 +123,9 @@ def test_cut_responses():
     close(missing_eos(scores, ended, "replace", -1.0), 2, -1, -1)
     close(missing_eos(scores, ended, "subtract", 1.0), 2, -4, -0.5)
     assert missing_eos(f64(1, math.nan), torch.tensor([True, False]), "replace", -1.0).tolist() == [1, -1]
+    for penalty in (0.0, 0.5):
+        close(missing_eos(scores, ended, "subtract", penalty), 2, -3 - penalty, 0.5 - penalty)
+    assert not missing_eos(scores.requires_grad_(), ended, "subtract", 1.0).requires_grad
 
 
 def test_adaptive_coefficient():
@@ -136,6 +139,7 @@ def test_adaptive_coefficient():
     assert adaptive_kl_coef(2.0, 6.6, 6.0, 100, 1000.0) == pytest.approx(2 * (1 + 0.1 * 0.1), rel=1e-14)
     assert adaptive_kl_coef(2.0, 5.7, 6.0, 100, 1000.0) == pytest.approx(2 * (1 - 0.05 * 0.1), rel=1e-14)
     assert adaptive_kl_coef(2.0, -1.0, 6.0, 100, 1000.0) == pytest.approx(2 * (1 - 0.2 * 0.1), rel=1e-14)
+    assert adaptive_kl_coef(2.0, 6.6, 6.0, 100, 50.0) == pytest.approx(2 * (1 + 0.1 * 2), rel=1e-14)  # above 100 / 5
 
 
 def test_whitening():
@@ -205,6 +209,13 @@ def test_gae_gives_no_gradient_and_keeps_the_dtype():
     assert not any(x.requires_grad for x in found) and {x.dtype for x in found} == {torch.float32}
 
 
+def test_gae_of_answers_of_one_token_each():
+    """The score less the value before the token."""
+    found = gae(f64(1, 2), f64(0.25, 0.5), torch.tensor([1, 1]), 0.9, 0.8)
+    close(found[0], 0.75, 1.5)
+    close(found[1], 1, 2)
+
+
 def test_reinforce_pp_by_hand():
     """Two responses of 2 and 1 tokens, kl_coef 0.5: R less half of the k1 from t on, whitened over 3 tokens."""
     rewards = shape_rewards(f64(0.2, 0.4, -0.6), f64(1, 2), torch.tensor([2, 1]), 0.5)
@@ -228,6 +239,8 @@ def test_groups_by_hand():
     close(grpo(GROUPS).flatten(), -2 / scale, -1 / scale, 3 / scale, *zero)
     close(remax(GROUPS, f64(2, -1)).flatten(), -1, 0, 4, 1.5, 1.5, 1.5)
     close(remax(GROUPS[:, :1], f64(2, -1)).flatten(), -1, 1.5)
+    assert not remax(GROUPS.clone().requires_grad_(), f64(2, -1)).requires_grad
+    assert not remax(GROUPS, f64(2, -1).requires_grad_()).requires_grad
 
 
 def test_two_responses_of_a_group():
@@ -270,6 +283,10 @@ def test_explained_variance():
     assert explained_variance(f64(1, 1, 4, 6), returns).item() == pytest.approx(1 - 0.5 / 3.5, abs=1e-14)
     assert explained_variance(-returns, returns).item() == pytest.approx(-3, abs=1e-14)
     assert explained_variance(f64(1, 1), f64(2, 2)).item() == 1
+    assert explained_variance(f64(1), f64(2)).item() == 1  # of one token
+    # equal returns: the errors' variance 1e-8 against the smallest that the returns' may be
+    assert explained_variance(f64(-1e-4, 1e-4), f64(0, 0)).item() == pytest.approx(0, abs=1e-9)
+    assert not explained_variance(returns.clone().requires_grad_(), returns).requires_grad
 
 
 # --- the losses
@@ -390,6 +407,7 @@ YES = torch.tensor([True])
         ("rloo needs at least 2 responses a prompt, not 1", lambda: rloo(ONE[None])),
         ("grpo needs at least 2 responses a prompt, not 1", lambda: grpo(ONE[None])),
         ("drgrpo needs at least 2 responses a prompt, not 1", lambda: drgrpo(ONE[None])),
+        ("drgrpo needs at least 2 responses a prompt, not 1", lambda: drgrpo(f64(1, 2, 3)[:, None])),
         ("clip_range must be above 0", lambda: losses.ppo_clip(ONE, ONE, ONE, 0.0)),
         ("clip_range must be above 0", lambda: losses.clipped(ONE, ONE, ONE, -0.2)),
         ("value_clip must be above 0", lambda: losses.value_loss(ONE, ONE, ONE, math.inf)),

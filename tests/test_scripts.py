@@ -287,6 +287,30 @@ def test_accuracy_of_a_tied_margin_is_one_half():
     assert train_dpo.means([totals])["rewards/accuracies"] == pytest.approx((0.5 + 0.9) / 2)
 
 
+@pytest.mark.parametrize("beta", [0.3, 3.0])
+@pytest.mark.parametrize("loss, lengths", [("dpo", [2, 2]), ("dpo_norm", [2, 2]), ("kto", [2])])
+def test_what_counts_as_a_tie_is_measured_in_nats(beta, loss, lengths):
+    """0.9e-4 nats of a response's log-ratio are a tie, 1.1e-4 are none, whatever beta and length."""
+    for gap, right in ((0.9e-4, 0.5), (1.1e-4, 1.0)):
+        e = example([5], [[6]], labels=[True]) if loss == "kto" else ranked([1, 2])
+        logps = torch.tensor([gap, 0.0][: len(lengths)], dtype=torch.float64)
+        a, z0 = train_dpo.Args(loss=loss, beta=beta), torch.zeros(())
+        totals = train_dpo.objective(a, [e], logps, torch.zeros_like(logps), torch.tensor(lengths), z0=z0)[1]
+        assert train_dpo.means([totals])["rewards/accuracies"] == right, gap
+
+
+@pytest.mark.parametrize("loss", ["bco", "kto", "plackett_luce"])
+def test_metrics_hold_no_graph_and_delta_begins_at_0(loss):
+    labels = [True, False] if loss == "kto" else None
+    e = example([5], [[6], [7, 8]], labels=labels)
+    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
+    a, z0 = train_dpo.Args(loss=loss, beta=BETA), torch.zeros(())
+    total, totals = train_dpo.objective(a, [e], logps, torch.tensor([-1.0, -2.0]), torch.tensor([1, 2]), z0=z0)
+    assert total.requires_grad and not any(x.requires_grad for x, _ in totals.values())
+    at_zero = {"bco": 2 * math.log(2), "kto": 2 * 0.5, "plackett_luce": math.log(2)}[loss]
+    assert total.item() == pytest.approx(at_zero, rel=1e-6)
+
+
 def test_per_token_rewards():
     examples = [ranked([1, 2])]
     logps, reference = torch.tensor([-1.0, -5.0]), torch.tensor([-2.0, -3.0])
