@@ -376,6 +376,8 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             raise BadInput("field 'label' is not true or false: say whether the completion is desirable")
         draft.labels = [bool(row["label"])]
 
+    if kind == "sft" and row.get("label") is False:
+        raise Dropped("undesirable completions")
     if kind == "prompts":
         values, names, draft.ranks = [], [], []
     elif kind == "sft":

@@ -203,7 +203,8 @@ def _one_line_errors(name: str, flag: str, kind: str = "causal language model") 
     """Turn what the library says about a model that it cannot load into one line."""
     path = Path(name).expanduser()
     if not path.is_dir():
-        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        local = name.startswith((".", "/", "~")) or "/" in name and path.parent.is_dir()
+        if path.exists() or local or name.count("/") > 1:
             raise BadInput(f"{flag} {name}: no such folder")
         answer_at_once_offline()
     try:

@@ -241,7 +241,11 @@ def make_missing(script: ModuleType, path: str, device: str) -> None:
         return
     require(not parallel.several(), f"{path} is missing: run {script.__name__}.py first, or name another")
     print(f"{path} is missing: making it with {script.__name__}.py first\n")
-    script.main(script.Args(device=device, resume=(Path(path) / "args.json").exists()))
+    try:
+        script.main(script.Args(device=device, resume=(Path(path) / "args.json").exists()))
+    except SystemExit:
+        print(f"that was {script.__name__}.py: your own command, given again without --resume, continues it")
+        raise
     print()
 
 

@@ -676,7 +676,7 @@ def test_columns_that_nothing_uses_are_listed():
     assert unused in str(one(PLAIN, "preference", row)[1])
     unused = "unused     columns that the model does not see: 'images', 'question'\n"
     assert unused in str(one(PLAIN, "prompts", row)[1])
-    row = {"prompt": "p", "completion": "a", "label": False}  # as rows for SFT
+    row = {"prompt": "p", "completion": "a", "label": True}  # as rows for SFT
     assert "does not see: 'label'" in str(one(PLAIN, "sft", row)[1])
 
 
@@ -1053,3 +1053,9 @@ def test_raw_hh_rows_are_the_message_rows():
         return [text.split() for text in (example.prompt_text, *example.response_texts)]
 
     assert [words(example) for example in implicit] == [words(example) for example in explicit]
+
+
+def test_sft_leaves_out_what_people_found_undesirable():
+    rows = [{"prompt": "p :", "completion": c, "label": label} for c, label in (("good", True), ("bad", False))]
+    examples, report = build([(f"k:{i}", row) for i, row in enumerate(rows, 1)], reviews.tokenizer(), "sft", 9, 20)
+    assert [e.response_texts for e in examples] == [["good"]] and report.dropped == {"undesirable completions": 1}
