@@ -9,7 +9,7 @@ the probability of w over that of l, both relative to a frozen reference model, 
 
     loss = -log sigmoid( beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ] )
 
-beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta sets how closely it
+beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta sets how close it
 stays to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, results.
 """
 
@@ -57,7 +57,7 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and metrics use the mean over tokens
 LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # see check_flags
-TIE = 1e-4  # nats: a smaller margin is rounding, and counts as half right
+TIE = 1e-4  # nats: a margin this small is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
@@ -114,8 +114,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
 def check_flags(a: Args) -> None:
     """Raise BadInput if flags conflict; support/runs.py has the range of each.
 
-    An f-divergence's reward is known up to a constant per prompt, and is no log-probability. So another divergence fits
-    losses of the margin alone, and bco, which bounds dpo's loss for any reward and any delta. The others are derived
+    An f-divergence's reward is known only up to a constant per prompt, and is no log-ratio. So such a divergence fits
+    losses of the margin alone, and bco, an upper bound of dpo's loss for any reward and delta. The others are derived
     from the log-ratio itself: a mean over tokens (*_norm), the KL as reference point (kto), the normaliser of a policy
     proportional to pi_ref exp(P / beta) (sppo), a density ratio (nca), the reference's own probability as the anchor
     (apo_zero, apo_down, dpop).
@@ -141,7 +141,7 @@ class Pairs:
 
 
 def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, delta=0.0, z0=None):
-    """Sum of the losses of p prompts (for kto: of b responses), and the (weighted sum, weight) of each metric.
+    """Summed loss of p prompts (for kto: of b responses), and each metric as (weighted sum, total weight).
 
     logps, ref_logps and lengths are those of all b responses, prompt after prompt. Gradient flows to logps.
     """
@@ -149,17 +149,17 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
     rewards = a.beta * ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
     totals: dict[str, tuple[Tensor, float]] = {}
 
-    def count(name: str, values: Tensor, weights: Tensor) -> None:
+    def add(name: str, values: Tensor, weights: Tensor) -> None:
         totals[name] = ((values.detach() * weights).sum(), float(weights.sum()))
 
     if a.loss == "kto":
         good = torch.tensor([label for e in examples for label in e.labels], device=logps.device)
         loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
         ones = torch.ones_like(loss)
-        count("loss", loss, ones)
+        add("loss", loss, ones)
         probability = logps.new_tensor([e.probability for e in examples for _ in e.labels])
         p_desirable = torch.where(good, probability, 1 - probability)
-        count("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
+        add("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
         sides = {"chosen": (good, ones[good]), "rejected": (~good, ones[~good])}
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
@@ -170,14 +170,14 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
             loss = LOSSES[a.loss](a, Pairs(*both(ratios), *both(logps), both(lengths), delta)) * weights
         totals["loss"] = (loss.detach().sum(), float(len(examples)))
         margins = rewards[better] - rewards[worse]
-        count("rewards/margins", margins, weights)
+        add("rewards/margins", margins, weights)
         tie = TIE * a.beta / (lengths[better] if a.loss in PER_TOKEN else 1)
-        count("rewards/accuracies", expected_accuracy(margins, label_probability, tie), weights)
+        add("rewards/accuracies", expected_accuracy(margins, label_probability, tie), weights)
         sides = {"chosen": (better, weights), "rejected": (worse, weights)}
     for side, (places, weights) in sides.items():
-        count(f"rewards/{side}", rewards[places], weights)
-        count(f"logps/{side}", logps[places], weights)
-        count(f"logps/{side}_delta", (logps - ref_logps)[places], weights)
+        add(f"rewards/{side}", rewards[places], weights)
+        add(f"logps/{side}", logps[places], weights)
+        add(f"logps/{side}_delta", (logps - ref_logps)[places], weights)
     return loss.sum(), totals
 
 
@@ -243,7 +243,7 @@ def main(a: Args) -> dict[str, float]:
         return losses.kto_z0(logps - torch.cat([other_refs[i] for i in places]))
 
     def evaluate(logps: Sequence[Tensor], delta: float = 0.0, z0: Tensor | None = None) -> dict[str, float]:
-        """Metrics of the held-out examples, which weigh the same, from the log-probs of their responses."""
+        """Metrics of the held-out examples, from the log-probs of their responses."""
         lengths = torch.tensor([len(r) for e in held for r in e.responses])
         _, totals = objective(a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0)
         return {f"eval/{name}": value for name, value in means([totals]).items()}
@@ -370,6 +370,7 @@ def means(parts: Sequence[dict[str, tuple[Tensor, float]]]) -> dict[str, float]:
 
 def guard(a: Args, gaps: Tensor, loss: float) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
+    With --ref they need not, and a line says so.
 
     `gaps` are |log pi - log ref| of the step's responses. This catches a reference scored with other weights,
     another dtype or template, dropout, attention that leaks between responses, a wrong shift.
@@ -394,7 +395,7 @@ def guard(a: Args, gaps: Tensor, loss: float) -> None:
 PANELS = {  # of curves.png
     "loss": ["loss", "eval/loss"],
     "accuracy of the implicit reward": ["rewards/accuracies", "eval/rewards/accuracies"],
-    "margin, beta * nats": ["rewards/margins", "eval/rewards/margins"],
+    "margin of the implicit reward": ["rewards/margins", "eval/rewards/margins"],
     "held-out log-prob minus the reference's, nats": ["eval/logps/chosen_delta", "eval/logps/rejected_delta"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["lr"],

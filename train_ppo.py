@@ -11,7 +11,7 @@ divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2
 
 Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token (by a critic and GAE,
 or by comparing the k answers); then a few epochs of clipped policy gradient on them (Schulman et al. 2017, Eq. 7, arXiv
-1707.06347). In order: flags, advantages, main (data, models, the loop, results), one update, the guard.
+1707.06347). In order: flags, objective, main (data, models, loop, results), one update, the guard.
 """
 
 import random
@@ -39,7 +39,7 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # what a minibatch's sum over tokens is divided by; "responses": the mean over responses of their means
+COUNTS = {  # divisor of a minibatch's sum over tokens; "responses": the mean of the responses' means over tokens
     "gae": "tokens",
     "reinforce++": "tokens",
     "rloo": "sequences",
@@ -49,7 +49,7 @@ COUNTS = {  # what a minibatch's sum over tokens is divided by; "responses": the
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
 ROUNDING = 1e-5  # tolerated difference of a log-prob between two batchings, relative to max(1 nat, |log-prob|), up to
-# 10 M parameters; above, it grows as their square root. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (rows of 480 tokens)
+# 10 M parameters; above, it grows as the root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (480 tokens)
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
@@ -84,7 +84,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_horizon: float = 0.25
     """with --kl-target: share of the run's answers over which kl_coef can change by about e^0.2, in (0, 1]"""
     kl_stop: float | None = None
-    """end a rollout's epochs when the approximate KL from the sampling policy exceeds this, in nats per token"""
+    """end a rollout's epochs if a pass's last minibatch is over this approximate KL (k2), in nats per token"""
     gamma: float = 1.0
     """gae: discount per token, in [0, 1]; 1 treats an answer as one decision"""
     lam: float = 0.95
@@ -100,7 +100,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     clip_range: float = 0.2
     """clip range of pi / pi_old around 1; clipped tokens have no gradient, > 0"""
     value_clip: float | None = 0.2
-    """no gradient for a value that moved further than this (in reward) since the rollout, > 0; None: no clip"""
+    """no gradient for a value that moved over this (in reward) towards its target, > 0; None: no clip"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
@@ -123,7 +123,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     lr: float | None = None
     """peak learning rate of the policy's AdamW, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
-    """learning rate of the critic's AdamW, > 0; default 5 times --lr (embedded: 10/3 times)"""
+    """peak learning rate of the critic's AdamW, > 0; default 5 times --lr (embedded: 10/3 times)"""
     adam_eps: float = 1e-5
     """AdamW's epsilon, > 0; with 1e-8 the first updates are several times larger (Huang et al. 2024)"""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
@@ -190,7 +190,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def token_weights(a: Args, lengths: Tensor, batch_lengths: Tensor) -> Tensor:
-    """The loss weight of each token [n] of a micro-batch: 1 / the tokens (or sequences, ...) of its minibatch.
+    """The loss weight of each token [n] of a micro-batch: 1 / its minibatch's divisor (see COUNTS).
 
     lengths: of all the minibatch's answers; batch_lengths: of those in this micro-batch.
     """
@@ -507,8 +507,7 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: Batching) -> None:
-    """Raise BadInput unless scorer, sampler and update agree on log-probs before a rollout's first update, while the
-    policy is the one that sampled.
+    """In float32, raise BadInput unless scorer, sampler and update agree on log-probs before a rollout's first update.
 
     `ratio` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
     their first 16 tokens) are compared with the sampler's own cached, left-padded computation. This catches
@@ -523,7 +522,7 @@ def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: 
     gap = (sampled - torch.cat(scored)).abs().max().item()
     if a.dtype != "float32":
         if step == 0:
-            print(f"guard: in {a.dtype} scorer and update differ by {ratio:.3g} nats, sampler and scorer by {gap:.3g}")
+            print(f"guard: in {a.dtype} scorer and update differ by {ratio:.3g}, sampler and scorer by {gap:.3g} nats")
         return
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
     problem = f"step {step + 1}: before the first update the log-probs of"
@@ -531,7 +530,7 @@ def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: 
     require(gap < 1e-3, f"{problem} sampler and scorer differ by {gap:.3g} nats: the scores disagree")
     if step == 0 and not a.ref:
         gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
-        require(gap < rounding, f"step 1: policy and reference, its start, differ by {gap:.3g} of their log-probs")
+        require(gap < rounding, f"step 1: policy and reference differ by {gap:.3g} of their log-probs")
 
 
 def relative_gap(differences: Tensor, logps: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Per-token log-probabilities from hidden states, without holding the logits of a whole batch.
 
-A language model's output layer turns n hidden states (n d) into logits (n v), of which one number per row is used. The
+A language model's output layer turns n hidden states (n d) into logits (n v), of which one log-prob per row stays. The
 logits are by far the largest tensor of a training step, so they are computed in tiles here, and thrown away.
 
 Forward, in tiles of tokens (each row has its whole vocabulary, so its log-sum-exp is exact):
@@ -8,8 +8,8 @@ Forward, in tiles of tokens (each row has its whole vocabulary, so its log-sum-e
     z = softcap * tanh(scale * (h W' + b) / softcap) / temperature
     logp_i = z[i, target_i] - logsumexp_j z[i, j]
 
-Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(target_i) - softmax(z_i)). There are three
-modes; softcap and entropy always recompute:
+Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(target_i) - softmax(z_i)). Three modes
+(softcap or entropy: always recompute):
 
     keep        the softmax was kept, in the inputs' dtype, because it fits in `keep_bytes`: two matrix products
     recompute   logits again, in slices of the vocabulary over all tokens, so that each slice of dW is written once
@@ -55,7 +55,7 @@ def token_logps(
     token, and flow to hidden, head.weight and head.bias.
 
     keep_bytes: size of the largest softmax that is kept for the backward pass (mode `keep`); calling backward twice
-    then raises RuntimeError. tile_bytes: size of the largest temporary. Neither changes the result beyond rounding.
+    then raises RuntimeError. tile_bytes: size of a tile of logits. Neither changes the result beyond rounding.
     """
     n, v = hidden.shape[0], head.weight.shape[0]
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

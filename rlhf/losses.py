@@ -1,4 +1,4 @@
-"""Losses, one value per example: the training script divides their sum by the count of the whole optimizer step.
+"""Losses, one value per example (PPO: per token); a script divides their sum over the optimizer step by its count.
 
 Notation; log-probabilities are in nats, summed over a response's tokens, including the end-of-sequence token (EOS):
 
@@ -12,7 +12,7 @@ scores the reference without gradient. Results have the dtype of the log-probabi
 finite for |D| up to 1e4. A setting outside its range raises BadInput (a ValueError) that names it.
 
 Unchanged if D_w and D_l shift by the same amount: dpo, robust, ipo, hinge, r_dpo, exo, discopop, plackett_luce.
-Minimum at a finite margin or reward: dpo with label smoothing, ipo, ipo_norm, exo, nca (chosen reward), sppo.
+Minimum at a finite margin or reward: dpo with label smoothing, ipo, ipo_norm, exo, sppo, nca (only r_w).
 """
 
 import math
@@ -34,7 +34,7 @@ def implicit_reward(
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> Float[Tensor, "*shape"]:
-    """The policy's implicit reward, divided by beta, if an f-divergence penalty keeps it close to the reference.
+    """Implicit reward / beta of a policy that an f-divergence penalty keeps close to the reference.
 
     A policy that maximises E[r] - beta * (f-divergence from pi_ref) has r / beta = f'(u) - f'(1), up to a constant per
     prompt. f is the divergence's generator, u = pi / pi_ref = exp(D), and the result is 0 if pi = pi_ref:
@@ -101,7 +101,7 @@ def robust(
     """DPO unbiased under label noise: (-(1 - e) log s(z) + e log s(-z)) / (1 - 2 e), z = beta h, e = label_smoothing.
 
     Chowdhury et al. 2024, arXiv 2403.00409. If labels are flipped with probability e in [0, 0.5), the expected loss is
-    DPO's loss on the clean labels. Gradient in h: -beta (s(-z) + e / (1 - 2 e)), which never vanishes. Range
+    DPO's loss on the clean labels. Gradient in h: -beta (s(-z) + e / (1 - 2 e)), never 0 if e > 0. Range
     (-inf, inf) if e > 0; ln 2 at h = 0 for every e.
     """
     check_ranges(beta=beta, label_smoothing=label_smoothing)
@@ -272,7 +272,7 @@ def bco(
 ) -> Float[Tensor, " m"]:
     """Binary classifier optimisation on pairs: -log s(r_w - delta) - log s(-(r_l - delta)), r = beta D.
 
-    Jung et al. 2024, arXiv 2404.04656. delta, in units of reward, is a running mean of all rewards that the script
+    Jung et al. 2024, arXiv 2404.04656. delta, in units of reward, is the running mean reward, which the script
     keeps. Range (0, inf); 2 ln 2 at D = 0 with delta = 0.
     """
     check_ranges(beta=beta, delta=delta)
@@ -396,8 +396,8 @@ def reward_ranking(
 
         1 / C(k, 2) * sum over pairs of [ -log s(r_i - r_j - margin) + centring (r_i + r_j)^2 ]
 
-    Ouyang et al. 2022, Eq. 1, arXiv 2203.02155; at k = 2 it is that of Bradley and Terry 1952, as in Stiennon et
-    al. 2020, arXiv 2009.01325. margin, at least 0, default 0: how much better annotators found i than j (Touvron et
+    Ouyang et al. 2022, Eq. 1, arXiv 2203.02155; at k = 2 it is Bradley and Terry's (1952), as in Stiennon et
+    al. 2020, arXiv 2009.01325. margins, default none: how much better annotators found i than j (Touvron et
     al. 2023, section 3.2.2, arXiv 2307.09288). centring, at least 0: keeps the mean reward near 0 (Eisenstein et
     al. 2023, arXiv 2312.09244). ranks: 1 is best; a tied pair adds nothing; 0 pads a prompt with fewer than k
     responses, and C(k, 2) counts real ones only. Without centring, only differences of rewards matter. Range [0, inf);
@@ -419,7 +419,7 @@ def best_of_k(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float
     """Cross-entropy of the best of k responses: log(sum over j of exp(r_j)) - r_best, averaged over tied best ones.
 
     Ziegler et al. 2019, Eq. 1, arXiv 1909.08593. ranks as in `reward_ranking`, at least one not 0; the order below the
-    best is not used. Only differences of rewards matter. Range (0, inf); log k if all rewards are equal.
+    best is not used. Only differences of rewards matter. Range [0, inf); log k if all rewards are equal.
     """
     best_rank = ranks.masked_fill(ranks == 0, torch.iinfo(ranks.dtype).max).amin(1, keepdim=True)
     best = (ranks == best_rank).to(rewards.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-SHORT = 128  # keys; segments with more get an SDPA call of their own
+SHORT = 128  # most keys of a segment that shares an SDPA call
 
 
 @runtime_checkable
@@ -70,7 +70,7 @@ class Bucket:
     def take(self, x: Tensor, pieces: dict[int, Tensor], indices: Int[Tensor, "s width"]) -> Tensor:
         """Take the tokens of x at `indices` of the row, (1 h t d) -> (s h width d). `pieces` is x from `Segments.cut`.
 
-        A bucket of one segment reads from `pieces` only: the backward pass of a split fills no row with zeros.
+        A bucket of one segment reads from `pieces`, since the backward pass of indexing fills a row with zeros.
         """
         if len(self.parts) > 1:
             return rearrange(x[0][:, indices], "h s width d -> s h width d")
@@ -110,7 +110,7 @@ class Segments:
 
     @cached_property
     def order(self) -> Int[Tensor, " t"] | None:
-        """Index of each token of the row among all buckets' queries laid end to end; None if the order is the same."""
+        """Where each token of the row is among all buckets' real queries, end to end; None if in the row's order."""
         if len(self.buckets) == len(self.parts):
             return None
         return torch.cat([b.queries.flatten()[b.real] for b in self.buckets]).argsort()
@@ -158,7 +158,7 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     group is as long as its longest. The grouping depends only on lengths, so a step is always split the same way.
     """
     groups: list[list[int]] = []
-    sizes: list[tuple[int, int]] = []  # tree: (tokens so far, 1); padded: (sequences so far, longest of them)
+    sizes: list[tuple[int, int]] = []  # product = tokens: tree (tokens, 1), padded (sequences, longest)
     for i in sorted(range(len(examples)), key=lambda i: -tokens(examples[i], layout)):
         k, size = len(examples[i].responses), tokens(examples[i])
         longest = len(examples[i].prompt) + max(len(r) for r in examples[i].responses)

@@ -28,7 +28,7 @@ from support.sharding import as_forward
 class Batching(NamedTuple):
     """How examples become forward passes."""
 
-    layout: str = "padded"  # or "tree" (rlhf/tree.py), or "auto" for `choose_layout` to choose
+    layout: str = "padded"  # or "tree" (rlhf/tree.py), or "auto": see `choose_layout`
     pad_id: int = 0  # fills padded rows
     dtype: torch.dtype = torch.float32  # of the matrix products
     micro_batch_tokens: int = 2048  # budget of one forward pass
@@ -41,7 +41,7 @@ class Batching(NamedTuple):
 def hidden_states(
     model, batch: Batch, places: Int[Tensor, " n"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n d"]:
-    """The last layer's hidden states at these places of the flattened (rows t), in `dtype`, that of the products.
+    """The last layer's hidden states at these places of the flattened (rows t), in `dtype` (float64 models: float64).
 
     Sets the model's attention to the one that the batch needs, and leaves it set. After `models.checkpoint_layers`,
     what a backward pass needs of the layers is recomputed in it.
@@ -132,7 +132,7 @@ def _states_and_head(model, batch: Batch, dtype: torch.dtype) -> tuple[Float[Ten
 
 
 def micro_batches(model, examples: Sequence[Example], batching: Batching) -> Iterator[list[int]]:
-    """This process's micro-batches, as indices of examples. The padding passes that keep several processes in step
+    """This process's micro-batches, as indices of examples. The dummy passes that keep several processes in step
     (`parallel.shares`) are made here, with a zero gradient if gradients are enabled."""
     for group, weight in parallel.shares(examples, batching.micro_batch_tokens, batching.layout):
         if weight:
@@ -205,7 +205,7 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     The numbers are the log-probs of the response tokens, or a reward model's scores at the tokens before them. The
     shortest tree is scored with the longest sequence and the largest tree, because short rows cannot reveal a sliding
     window. On the way our numbers are checked against the model's own. `batching.layout` "tree" or "padded" forces that
-    layout. Raises BadInput if a forced tree does not fit, or if the model has too few positions.
+    layout. BadInput: a forced tree does not fit, too few positions, or numbers not the library's.
     """
     rows = _probe_rows(examples)
     check_positions(model, examples)
@@ -243,10 +243,10 @@ def check_against_library(model, rows: Sequence[Example], plain: Float[Tensor, "
 
 
 def compare_layouts(model, rows: Sequence[Example], plain: Float[Tensor, " n"], batching: Batching) -> str | None:
-    """Why the tree layout does not fit the model; None if it does. `plain` are the numbers of padded rows, one by one.
+    """Why the tree layout does not fit the model; None if it does. `plain`: the numbers, one padded example at a time.
 
-    The tolerance is 1e-4 nats a token in float32. In bfloat16 it is 4 times the difference between two padded
-    batchings of the same rows.
+    The tolerance is 1e-4 (nats, or reward) a token; in half precision at least that, and 4 times the difference of two
+    padded batchings of the same rows.
     """
     tolerance = 1e-4
     if batching.dtype != torch.float32:
@@ -320,8 +320,8 @@ def _check_rewards(model, examples: Sequence[Example], batching: Batching) -> No
         require(
             difference < (1e-4 if dtype == torch.float32 else 0.1),
             f"{model.config.model_type}: with padding to the {side} the library's classifier gives other rewards than "
-            f"ours (by {difference:.3g}): its pad id {model.config.pad_token_id} may end a response, or its head is "
-            "another",
+            f"ours (by {difference:.3g}): its pad id {model.config.pad_token_id} may end a response, or its head "
+            "differs",
         )
 
 
