@@ -425,7 +425,7 @@ def implicit(row: dict) -> bool:
     return None not in sides and (row.get("prompt") is None or isinstance(row["prompt"], str) and dialogues)
 
 
-def prompt_of(row: dict) -> str | list[Message]:
+def prompt_of(row: dict) -> Any:
     """The prompt of a row that `build` has accepted, in the form that `build` used: a text, or messages."""
     row = standard(row)
     if implicit(row):
