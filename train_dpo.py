@@ -211,7 +211,8 @@ def main(a: Args) -> dict[str, float]:
     # ----------------------------------------------------------------------------------------------------------- model
     runs.make_missing(train_sft, a.model, a.device)
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
-    policy = sharding.load(make_policy, a.device, models.DTYPES[a.dtype])
+    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
+    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
     run.check_same(data=train, eval_data=held, model=policy)
 
@@ -249,12 +250,12 @@ def main(a: Args) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
-    lora = models.prepare_training(policy, a, a.lora_rank)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
+    optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     first, delta, weights, final = 0, 0.0, None, {}
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first, delta = state["step"], state["delta"]
-        policy.load_state_dict(state["model"], strict=not lora)
+        models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         del state
     run.start(first, steps)
@@ -308,7 +309,7 @@ def main(a: Args) -> dict[str, float]:
             final = evaluate(scoring.score_logps(policy, held, batching), delta, z0_of(held_places))
             run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict()}
+            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
         if run.interrupted:
             run.leave(step + 1)
@@ -318,12 +319,13 @@ def main(a: Args) -> dict[str, float]:
     del optimizer, weights
     if held:
         final = final or evaluate(scoring.score_logps(policy, held, batching), delta, z0_of(held_places))
-    policy, lora = sharding.unshard(policy, make_policy, a.device, lora)
+    policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return final
     reference = policy  # with its adapters off
     if a.ref or not lora:
-        reference = models.load_model(a.ref or a.model, str(policy.device), a.trust_remote_code)
+        make_start = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code)  # noqa: E731
+        reference = sharding.load(make_start, str(policy.device), dtype)
     rows, results = [], {}
     if held:
         with models.without_lora(reference):
@@ -345,7 +347,7 @@ def main(a: Args) -> dict[str, float]:
     title = f"{len(held)} held-out examples, {len(prompts)} answers"
     report.print_comparison(title, rows + more_rows, results, samples)
     run.samples(steps, samples)
-    models.save(policy, tokenizer, run.out, lora, a.lora_merge)
+    models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."

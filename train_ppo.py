@@ -234,8 +234,8 @@ def main(a: Args) -> dict[str, float]:
     require(there, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
     dtype = models.DTYPES[a.dtype]
 
-    def load_sharded(loader: Callable, name: str, flag: str = "--model"):
-        return sharding.load(lambda device: loader(name, device, a.trust_remote_code, flag), a.device, dtype)
+    def load_sharded(loader: Callable, name: str, flag: str = "--model", load: Callable = sharding.load, *seed: int):
+        return load(lambda device: loader(name, device, a.trust_remote_code, flag), a.device, dtype, *seed)
 
     def new_critic(name: str, device: str, trust: bool, flag: str):
         critic_tokenizer = models.load_tokenizer(name, trust, flag)
@@ -245,7 +245,7 @@ def main(a: Args) -> dict[str, float]:
         return critic
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
-    policy = sharding.load(make_policy, a.device, dtype)
+    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     reference = policy  # with its adapters off
     if a.ref or not a.lora_rank:
         reference = load_sharded(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
@@ -258,15 +258,17 @@ def main(a: Args) -> dict[str, float]:
     else:
         limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
         reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits)
-    critic = None
+    critic, critic_low_bits = None, {}
     if a.advantage == "gae" and a.value_init == "reward":
         problem = (
             "--value-init reward: --reward is no reward model with the policy's tokenizer: use --value-init policy"
         )
         require(scores_ids, problem)
-        critic = load_sharded(models.load_reward_model, a.reward, "--reward")
+        critic_is = models.load_reward_model, a.reward, "--reward"
     elif a.advantage == "gae":
-        critic = load_sharded(new_critic, a.model)
+        critic_is = new_critic, a.model, "--model"
+    if a.advantage == "gae":
+        critic, critic_low_bits = load_sharded(*critic_is, sharding.load_trained, a.seed)
     ends = end_ids(policy, tokenizer)
     batching = Batching(a.layout, models.pad_id(tokenizer), dtype, a.micro_batch_tokens, a.device)
     fillers = {policy: batching.pad_id, reference: batching.pad_id}  # each model that scores ids, and its pad id
@@ -300,20 +302,20 @@ def main(a: Args) -> dict[str, float]:
     run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
     reward_model = reward if scores_ids else getattr(reward, "model", None)
     run.check_same(ref=reference if a.ref else None, reward=reward_model)
-    lora = models.prepare_training(policy, a, a.lora_rank)
+    lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
     if critic:
-        models.prepare_training(critic, a)
-    adam = {"eps": a.adam_eps, "weight_decay": 0.0, "fused": True}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=a.critic_lr, **adam) if critic else None
+        models.prepare_training(critic, critic_low_bits, a)
+    adam = {"eps": a.adam_eps, "weight_decay": 0.0}
+    optimizer = models.adamw(policy, low_bits, a, lr=a.lr, **adam)
+    critic_optimizer = models.adamw(critic, critic_low_bits, a, lr=a.critic_lr, **adam) if critic else None
     first, kl_coef, weights = 0, a.kl_coef, None
     parts = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     if state := run.load_checkpoint(**parts):
         first, kl_coef = state["step"], state["kl_coef"]
-        policy.load_state_dict(state["model"], strict=not lora)
+        models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if critic:
-            critic.load_state_dict(state["critic"])
+            models.restore(critic, critic_low_bits, state["critic"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
         del state
     run.start(first, a.max_steps)
@@ -420,9 +422,16 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict(), "kl_coef": kl_coef}
+            weights = {
+                "model": models.trained(policy, low_bits),
+                "optimizer": optimizer.state_dict(),
+                "kl_coef": kl_coef,
+            }
             if critic:
-                weights |= {"critic": critic.state_dict(), "critic_optimizer": critic_optimizer.state_dict()}
+                weights |= {
+                    "critic": models.trained(critic, critic_low_bits),
+                    "critic_optimizer": critic_optimizer.state_dict(),
+                }
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
@@ -436,11 +445,11 @@ def main(a: Args) -> dict[str, float]:
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
     )
     report.print_comparison(f"{len(asked)} answers", rows, results, samples)
-    policy, lora = sharding.unshard(policy, make_policy, a.device, lora)
+    policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
     run.samples(a.max_steps, samples)
-    models.save(policy, tokenizer, run.out, lora, a.lora_merge)
+    models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     report.reward_kl_plot(run.out)
     run.finish(results, PANELS)
     print(

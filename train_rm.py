@@ -72,7 +72,7 @@ class Args(runs.EpochFlags):
     epochs: int = 1
     """passes over the data, >= 1; more than one overfits soon"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights (the master copy), optimizer and rewards are always float32"""
+    """of the matrices and their products; the optimizer's copy of the weights and rewards are always float32"""
     eval_prompts: int | None = None
     """answers of the starting model, to held-out prompts first, for the reward's mean and deviation, >= 0; default 256
     (embedded: 512); 0, or a reward model to start from: over the data's responses instead"""
@@ -139,7 +139,7 @@ def main(a: Args) -> dict[str, float]:
             return models.new_reward_model(models.load_model(a.model, device, a.trust_remote_code), tokenizer)
         return models.load_reward_model(a.model, device, a.trust_remote_code, "--model")
 
-    model = sharding.load(make_model, a.device, models.DTYPES[a.dtype])
+    model, low_bits = sharding.load_trained(make_model, a.device, models.DTYPES[a.dtype], a.seed)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # of the new rewards, until they are known
     batching = scoring.batching_for(model, train + held, tokenizer, a)
 
@@ -150,14 +150,14 @@ def main(a: Args) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=train, eval_data=held, model=model.base_model if from_policy else model)
-    models.prepare_training(model, a)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    models.prepare_training(model, low_bits, a)
+    optimizer = models.adamw(model, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
     if state := run.load_checkpoint(model=model, optimizer=optimizer):
         first = state["step"]
-        model.load_state_dict(state["model"])
+        models.restore(model, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         del state
     run.start(first, steps)
@@ -197,12 +197,12 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            weights = {"model": models.trained(model, low_bits), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
     run.end()
-    model, _ = sharding.unshard(model, make_model, a.device)
+    model, low_bits, _ = sharding.unshard(model, low_bits, make_model, a)
     if not model:  # this process's work is done: the main process measures and writes
         return {}
 
@@ -240,7 +240,7 @@ def main(a: Args) -> dict[str, float]:
     for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
         print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
     run.samples(steps, shown)
-    models.save(model, tokenizer, run.out)
+    models.save(model, tokenizer, run.out, low_bits=low_bits, dtype=a.save_dtype)
     if panels:
         draw(run.out / "report.png", *panels, by_gold)
     run.finish(results, PANELS)

@@ -84,7 +84,8 @@ def main(a: Args) -> dict[str, float]:
             return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
         return models.load_model(a.model, device, a.trust_remote_code)
 
-    policy = sharding.load(make_policy, a.device, models.DTYPES[a.dtype])
+    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
+    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
 
     def evaluate() -> dict[str, float]:
@@ -94,14 +95,14 @@ def main(a: Args) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=train, eval_data=held, model=policy)
-    lora = models.prepare_training(policy, a, a.lora_rank)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
+    optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first = state["step"]
-        policy.load_state_dict(state["model"], strict=not lora)
+        models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
     run.start(first, steps)
     if first == 0 and held:
@@ -141,7 +142,7 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy), "optimizer": optimizer.state_dict()}
+            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**weights, "step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
@@ -149,11 +150,11 @@ def main(a: Args) -> dict[str, float]:
 
     # --------------------------------------------------------------------------------------------------------- samples
     results = evaluate() if held else {}
-    policy, lora = sharding.unshard(policy, make_policy, a.device, lora)
+    policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
-    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed)
+    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, dtype=dtype)
     stats = answer_stats(answers, end_ids(policy, tokenizer), embedded) if answers else {}
     intervals = {name: mean_interval(values) for name, values in stats.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}
@@ -163,7 +164,7 @@ def main(a: Args) -> dict[str, float]:
     for e in answers[:4]:
         print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])
-    models.save(policy, tokenizer, run.out, lora, a.lora_merge)
+    models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
     print(f"Next: python train_dpo.py --model {run.out}" + ("" if a.data == "reviews" else " --data PREFERENCES"))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlhf import BadInput, require
 from rlhf.logprobs import Head
+from rlhf.optim import AdamW, LowBits, dither, join, split
 from rlhf.tree import tree_attention
 from support import answer_at_once_offline, lazy_import
 from support.parallel import full_tensor
@@ -150,11 +151,21 @@ def weights_digest(model, start: str = "") -> str:
     return digest.hexdigest()
 
 
-def save(model, tokenizer, out: Path, lora=None, merge: bool = False) -> None:
+def save(
+    model, tokenizer, out: Path, lora=None, merge: bool = False, low_bits: LowBits | None = None, dtype: str = "float32"
+) -> None:
     """Write weights (safetensors), config and tokenizer as `from_pretrained` reads them.
 
     With `add_lora`'s handle only the adapters are written, and loading them needs the model that they were trained on;
-    with `merge` the model is written, with the adapters merged into its weights."""
+    with `merge` the model is written, with the adapters merged into its weights. Of a bfloat16 model the float32
+    masters are written, or with dtype "bfloat16" its own weights; for the masters it moves to the CPU.
+    """
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+    elif model.dtype == torch.bfloat16:
+        for weight in model.parameters():
+            low = (low_bits or {}).get(weight)
+            weight.data = weight.data.cpu().float() if low is None else join(weight.data.cpu(), low.cpu())
     if lora and merge:
         model, lora = lora.merge_and_unload(), None
     (lora or model).save_pretrained(out)
@@ -265,9 +276,56 @@ def without_lora(model):
             module._disable_adapters = False
 
 
-def prepare_training(model, a: Any, lora_rank: int = 0):
-    """Apply the flags --lora-rank, --gradient-checkpointing and --compile; returns the handle on the adapters."""
+def to_bfloat16(model, device: str, seed: int | None = None) -> LowBits:
+    """Move the model to `device` with its matrices in bfloat16, one by one, so that the device never holds a float32
+    copy. Returns the low bits of the matrices' float32 masters (rlhf/optim.py) if there is a seed, else nothing: a
+    model that is not trained needs none.
+
+    Matrices, and biases beside them, are what `torch.autocast` would cast in every pass. Norms and a reward model's
+    head stay float32. Low bits that are all 0 are dithered.
+    """
+    low_bits: LowBits = {}
+    names = {weight: name for name, weight in model.named_parameters()}
+    for module in model.modules():
+        weights = [*module.parameters(recurse=False)]
+        if module is getattr(model, "score", None) or not any(weight.ndim > 1 for weight in weights):
+            continue
+        for weight in weights:
+            if weight.dtype != torch.float32:  # done before, as a weight of another module
+                continue
+            weight.data, low = split(weight.data.to(device).contiguous())
+            if seed is not None and weight.requires_grad:
+                low_bits[weight] = low if low.any() else dither(weight.data, names[weight], seed)
+    model.to(device)
+    return low_bits
+
+
+def dither_masters(model, seed: int) -> None:
+    """Dither float32 weights that lie on the grid of bfloat16, in place, for processes that gather them in bfloat16."""
+    for name, weight in model.named_parameters():
+        high, low = split(weight.data.contiguous())
+        if not low.any() and not name.startswith("score."):
+            weight.data = join(high, dither(high, name, seed))
+
+
+def raise_embeddings(model) -> None:
+    """From now on the embeddings give float32, so that the residual stream is float32 whatever the weights are."""
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, states: states.float())
+
+
+def adamw(model, low_bits: LowBits, a: Any, **settings: float):
+    """AdamW of the weights that are trained: torch's own, or rlhf/optim.py's for bfloat16 weights."""
+    if low_bits:
+        return AdamW(model.parameters(), low_bits, gradient_dtype=DTYPES[a.gradient_dtype], **settings)
+    return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+
+
+def prepare_training(model, low_bits: LowBits, a: Any, lora_rank: int = 0):
+    """Apply the flags --lora-rank, --gradient-checkpointing and --compile; returns the handle on the adapters, whose
+    low bits join `low_bits`."""
     lora = add_lora(model, lora_rank, a.seed) if lora_rank else None
+    if lora and a.dtype == "bfloat16":
+        low_bits |= to_bfloat16(model, model.device, a.seed)
     if a.gradient_checkpointing:
         checkpoint_layers(model)
     if a.compile:
@@ -275,10 +333,24 @@ def prepare_training(model, a: Any, lora_rank: int = 0):
     return lora
 
 
-def trained(model) -> dict[str, Tensor]:
-    """The part of the model's state that is trained: everything, or with `add_lora` the adapters."""
-    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
-    return {name: weight for name, weight in model.state_dict().items() if name not in frozen}
+def trained(model, low_bits: LowBits | None = None) -> dict[str, Tensor]:
+    """The part of the model's state that is trained: everything, or with `add_lora` the adapters. For bfloat16 weights
+    these are their float32 masters, on the CPU."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    frozen = {name for name, weight in weights.items() if not weight.requires_grad}
+    state = {name: x for name, x in model.state_dict().items() if name not in frozen}
+    masters = {weight: join(weight.data.cpu(), low.cpu()) for weight, low in (low_bits or {}).items()}
+    return {name: masters.get(weights.get(name), x) for name, x in state.items()}
+
+
+def restore(model, low_bits: LowBits, state: dict[str, Tensor]) -> None:
+    """Take over what `trained` gave."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, x in state.items():
+        low = low_bits.get(weights.get(name))
+        if low is not None:
+            state[name], low[...] = split(x.to(low.device))
+    model.load_state_dict(state, strict=all(weight.requires_grad for weight in weights.values()))
 
 
 def layers(model) -> list[torch.nn.Module]:

@@ -118,7 +118,11 @@ class TrainingFlags(Flags):
     compile: bool = False
     """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; needs a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights (the master copy), optimizer and log-probs are always float32"""
+    """of the matrices and their products; the optimizer's copy of the weights and log-probs are always float32"""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """in which the gradients of a step's micro-batches add up; bfloat16 saves 2 bytes a weight (one process)"""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the saved model; bfloat16 rounds the weights of a float32 run"""
 
 
 @dataclass
@@ -176,6 +180,10 @@ def check(args: Any) -> None:
         if name in RANGES and value is not None:
             words, test = RANGES[name]
             require(test(value), f"--{name.replace('_', '-')} must be {words}, not {value}")
+    low = getattr(args, "gradient_dtype", "float32") == "float32" or (
+        args.dtype == "bfloat16" and not parallel.several()
+    )
+    require(low, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
     merged = getattr(args, "lora_merge", False) and not args.lora_rank
     require(not merged, "--lora-merge: there are no adapters to merge without --lora-rank")
     if hasattr(args, "max_length"):

@@ -1,0 +1,141 @@
+"""AdamW for bfloat16 weights whose float32 masters are exact, and the dither that lets a forward pass see them move.
+
+A float32 master is split into the bfloat16 weight that the model computes with and 16 bits that only the optimizer
+reads. As integers:
+
+    bits(master) = 2^16 * bits(weight) + low,        -2^15 <= low < 2^15
+
+so the weight is the master rounded to the nearest bfloat16 (ties away from zero), and no second copy of it exists. A
+step joins them, updates the master as `torch.optim.AdamW` would in float32, and splits it again.
+
+A checkpoint in bfloat16 has low bits of 0: its masters lie on the grid of bfloat16. At the learning rates of preference
+learning a master then moves for many steps before its weight does, and because all updates of a weight tend the same
+way, loss, margins and KL see only a part of what was learned. `dither` draws those low bits at random. No weight
+changes, but when a master moves by a share s of a grid step, its weight moves by a whole one with probability s: the
+forward pass sees every update on average. (We know of no earlier use of a dither of the masters. Stochastic rounding,
+arXiv 2010.06192, draws anew at every step.)
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import BFloat16, Float32, Int16
+from torch import Tensor
+
+CHUNK = 1 << 24  # elements that are updated at once: this bounds the temporary float32 memory
+LowBits = dict[torch.nn.Parameter, Int16[Tensor, "..."]]  # of the masters, by their bfloat16 weight
+
+
+def split(master: Float32[Tensor, "*shape"]) -> tuple[BFloat16[Tensor, "*shape"], Int16[Tensor, "*shape"]]:
+    """The bfloat16 weight and the 16 low bits of a float32 master. Exact for every finite master: `join` undoes it."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(weight: BFloat16[Tensor, "*shape"], low: Int16[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """The float32 master of a weight and its low bits."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Tensor, "*shape"]:
+    """Random low bits for a weight whose master lies on the grid of bfloat16.
+
+    low ~ U{-32767, ..., 32766}, by a hash of the seed, the weight's name and the element's index, so that it depends on
+    no device and no order. A weight of 0 gets |low|, because below 0 the master's sign would change. `split` gives the
+    same weight for every such master.
+    """
+    low = torch.empty_like(weight, dtype=torch.int16).view(-1)
+    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
+    for part in _chunks(low.numel()):
+        x = torch.arange(part.start, part.stop, device=weight.device) + key
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # lowbias32, Wellons 2018
+            x = ((x ^ ((x & 0xFFFFFFFF) >> shift)) * factor) & 0xFFFFFFFF
+        x = x % 0xFFFE - 0x7FFF
+        low[part] = torch.where(weight.reshape(-1)[part] == 0, x.abs(), x)
+    return low.view(weight.shape)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, Algorithm 2) on exact float32 masters.
+
+        master -= lr * weight_decay * master
+        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+        master -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. The
+    moments m and v are float32. On a CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in
+    float32 bit for bit; on CUDA one kernel (rlhf/kernels.py) updates a weight, which is equal up to rounding. The
+    gradients of a step's micro-batches add up in `gradient_dtype`.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[torch.nn.Parameter],
+        low_bits: LowBits,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        gradient_dtype: torch.dtype = torch.float32,
+    ):
+        for weight in low_bits:
+            weight.grad_dtype = gradient_dtype
+        self.low_bits = low_bits
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([weight for weight in weights if weight.requires_grad], defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every weight that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    moments = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+                    state |= zip(("step", "exp_avg", "exp_avg_sq"), (0, *moments), strict=True)
+                state["step"] += 1
+                t, (beta1, beta2) = state["step"], group["betas"]
+                scalars = 1 - group["lr"] * group["weight_decay"], 1 - beta1, beta2, 1 - beta2
+                scalars += (1 - beta2**t) ** 0.5, group["eps"], group["lr"] / (1 - beta1**t)
+                in_place = weight.data, self.low_bits.get(weight), state["exp_avg"], state["exp_avg_sq"]
+                flat = [None if x is None else x.view(-1) for x in in_place]
+                flat.insert(2, weight.grad.reshape(-1))
+                if weight.is_cuda and weight in self.low_bits:
+                    from rlhf import kernels
+
+                    kernels.adamw(*flat, *scalars)
+                    continue
+                for part in _chunks(weight.numel()):
+                    _update(*(None if x is None else x[part] for x in flat), *scalars)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from the `state_dict` of an optimizer of the same weights. (The base class would round each moment
+        to the dtype of its weight.)"""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group |= {name: value for name, value in saved.items() if name != "params"}
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for i, saved in state_dict["state"].items():
+            device = weights[i].device
+            self.state[weights[i]] = {name: int(x) if name == "step" else x.to(device) for name, x in saved.items()}
+
+
+def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, size) -> None:
+    """One step of AdamW on a flat piece of a weight, in place: torch.optim.AdamW's operations in their order."""
+    master = weight if low is None else join(weight, low)
+    gradient = gradient.to(torch.float32)
+    master.mul_(decay)
+    m.lerp_(gradient, rise1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=rise2)
+    master.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-size)
+    if low is not None:
+        for place, half in zip((weight, low), split(master), strict=True):
+            place.copy_(half)
+
+
+def _chunks(elements: int) -> Iterator[slice]:
+    """Slices of at most CHUNK elements that cover a flat tensor."""
+    return (slice(start, min(start + CHUNK, elements)) for start in range(0, elements, CHUNK))
