@@ -31,7 +31,7 @@ import train_sft
 from rlhf import require
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.tree import collate, micro_batches
-from support import lazy_import, models, reviews, runs, scoring
+from support import lazy_import, models, reviews, runs, scoring, sharding
 from support.examples import Example, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
@@ -121,7 +121,7 @@ class Args(runs.Flags):
     wandb: bool = False
     """log to Weights & Biases too"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; weights, log-probs and KL are float32 always"""
+    """of the matrices and their products; log-probs and KL are float32 always"""
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -309,8 +309,13 @@ def main(a: Args) -> dict:
         runs.make_missing(makers[name], name, a.device)
 
     # --------------------------------------------------------- reference: it stays in memory, with one policy at a time
-    reference = models.load_model(a.ref, a.device, a.trust_remote_code, flag[a.ref])
     batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
+
+    def load_policy(name: str, flag: str):
+        make = lambda device: models.load_model(name, device, a.trust_remote_code, flag)  # noqa: E731
+        return sharding.load(make, a.device, batching.dtype)
+
+    reference = load_policy(a.ref, flag[a.ref])
 
     results = {"reference": a.ref, "reward": a.reward, "prompts": len(prompts), "answers": len(prompts) * a.k}
     results |= {"preferences": len(preferences)}
@@ -342,10 +347,10 @@ def main(a: Args) -> dict:
     for step, name in list(enumerate(a.models))[state["step"] :]:
         policy = reference
         if name != a.ref:
-            policy = models.load_model(name, a.device, a.trust_remote_code, "--models")
+            policy = load_policy(name, "--models")
         sizes = [len(models.output_head(model).weight) for model in (policy, reference)]
         require(sizes[0] == sizes[1], f"--models {name}: {sizes[0]} output tokens, and the reference has {sizes[1]}")
-        answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature)
+        answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature, dtype=batching.dtype)
         layout = scoring.choose_layout(policy, answers + preferences, batching)
         if layout == "tree" and policy is not reference:
             layout = scoring.choose_layout(reference, answers + preferences, batching)

@@ -283,7 +283,7 @@ def main(a: Args) -> dict[str, float]:
             loss, totals = objective(a, members, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()
             parts.append(totals)
-            gaps.append((logps - ref_logps).detach().abs())
+            gaps.append((logps - ref_logps).detach().abs() / batch.lengths.sqrt())
         metrics = means(gather(parts))
 
         norm = sharding.clip_gradients(policy, a.max_grad_norm)
@@ -344,7 +344,7 @@ def main(a: Args) -> dict[str, float]:
         reference, policy, reference, tokenizer, prompts, a, batching, embedded
     )
     results |= more_results
-    title = f"{len(held)} held-out examples, {len(prompts)} answers"
+    title = f"{len(held)} held-out examples, {len(prompts)} answers, {a.dtype}"
     report.print_comparison(title, rows + more_rows, results, samples)
     run.samples(steps, samples)
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
@@ -374,7 +374,8 @@ def guard(a: Args, gaps: Tensor, loss: float) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
     With --ref they need not, and a line says so.
 
-    `gaps` are |log pi - log ref| of the step's responses. This catches a reference scored with other weights,
+    `gaps` are |log pi - log ref| / sqrt(tokens) of the step's responses: rounding grows with the root of the length.
+    This catches a reference scored with other weights,
     another dtype or template, dropout, attention that leaks between responses, a wrong shift.
     """
     if a.ref:
@@ -382,10 +383,11 @@ def guard(a: Args, gaps: Tensor, loss: float) -> None:
         return
     gap = gaps.max().item() if a.dtype == "float32" else gaps.mean().item()
     if a.dtype != "float32":
-        print(f"step-0 guard: mean |log-ratio| {gap:.3g} nats in {a.dtype}")
+        print(f"step-0 guard: mean |log-ratio| / sqrt(tokens) {gap:.3g} nats in {a.dtype}")
     require(
-        gap < (1e-3 if a.dtype == "float32" else 0.5),
-        f"step-0 guard: the policy is {gap:.3g} nats from the reference that it starts from: the scores disagree",
+        gap < (1e-4 if a.dtype == "float32" else 0.06),
+        f"step-0 guard: the policy is {gap:.3g} nats times sqrt(tokens) from the reference that it starts from: the "
+        "scores disagree",
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(

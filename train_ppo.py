@@ -444,7 +444,7 @@ def main(a: Args) -> dict[str, float]:
     rows, results, samples = report.before_and_after(
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
     )
-    report.print_comparison(f"{len(asked)} answers", rows, results, samples)
+    report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results

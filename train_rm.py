@@ -232,7 +232,7 @@ def main(a: Args) -> dict[str, float]:
     results |= {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
     results = {name: value for name, value in results.items() if math.isfinite(value)}  # JSON has no NaN
     rows.append(["deviation of the reward, on samples", f"{model.config.reward_std:.2f}"])
-    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples", ""], rows))
+    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
 
     texts = [(e.prompt_text, text) for e in samples for text in e.response_texts]
     shown = [{"prompt": x, "answer": y, "reward": z} for (x, y), z in zip(texts, scores.tolist(), strict=True)]

@@ -160,7 +160,7 @@ def main(a: Args) -> dict[str, float]:
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
     rows += [[ANSWER_STATS[name], interval(x)] for name, x in intervals.items()]
-    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers", "after"], rows))
+    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
     for e in answers[:4]:
         print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])

@@ -45,8 +45,8 @@ def generate(
     same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
     similar length share a batch of `batch_size` sequences, which ends with its longest. A prompt is encoded once, and
     its k responses start from copies of its cache. If the model has learnt a number of positions, responses are cut at
-    the last one. Several processes (support/parallel.py) each sample their share of every batch, in `dtype`; together
-    they sample what one process does, up to rounding. One process samples in the dtype of the weights.
+    the last one. Several processes (support/parallel.py) each sample their share of every batch; together they sample
+    what one process does, up to rounding. Matrix products are in `dtype`.
     """
     models.set_attention(model.eval(), packed=False)
     device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), models.pad_id(tokenizer)

@@ -325,7 +325,7 @@ def prepare_training(model, low_bits: LowBits, a: Any, lora_rank: int = 0):
     low bits join `low_bits`."""
     lora = add_lora(model, lora_rank, a.seed) if lora_rank else None
     if lora and a.dtype == "bfloat16":
-        low_bits |= to_bfloat16(model, model.device, a.seed)
+        low_bits |= to_bfloat16(model, str(model.device), a.seed)
     if a.gradient_checkpointing:
         checkpoint_layers(model)
     if a.compile:

@@ -231,6 +231,18 @@ def test_kto_and_rankings_too(name, world, straight, stop, tmp_path):
     assert_same(tmp_path / "run", straight(name))
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_bfloat16_weights_and_their_low_bits_too(rank, world, stop, tmp_path):
+    straight, a = (
+        arguments(world, tmp_path / name, "dpo dpo", dtype="bfloat16", lora_rank=rank, lora_merge=rank > 0)
+        for name in ("straight", "run")
+    )
+    train(straight)
+    stop(a, signal.SIGKILL)
+    continued(a)
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
 def test_bco_has_a_running_mean_to_lose(world, straight, stop, tmp_path, monkeypatch):
     """Were the mean not in the checkpoint, the runs would differ: the test above can fail."""
     a, truth = arguments(world, tmp_path / "run", "dpo bco"), straight("dpo bco")

@@ -773,8 +773,8 @@ def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
 def test_guard_bounds(capsys):
     guard, ln2 = train_dpo.guard, math.log(2)
     a = train_dpo.Args(loss="dpo", beta=0.1)
-    guard(a, torch.tensor([0.0, 9e-4]), ln2)
-    for gaps, loss in [([0.0, 1.1e-3], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
+    guard(a, torch.tensor([0.0, 9e-5]), ln2)
+    for gaps, loss in [([0.0, 1.1e-4], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
         with pytest.raises(BadInput, match="step-0 guard"):
             guard(a, torch.tensor(gaps), loss)
     for loss in ("robust", "dpo_norm", "dpop"):
@@ -782,10 +782,10 @@ def test_guard_bounds(capsys):
             guard(train_dpo.Args(loss=loss, beta=0.1, dpop_lambda=5.0), torch.zeros(2), 0.8)
     assert capsys.readouterr().out == ""
     half = train_dpo.Args(dtype="bfloat16")
-    guard(half, torch.tensor([0.9, 0.05]), 0.7)
-    assert "step-0 guard: mean |log-ratio| 0.475 nats in bfloat16" in capsys.readouterr().out
+    guard(half, torch.tensor([0.09, 0.025]), 0.7)
+    assert "step-0 guard: mean |log-ratio| / sqrt(tokens) 0.0575 nats in bfloat16" in capsys.readouterr().out
     with pytest.raises(BadInput, match="step-0 guard"):
-        guard(half, torch.tensor([0.9, 0.2]), 0.7)
+        guard(half, torch.tensor([0.09, 0.035]), 0.7)
 
 
 def test_bfloat16_run(go, capsys):
