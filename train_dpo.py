@@ -147,10 +147,10 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
     """
     ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)
     rewards = a.beta * ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
-    totals: dict[str, tuple[Tensor, float]] = {}
+    totals: report.Totals = {}
 
     def add(name: str, values: Tensor, weights: Tensor) -> None:
-        totals[name] = ((values.detach() * weights).sum(), float(weights.sum()))
+        totals[name] = ((values.detach() * weights).sum(), weights.sum())
 
     if a.loss == "kto":
         good = torch.tensor([label for e in examples for label in e.labels], device=logps.device)
@@ -284,10 +284,9 @@ def main(a: Args) -> dict[str, float]:
             (loss / count).backward()
             parts.append(totals)
             gaps.append((logps - ref_logps).detach().abs() / batch.lengths.sqrt())
-        metrics = means(gather(parts))
-
-        norm = sharding.clip_gradients(policy, a.max_grad_norm)
-        run.require_finite(step + 1, metrics["loss"], norm, examples)
+        parts.append({"grad_norm": (sharding.clip_gradients(policy, a.max_grad_norm), 1.0)})
+        metrics = means(gather(report.read(parts)))
+        run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         if step == 0 and a.loss not in REFERENCE_FREE:
             guard(a, torch.cat(gather(gaps)), metrics["loss"])
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
@@ -301,7 +300,7 @@ def main(a: Args) -> dict[str, float]:
         # ----------------------------------------------- what follows is bookkeeping: metrics, evaluation, checkpoints
         seconds = time.perf_counter() - began
         speed = sum(len(e.prompt) + len(response) for e in examples for response in e.responses) / seconds
-        metrics |= {"grad_norm": norm, "lr": rate, "epoch": (step + 1) / steps_per_epoch}
+        metrics |= {"lr": rate, "epoch": (step + 1) / steps_per_epoch}
         run.log(step + 1, metrics | {"perf/tokens_per_second": speed, "perf/seconds": seconds})
         run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
         last = step + 1 == steps
@@ -362,7 +361,7 @@ def main(a: Args) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- metrics, guard, curves
 
 
-def means(parts: Sequence[dict[str, tuple[Tensor, float]]]) -> dict[str, float]:
+def means(parts: Sequence[report.Totals]) -> dict[str, float]:
     """Each metric over all micro-batches; kto has no pairs, so its margin is the difference of the mean rewards."""
     metrics = report.weighted_means(parts)
     if "rewards/margins" not in metrics and {"rewards/chosen", "rewards/rejected"} <= metrics.keys():

@@ -34,7 +34,7 @@ from support.examples import Example, load_split, show
 from support.generate import answer
 from support.parallel import gather
 from support.preferences import by_prompt, expected_accuracy, pair_tensors, without_ties
-from support.report import table, weighted_means
+from support.report import read, table, weighted_means
 from support.reward_report import TIE, correlation, draw, held_out_report, ranks_of
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -96,8 +96,8 @@ def objective(a: Args, examples: Sequence[Example], rewards: Tensor):
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
     }
-    totals = {name: (float((x * weights).sum()), float(weights.sum())) for name, x in values.items()}
-    return loss, totals | {"loss": (loss.item(), float(len(examples)))}
+    totals = {name: ((x * weights).sum(), weights.sum()) for name, x in values.items()}
+    return loss, totals | {"loss": (loss.detach(), float(len(examples)))}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -177,10 +177,9 @@ def main(a: Args) -> dict[str, float]:
             loss, totals = objective(a, members, scoring.response_rewards(model, batch, batching.dtype))
             (loss / len(examples)).backward()
             parts.append(totals)
-        metrics = weighted_means(gather(parts))
-
-        norm = sharding.clip_gradients(model, a.max_grad_norm)
-        run.require_finite(step + 1, metrics["loss"], norm, examples)
+        parts.append({"grad_norm": (sharding.clip_gradients(model, a.max_grad_norm), 1.0)})
+        metrics = weighted_means(gather(read(parts)))
+        run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -190,7 +189,7 @@ def main(a: Args) -> dict[str, float]:
         # ----------------------------------------------- what follows is bookkeeping: metrics, evaluation, checkpoints
         seconds = time.perf_counter() - began
         speed = sum(len(e.prompt) + len(response) for e in examples for response in e.responses) / seconds
-        metrics |= {"grad_norm": norm, "lr": rate, "epoch": (step + 1) / steps_per_epoch}
+        metrics |= {"lr": rate, "epoch": (step + 1) / steps_per_epoch}
         run.log(step + 1, metrics | {"perf/tokens_per_second": speed, "perf/seconds": seconds})
         run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
         last = step + 1 == steps

@@ -26,7 +26,7 @@ from support import models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer, answer_stats, end_ids
 from support.parallel import gather
-from support.report import ANSWER_STATS, interval, mean_interval, table
+from support.report import ANSWER_STATS, interval, mean_interval, read, table, weighted_means
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -115,17 +115,16 @@ def main(a: Args) -> dict[str, float]:
         examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
         count = trained_tokens(examples)
 
-        total = 0.0
+        parts = []
         for group in scoring.micro_batches(policy, examples, batching):
             batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
             _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=a.keep_softmax_mib << 20)
-            loss = losses.sft(logps).sum() / count
-            loss.backward()
-            total += loss.item()
-        total = sum(gather([total]))
-
-        norm = sharding.clip_gradients(policy, a.max_grad_norm)
-        run.require_finite(step + 1, total, norm, examples)
+            loss = losses.sft(logps).sum()
+            (loss / count).backward()
+            parts.append({"loss": (loss.detach(), float(len(batch.targets)))})
+        parts.append({"grad_norm": (sharding.clip_gradients(policy, a.max_grad_norm), 1.0)})
+        metrics = weighted_means(gather(read(parts)))
+        run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -135,9 +134,9 @@ def main(a: Args) -> dict[str, float]:
         # ----------------------------------------------- what follows is bookkeeping: metrics, evaluation, checkpoints
         seconds = time.perf_counter() - began
         speed = sum(len(e.prompt) + len(response) for e in examples for response in e.responses) / seconds
-        metrics = {"loss": total, "grad_norm": norm, "lr": rate, "epoch": (step + 1) / steps_per_epoch}
+        metrics |= {"lr": rate, "epoch": (step + 1) / steps_per_epoch}
         run.log(step + 1, metrics | {"perf/tokens_per_second": speed, "perf/seconds": seconds})
-        run.progress(step + 1, loss=total, tokens_per_s=speed)
+        run.progress(step + 1, loss=metrics["loss"], tokens_per_s=speed)
         last = step + 1 == steps
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from support import lazy_import, models, scoring
@@ -133,7 +134,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(f(x, w) for f, x, w in zip(pad, line, widths, strict=True)) for line in lines)
 
 
-def weighted_means(parts: Sequence[dict[str, tuple[Tensor | float, float]]]) -> dict[str, float]:
+Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # a metric's weighted sum, and the sum of its weights
+
+
+def read(parts: Sequence[Totals]) -> list[Totals]:
+    """The totals of a step's micro-batches as numbers, with one read of the device."""
+    tensors = [x for part in parts for pair in part.values() for x in pair if isinstance(x, Tensor)]
+    numbers = iter(torch.stack([x.double() for x in tensors]).tolist() if tensors else ())
+    number = lambda x: next(numbers) if isinstance(x, Tensor) else x  # noqa: E731
+    return [{name: (number(total), number(weight)) for name, (total, weight) in part.items()} for part in parts]
+
+
+def weighted_means(parts: Sequence[Totals]) -> dict[str, float]:
     """Each metric over all micro-batches: the sum of its weighted sums, divided by the sum of its weights."""
     means = {}
     for name in sorted({name for part in parts for name in part}):

@@ -139,11 +139,12 @@ def autocast(model, dtype: torch.dtype):
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def clip_gradients(model, max_norm: float) -> float:
-    """Scale gradients with a larger norm down to it; return the norm before, over all shards and all processes."""
+def clip_gradients(model, max_norm: float) -> Tensor:
+    """Scale gradients with a larger norm down to it; return the norm before, over all shards and all processes, on the
+    device."""
     if several():
         _add_up_gradients(model)
-    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def _add_up_gradients(model) -> None:
