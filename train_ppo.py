@@ -9,9 +9,9 @@ divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2
 
     maximise  E_{x, y ~ pi} [ R(x, y) - kl_coef * log(pi(y|x) / ref(y|x)) ]
 
-Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token: how much better than
-expected it turned out (expected by a critic, with GAE, or by comparing answers); then a few epochs of clipped policy
-gradient (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
+Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token, which is how much
+better than expected it turned out (expected by a critic, with GAE, or by comparing answers); a few epochs of clipped
+policy gradient (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
 import random
