@@ -10,6 +10,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
@@ -752,6 +754,32 @@ def test_another_reference(world, go, tmp_path, capsys):
         -math.log(sigmoid(BETA * ((a - b) - (c - d)))) for (a, c), (b, d) in zip(policy, reference, strict=True)
     )
     assert run.train[0]["loss"] == pytest.approx(want, abs=1e-4)
+
+
+NEXT = {  # flags -> those that the proposed command repeats
+    "dpo": ({}, {}),
+    "exo": ({"loss": "exo", "label_smoothing": E}, {"loss": "exo", "label_smoothing": E}),
+    "js": ({"divergence": "js", "clip": 3.0}, {"divergence": "js"}),
+    "alpha": (x := {"loss": "ipo", "divergence": "alpha", "divergence_alpha": 0.3}, x),
+    "plackett_luce": (x := {"loss": "plackett_luce", "ties": "random"}, x),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, capsys):
+    flags, repeated = NEXT[name]
+    run = go(**flags, ref=f"{world}/other", max_steps=1)
+    [line] = re.findall(r"Next: python train_dpo\.py (.*)  \(further from ref\)\n", capsys.readouterr().out)
+    proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
+    files = {"model": f"{world}/model", "ref": f"{world}/other", "data": f"{world}/train.jsonl"}
+    assert proposed == train_dpo.Args(**files, **repeated, beta=BETA / 2, out=f"{run.out}-loose")
+    train_dpo.check_flags(proposed)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_no_next_command_where_beta_is_no_leash(loss, go, capsys):
+    go(loss=loss, max_steps=1)
+    assert "Next:" not in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- step-0 guard
