@@ -230,12 +230,13 @@ def report(
     ]
     lines = table([*rows[0]], cells)
     print(f"\n{lines}\n")
-    installed = {x.name: x.version for x in importlib.metadata.distributions()}
-    packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["trl"] = importlib.metadata.version("trl")
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}"
     environment = {
         "hardware": hardware or (threads if device == "cpu" else torch.cuda.get_device_name()),
-        "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": time.strftime("%Y-%m-%d"),
     }
     path = ROOT / ("runs/benchmarks" if quick else "benchmarks/results") / f"{name}.csv"

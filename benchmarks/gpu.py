@@ -311,11 +311,10 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that processes are ended
     for part in a.parts:
         cases = cases_of(part, a.quick, a.device == "cpu")
-        for side in dict.fromkeys(case["side"] for case in cases):
-            if reason := hindrance(part, side, a.device):
-                print(f"{part}: {side} is left out: {reason}")
-                cases = [case for case in cases if case["side"] != side]
-        if cases:
+        reasons = {case["side"]: hindrance(part, case["side"], a.device) for case in cases}
+        for reason in dict.fromkeys(filter(None, reasons.values())):
+            print(f"{part}: left out: {'; '.join(side for side in reasons if reasons[side] == reason)} ({reason})")
+        if cases := [case for case in cases if not reasons[case["side"]]]:
             limit = (QUICK_LIMITS if a.quick else LIMITS)[part] * (5 if a.device == "cpu" else 1)
             rows, hardware = run_part(part, cases, a.device, a.limit or limit)
             compare.report("gpu", for_table(rows), a.quick, a.device, part=part, hardware=hardware)
