@@ -19,7 +19,6 @@ its reason is its outcome, and if its process has ended, a new one continues wit
 import argparse
 import contextlib
 import functools
-import gc
 import importlib.util
 import json
 import random
@@ -40,7 +39,7 @@ if importlib.util.find_spec("tyro") is None:  # only the command lines of the sc
 
 from benchmarks import compare, dpo_step, logprobs, rollout, shapes, watch
 from rlhf.logprobs import Head, token_logps
-from support import generate, models
+from support import generate, models, sharding
 
 LIMITS = {"tests": 35, "steps": 200, "kernel": 30, "memory": 45, "sampling": 40}  # seconds
 QUICK_LIMITS = {"tests": 35, "steps": 70, "kernel": 20, "memory": 25, "sampling": 20}
@@ -207,22 +206,22 @@ def run_kernel(case: dict, device: str) -> dict:
     return row
 
 
-@functools.cache
-def sampler(shape: str, device: str):
-    """The model that samples, and a tokenizer for it."""
-    with shapes.folder_of(shape, device) as folder:
-        return shapes.model_of(shapes.config_of(shape), device), models.load_tokenizer(folder)
-
-
 def run_sampling(case: dict, device: str) -> dict:
-    """Sample answers to random prompts of 32 to 128 tokens twice, and time the second pass."""
-    (model, tokenizer), options, k = sampler(case["model"], device), SAMPLERS[case["side"]], case["samples"]
+    """Sample answers to random prompts of 32 to 128 tokens twice, and time the second pass. Ours is the model that the
+    scripts sample from."""
+    options, k, dtype = SAMPLERS[case["side"]], case["samples"], torch.bfloat16
+    with shapes.folder_of(case["model"], device) as folder:
+        tokenizer = models.load_tokenizer(folder)
+        if options is None:
+            model = sharding.load(functools.partial(models.load_model, folder), device, dtype)
+        else:
+            model = shapes.model_of(shapes.config_of(case["model"]), device, dtype)
     rng, words = random.Random(0), range(2, model.config.vocab_size)
     prompts = [rng.choices(words, k=rng.randint(32, 128)) for _ in range(case["prompts"])]
 
     def sample() -> list[list[int]]:
         if options is None:
-            return generate.generate(model, tokenizer, prompts, case["tokens"], k=k, dtype=torch.bfloat16)
+            return generate.generate(model, tokenizer, prompts, case["tokens"], k=k, dtype=dtype)
         return rollout.library(model, tokenizer, prompts, case["tokens"], 1.0, k, **options)
 
     sample()
@@ -252,10 +251,7 @@ def work(job_file: str, rows_file: str) -> None:
     for case in job["cases"]:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
-        gc.collect()
-        if watch.on_gpu(device):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        watch.free_cache(device)
         try:
             row = MEASURES[job["part"]](case, device) | {"outcome": "ok"}
         except (Exception, SystemExit) as error:

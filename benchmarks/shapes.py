@@ -42,14 +42,15 @@ def model_of(config, device: str, dtype: torch.dtype = torch.bfloat16):
 @contextlib.contextmanager
 def folder_of(shape: str, device: str) -> Iterator[str]:
     """A folder with a config and a small tokenizer. Inside, the library's `from_pretrained` returns a random model on
-    the device, for every caller, and its weights have no digest, since reading them all would take too long."""
+    the device, for every caller. For speed it stays there if the caller wants it in main memory first, and its weights
+    have no digest."""
 
     def from_pretrained(cls, name, *_, config=None, dtype="auto", output_loading_info=False, **__):
         dtype = {"auto": torch.bfloat16, None: torch.bfloat16}.get(dtype, dtype)
         model = model_of(config or transformers.AutoConfig.from_pretrained(name), device, dtype)
-        if watch.on_gpu(device):  # making the weights is not part of what is measured
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        convert = model.to
+        model.to = lambda to, *_, **__: convert(to) if isinstance(to, torch.dtype) else model
+        watch.free_cache(device)
         no_problems = dict.fromkeys(("mismatched_keys", "missing_keys", "unexpected_keys"), ())
         return (model, no_problems) if output_loading_info else model
 

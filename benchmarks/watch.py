@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import sys
 import time
 import warnings
@@ -54,6 +55,14 @@ def peak(device: str | torch.device = "cpu") -> float:
 def reserved(device: str | torch.device = "cpu") -> float:
     """Most memory that PyTorch reserved on the GPU since `forget_peak`, in MiB; on a CPU the same as `peak`."""
     return torch.cuda.max_memory_reserved() / 2**20 if on_gpu(device) else peak(device)
+
+
+def free_cache(device: str | torch.device = "cpu") -> None:
+    """Give what nothing uses any more back to the GPU, and reset its peaks."""
+    gc.collect()
+    if on_gpu(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextlib.contextmanager
