@@ -1,4 +1,4 @@
-"""Sampling, phase 2a: several responses to each prompt, for people (or a reward model) to rank.
+"""Sampling (phase 2a of pipeline.py): several responses to each prompt, for people (or a reward model) to rank.
 
     python sample.py                                                      the embedded task: 4 answers a prompt
     python sample.py --model runs/sft --data prompts.jsonl --k 4 --temperature 0.9

@@ -1,6 +1,6 @@
 """Direct preference optimisation: train a policy straight from preferences, without a reward model.
 
-    python train_dpo.py                                         the embedded task; trains its SFT model first
+    python train_dpo.py                                         the embedded task, film reviews; makes its SFT model
     python train_dpo.py --model DIR --data prefs.jsonl          your own model and pairs
     python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another member of the family
 
@@ -56,7 +56,7 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and metrics use the mean over tokens
-LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # see check_flags
+LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # for reverse_kl only: check_flags
 TIE = 1e-4  # nats: a margin this small is rounding, and counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
@@ -72,15 +72,15 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """reference model (frozen), same tokenizer; default: the starting weights"""
     out: str = "runs/dpo"
     loss: Loss = "dpo"
-    """which loss (rlhf/losses.py has each equation); with k > 2 responses a prompt's pairs are averaged"""
+    """which loss (rlhf/losses.py has each equation); if a prompt has k > 2 responses, its pairs are averaged"""
     beta: float | None = None
-    """reward per nat of log-ratio, > 0: the larger, the closer to the reference; papers' values differ by loss
-    (simpo 2, dpo_norm 5); default 0.1 (embedded: 0.6)"""
+    """reward per nat of log-ratio, > 0: the larger, the closer to the reference (simpo has none, and orpo no beta);
+    papers' values differ by loss (simpo 2, dpo_norm 5); default 0.1 (embedded: 0.6)"""
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5), for dpo (then conservative), robust and exo (which needs > 0)"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
-    """the f-divergence whose implicit reward takes the place of log(pi / ref); not reverse_kl: for dpo, robust, ipo,
-    r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce only"""
+    """the f-divergence whose implicit reward replaces log(pi / ref); others than reverse_kl work only with dpo, robust,
+    ipo, r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce"""
     divergence_alpha: float = 0.5
     """exponent of --divergence alpha, >= 0 and not 1"""
     clip: float | None = None
@@ -114,11 +114,11 @@ class Args(runs.LoraFlags, runs.EpochFlags):
 def check_flags(a: Args) -> None:
     """Raise BadInput if flags conflict; support/runs.py has the range of each.
 
-    An f-divergence's reward is known only up to a constant per prompt, and is no log-ratio. So such a divergence fits
-    losses of the margin alone, and bco, an upper bound of dpo's loss for any reward and delta. The others are derived
-    from the log-ratio itself: a mean over tokens (*_norm), the KL as reference point (kto), the normaliser of a policy
-    proportional to pi_ref exp(P / beta) (sppo), a density ratio (nca), the reference's own probability as the anchor
-    (apo_zero, apo_down, dpop).
+    The reward of any divergence but reverse_kl is no log-ratio, and is known only up to a constant per prompt. So it
+    fits losses in which only its margin counts, and bco, which bounds dpo's loss from above for any reward and delta.
+    The others need the log-ratio itself: for a mean over tokens (*_norm), the KL as reference point (kto), the
+    normaliser of a tilted pi_ref (sppo), a density ratio (nca), or the reference's own probability as anchor (apo_zero,
+    apo_down, dpop). simpo and orpo have no reference.
     """
     require(a.loss != "exo" or a.label_smoothing > 0, "--loss exo needs a --label-smoothing above 0, say 0.001")
     fits = a.divergence == "reverse_kl" or a.loss not in LOG_RATIO_ALONE
@@ -130,7 +130,7 @@ def check_flags(a: Args) -> None:
 
 @dataclass
 class Pairs:
-    """m preference pairs. `chosen`, `rejected`: log-ratios to the reference, or their f-divergence reward."""
+    """m preference pairs. `chosen`, `rejected`: what `implicit_reward` returns (reverse_kl: log-ratios to ref)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -283,7 +283,7 @@ def main(a: Args) -> dict[str, float]:
             loss, totals = objective(a, members, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()
             parts.append(totals)
-            gaps.append((logps - ref_logps).detach().abs() / batch.lengths.sqrt())
+            gaps.append(torch.stack([(logps - ref_logps).detach().abs(), batch.lengths], 1))
         parts.append({"grad_norm": (sharding.clip_gradients(policy, a.max_grad_norm), 1.0)})
         metrics = means(gather(report.read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
@@ -321,7 +321,7 @@ def main(a: Args) -> dict[str, float]:
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return final
-    reference = policy  # with its adapters off
+    reference = policy  # with LoRA: the same model, its adapters off
     if a.ref or not lora:
         make_start = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code)  # noqa: E731
         reference = sharding.load(make_start, str(policy.device), dtype)
@@ -351,10 +351,10 @@ def main(a: Args) -> dict[str, float]:
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )
-    changed = "".join(f" --{n} {getattr(a, n)}" for n in ("model", "data", "loss") if getattr(a, n) != getattr(Args, n))
-    print(
-        f"Next: python train_dpo.py{changed} --beta {a.beta / 2:g} --out {run.out}-loose  (further from the reference)"
-    )
+    if a.loss not in REFERENCE_FREE:  # in these, beta sets no distance to a reference
+        names = ("model", "ref", "data", "split", "loss", "label_smoothing", "divergence", "divergence_alpha", "ties")
+        flags = [f"--{n.replace('_', '-')} {getattr(a, n)}" for n in names if getattr(a, n) != getattr(Args, n)]
+        print("Next: python train_dpo.py", *flags, f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)")
     return results
 
 
@@ -373,20 +373,21 @@ def guard(a: Args, gaps: Tensor, loss: float) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
     With --ref they need not, and a line says so.
 
-    `gaps` are |log pi - log ref| / sqrt(tokens) of the step's responses: rounding grows with the root of the length.
-    This catches a reference scored with other weights,
-    another dtype or template, dropout, attention that leaks between responses, a wrong shift.
+    `gaps` [b 2] are |log pi - log ref| of the step's responses and their tokens, with whose root rounding grows. This
+    catches a reference scored with other weights or another dtype, dropout, and attention that leaks between prompts.
+    An error of both sides, such as a wrong shift, cancels.
     """
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
         return
-    gap = gaps.max().item() if a.dtype == "float32" else gaps.mean().item()
-    if a.dtype != "float32":
-        print(f"step-0 guard: mean |log-ratio| / sqrt(tokens) {gap:.3g} nats in {a.dtype}")
+    gap, bound = gaps[:, 0], {"float32": 1e-4, "bfloat16": 0.06}[a.dtype] * gaps[:, 1].sqrt()
+    if a.dtype != "float32":  # the mean, since a single response may be far off
+        gap, bound = gap.mean(), bound.mean()
+        print(f"step-0 guard: mean |log-ratio| {gap.item():.3g} nats in {a.dtype}, of at most {bound.item():.3g}")
     require(
-        gap < (1e-4 if a.dtype == "float32" else 0.06),
-        f"step-0 guard: the policy is {gap:.3g} nats times sqrt(tokens) from the reference that it starts from: the "
-        "scores disagree",
+        bool((gap < bound).all()),
+        f"step-0 guard: the policy is {gap.max().item():.3g} nats from the reference that it starts from: the scores "
+        "disagree",
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(

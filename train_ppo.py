@@ -1,17 +1,17 @@
 """PPO: let the policy answer, score the answers with a reward model, and make the better ones likelier.
 
-    python train_ppo.py                                          the embedded task; trains its SFT and RM first
+    python train_ppo.py                                     the embedded task, film reviews; makes its SFT model and RM
     python train_ppo.py --model runs/sft --reward runs/rm --data prompts.jsonl
-    python train_ppo.py --advantage rloo --out runs/rloo         without a critic
+    python train_ppo.py --advantage rloo --out runs/rloo    without a critic
 
 The reward model is reliable only on text like its training data. So the policy pays for every nat of KL
 divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2203.02155):
 
     maximise  E_{x, y ~ pi} [ R(x, y) - kl_coef * log(pi(y|x) / ref(y|x)) ]
 
-Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token (by a critic and GAE,
-or by comparing the k answers); then a few epochs of clipped policy gradient on them (Schulman et al. 2017, Eq. 7, arXiv
-1707.06347). In order: flags, objective, main (data, models, loop, results), one update, the guard.
+Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token, which is how much
+better than expected it turned out (expected by a critic, with GAE, or by comparing answers); a few epochs of clipped
+policy gradient (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
 import random
@@ -39,17 +39,17 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # divisor of a minibatch's sum over tokens; "responses": the mean of the responses' means over tokens
+COUNTS = {  # what divides a minibatch's sum over tokens
     "gae": "tokens",
     "reinforce++": "tokens",
     "rloo": "sequences",
     "remax": "sequences",
-    "grpo": "responses",
-    "drgrpo": "constant",
+    "grpo": "responses",  # the mean over answers of each one's mean over tokens
+    "drgrpo": "constant",  # the number of answers * --max-new-tokens
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
 ROUNDING = 1e-5  # tolerated difference of a log-prob between two batchings, relative to max(1 nat, |log-prob|), up to
-# 10 M parameters; above, it grows as the root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (480 tokens)
+# 10 M parameters; above, it grows as the square root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (480 tokens)
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
@@ -61,7 +61,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     ref: str | None = None
     """reference model (frozen), same tokenizer; default: the starting weights"""
     reward: str = "runs/rm"
-    """a reward model's directory (runs/rm is made first if it is missing), gold (embedded task), or
+    """a reward model's directory (embedded task: runs/rm is made first if it is missing), gold (embedded task), or
     module:function(prompts, responses, rows) -> floats, for rewards that can be verified"""
     out: str = "runs/ppo"
     advantage: Literal[(*COUNTS,)] = "gae"
@@ -70,11 +70,11 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     k: int = 4
     """answers to each prompt, >= 1; rloo, grpo and drgrpo need 2 or more"""
     temperature: float = 1.0
-    """temperature of the sampling, and of every log-prob of policy and reference, > 0"""
+    """temperature of the rollouts: of sampling, and of the policy's and reference's log-probs, > 0"""
     kl_coef: float | None = None
-    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5); with --kl-in loss it multiplies the mean KL of
-    a minibatch's tokens (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum
-    over tokens (rloo, remax), or sum / --max-new-tokens (drgrpo)"""
+    """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5). With --kl-in loss it multiplies a minibatch's
+    KL, averaged as the policy loss is: over tokens (gae, reinforce++), or over answers of the mean per token (grpo),
+    the sum (rloo, remax) or the sum / --max-new-tokens (drgrpo)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 has an unbiased gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -82,31 +82,29 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_target: float | None = None
     """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
-    """with --kl-target: share of the run's answers over which kl_coef can change by about e^0.2, in (0, 1]"""
+    """--kl-target: share of the run's answers over which kl_coef can change by a factor of about e^0.2, in (0, 1]"""
     kl_stop: float | None = None
-    """end a rollout's epochs if a pass's last minibatch is over this approximate KL (k2), in nats per token"""
+    """end a rollout's epochs if, in a pass's last minibatch, the policy has moved this far (k2, nats per token), > 0"""
     gamma: float = 1.0
-    """gae: discount per token, in [0, 1]; 1 treats an answer as one decision"""
+    """gae: discount per token, in [0, 1]; at 1 the score counts in full at every token"""
     lam: float = 0.95
     """gae: lambda, in [0, 1]; 1 is unbiased, lower values trust the critic more"""
     whiten_advantages: bool = True
     """gae: mean 0 and deviation 1 over the rollout, so that the step size does not depend on the reward's scale"""
     whiten_rewards: Literal["no", "scale", "shift"] = "no"
-    """gae: divide the tokens' rewards by their deviation; shift subtracts their mean too; both change the objective"""
+    """gae: scale token rewards to deviation 1 around their mean; shift also subtracts it; both change the objective"""
     missing_eos: Literal["no", "replace", "subtract"] = "no"
     """score of an answer without EOS: kept, replaced by --missing-eos-value, or reduced by that value"""
     missing_eos_value: float = -1.0
     """see --missing-eos; in units of reward"""
     clip_range: float = 0.2
-    """clip range of pi / pi_old around 1; clipped tokens have no gradient, > 0"""
+    """clip range of pi / pi_old around 1, > 0; clipped tokens have no gradient"""
     value_clip: float | None = 0.2
-    """no gradient for a value that moved over this (in reward) towards its target, > 0; None: no clip"""
+    """a value that has moved further than this (in reward) towards its target gets no gradient, > 0; None: no clip"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
-    """bonus for the entropy of next-token distributions, >= 0; it multiplies the mean entropy of a minibatch's tokens
-    (gae, reinforce++), or the mean over its answers of each one's mean over tokens (grpo), sum over tokens (rloo,
-    remax), or sum / --max-new-tokens (drgrpo)"""
+    """bonus for the entropy of next-token distributions, >= 0; averaged over a minibatch as the KL of --kl-coef is"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
     ptx_data: str = "reviews"
@@ -116,8 +114,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     minibatches: int = 2
     """optimizer steps of each pass, >= 1"""
     lora_rank: int = 0
-    """rank of low-rank adapters of the policy that are trained in place of all its weights, >= 0 (0: none), with about
-    ten times the learning rate; the reference is then the policy without them, and a critic is trained whole"""
+    """rank of low-rank adapters of the policy, trained in place of its weights, >= 0 (0: none); needs about ten times
+    the learning rate; without --ref the reference is then the policy without them; a critic is trained whole"""
     data: str = "reviews"
     """prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
     lr: float | None = None
@@ -125,7 +123,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     critic_lr: float | None = None
     """peak learning rate of the critic's AdamW, > 0; default 5 times --lr (embedded: 10/3 times)"""
     adam_eps: float = 1e-5
-    """AdamW's epsilon, > 0; with 1e-8 the first updates are several times larger (Huang et al. 2024)"""
+    """AdamW's epsilon, > 0; 1e-8, the usual one, makes the first updates larger where gradients are tiny"""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     warmup: float = 0.0
     batch_size: int = 64
@@ -172,7 +170,7 @@ class Rollout:
 
 
 def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, lengths: Tensor, values, greedy):
-    """Advantages and returns [n] of a rollout's tokens, from the KL of each [n] and the score of each answer [b]."""
+    """Advantages and returns [n] of a rollout's tokens, from each token's KL [n] and each answer's score [b]."""
     rewards = advantages.shape_rewards(kl, scores, lengths, kl_coef if a.kl_in == "reward" else 0.0)
     if a.advantage == "gae":
         if a.whiten_rewards != "no":
@@ -246,7 +244,7 @@ def main(a: Args) -> dict[str, float]:
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
-    reference = policy  # with its adapters off
+    reference = policy  # with LoRA: the same model, its adapters off
     if a.ref or not a.lora_rank:
         reference = load_sharded(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
     scores_ids = Path(a.reward).is_dir()  # whether a reward model scores the sampled ids without re-tokenising
@@ -372,7 +370,7 @@ def main(a: Args) -> dict[str, float]:
                     rows = rng.sample(ptx, min(len(places), len(ptx)))
                     parts[-1] |= add_ptx_gradient(a, policy, rows, batching)
                 if not norms:
-                    guard(a, policy, rollout, step, parts[0]["ratio"], batching)
+                    guard(a, policy, rollout, step, parts[0]["gap"], batching)
                 norms.append(sharding.clip_gradients(policy, a.max_grad_norm))
                 run.require_finite(step + 1, parts[-1]["loss/policy"], norms[-1], [examples[i] for i in places])
                 optimizer.step()
@@ -386,7 +384,7 @@ def main(a: Args) -> dict[str, float]:
                 break
 
         # ----------------------------------------------- what follows is bookkeeping: metrics, controller, checkpoints
-        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0] if name != "ratio"}
+        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0] if name != "gap"}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
             "objective/scores": raw.mean().item(),
@@ -469,7 +467,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     by_prompt = {name: rollout.by_prompt(name) for name in names}
     lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
     tokens = float(lengths.sum())
-    totals = dict.fromkeys(("loss/policy", "policy/approxkl", "policy/clipfrac", "ratio"), 0.0)
+    totals = dict.fromkeys(("loss/policy", "policy/approxkl", "policy/clipfrac", "gap"), 0.0)
     totals |= {"loss/value": 0.0} if critic else {}
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
@@ -491,7 +489,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
         (loss * weights).sum().backward()
         totals["loss/policy"] += (loss.detach() * weights).sum().item()
         moved = weight * (logps - old["logps"]).detach()
-        totals["ratio"] = max(totals["ratio"], relative_gap(moved, old["logps"]))
+        totals["gap"] = max(totals["gap"], relative_gap(moved, old["logps"]))
         totals["policy/approxkl"] += advantages.kl_estimate(moved, "k2").sum().item() / tokens
         clipped = losses.clipped(logps, old["logps"], old["advantages"], a.clip_range)
         totals["policy/clipfrac"] += weight * clipped.float().sum().item() / tokens
@@ -501,7 +499,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
             error.backward()
             totals["loss/value"] += error.item()
     everywhere = gather([totals])
-    return {name: (max if name == "ratio" else sum)(x[name] for x in everywhere) for name in totals}
+    return {name: (max if name == "gap" else sum)(x[name] for x in everywhere) for name in totals}
 
 
 def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batching) -> dict[str, float]:
@@ -515,31 +513,33 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
     return {"loss/ptx": sum(gather([total]))}
 
 
-def guard(a: Args, policy, rollout: Rollout, step: int, ratio: float, batching: Batching) -> None:
+def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Batching) -> None:
     """In float32, raise BadInput unless scorer, sampler and update agree on log-probs before a rollout's first update.
 
-    `ratio` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
-    their first 16 tokens) are compared with the sampler's own cached, left-padded computation. This catches
-    log-probs at another temperature, dropout, attention that leaks, a wrong shift, generation settings that warp the
-    distribution.
+    `gap` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
+    their first 16 tokens) are compared with the sampler's own cached, left-padded computation. This catches log-probs
+    at another temperature, dropout, attention that leaks and a wrong shift. It does not see what `generate` does to
+    the logits; support/generate.py leaves the model's own settings out.
     """
     e, logps = rollout.examples[0], rollout.by_prompt("logps")[0]
     two = [response[: 16 if step else None] for response in e.responses[:2]]
     prompts = [e.prompt] * len(two)
     sampled = torch.cat(cached_logps(policy, prompts, two, a.temperature, batching.pad_id, batching.dtype))
     scored = [x[: len(r)] for x, r in zip(logps.split([*map(len, e.responses)]), two, strict=False)]
-    gap = (sampled - torch.cat(scored)).abs().max().item()
+    cache_gap = (sampled - torch.cat(scored)).abs().max().item()
     if a.dtype != "float32":
         if step == 0:
-            print(f"guard: in {a.dtype} scorer and update differ by {ratio:.3g}, sampler and scorer by {gap:.3g} nats")
+            print(
+                f"guard: in {a.dtype} scorer and update differ by {gap:.3g}, sampler and scorer by {cache_gap:.3g} nats"
+            )
         return
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
     problem = f"step {step + 1}: before the first update the log-probs of"
-    require(ratio < rounding, f"{problem} scorer and update differ by {ratio:.3g} of their size: the scores disagree")
-    require(gap < 1e-3, f"{problem} sampler and scorer differ by {gap:.3g} nats: the scores disagree")
+    require(gap < rounding, f"{problem} scorer and update differ by {gap:.3g} of their size: the scores disagree")
+    require(cache_gap < 1e-3, f"{problem} sampler and scorer differ by {cache_gap:.3g} nats: the scores disagree")
     if step == 0 and not a.ref:
-        gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
-        require(gap < rounding, f"step 1: policy and reference differ by {gap:.3g} of their log-probs")
+        ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
+        require(ref_gap < rounding, f"step 1: policy and reference differ by {ref_gap:.3g} of their log-probs")
 
 
 def relative_gap(differences: Tensor, logps: Tensor) -> float:

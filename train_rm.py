@@ -1,18 +1,19 @@
-"""The reward model, phase 2c: learn from rankings how good people would find a response.
+"""The reward model (phase 2c of pipeline.py): learn from rankings how good people would find a response.
 
-    python train_rm.py                                          the embedded task; makes its SFT model first
+    python train_rm.py                                          the embedded task, film reviews; makes its SFT model
     python train_rm.py --model runs/sft --data preferences.jsonl
     python train_rm.py --loss plackett_luce --data rankings.jsonl --out runs/rm-pl
 
-A reward model is the SFT model with one number in place of the next word: r(x, y) = w . h, the hidden state h at the
-last token of prompt x and response y. People ranked k responses to a prompt; over all pairs where i is ranked above j
+A reward model is the SFT model with one number in place of the next word: r(x, y) = w . h, with h the hidden state at
+the last token of response y after prompt x. People ranked k responses to a prompt; over all pairs where i is ranked
+above j
 
     loss = - 1 / C(k, 2) * sum over pairs of log sigmoid( r(x, y_i) - r(x, y_j) )
 
-(Ouyang et al. 2022, Eq. 1), the likelihood of their choices if P(i over j) = sigmoid(r_i - r_j). All responses of a
-prompt share one forward pass. Only differences of rewards matter, so the mean over the SFT model's own samples is
-stored afterwards and subtracted wherever the reward is used. In order: data, model, the loop, how far the model can be
-trusted.
+(Ouyang et al. 2022, Eq. 1), the mean negative log-likelihood of their choices if P(i over j) = sigmoid(r_i - r_j). All
+responses of a prompt share one forward pass. Only differences of rewards matter, so the mean over the SFT model's own
+samples is stored afterwards and subtracted wherever the reward is used. In order: data, model, the loop, how far the
+model can be trusted.
 """
 
 import itertools
@@ -60,13 +61,13 @@ class Args(runs.EpochFlags):
     loss: Loss = "pairwise"
     """pairwise: all pairs of a prompt; plackett_luce: the ranking from best to worst; best_of_k: the best one only"""
     margin_coef: float = 0.0
-    """pairwise: the reward margin asked for is this times the rows' `margin` (Llama 2), >= 0"""
+    """pairwise: subtract this times the row's `margin` from r_i - r_j (Llama 2), >= 0"""
     centring: float = 0.0
     """pairwise: weight of (r_i + r_j)^2, which keeps rewards near 0, >= 0; 0.01 is usual"""
     ties: Literal["refuse", "drop", "random"] = "refuse"
     """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
     split_by: str | None = None
-    """a column (dots reach inside: meta.topic) by whose values rows are held out instead, all of one value together"""
+    """hold rows out by the values of this column, not by prompt; a value is never split (meta.topic: inside meta)"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 1e-5 (embedded: 1e-3)"""
     epochs: int = 1
@@ -74,8 +75,8 @@ class Args(runs.EpochFlags):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrices and their products; the optimizer's copy of the weights and rewards are always float32"""
     eval_prompts: int | None = None
-    """answers of the starting model, to held-out prompts first, for the reward's mean and deviation, >= 0; default 256
-    (embedded: 512); 0, or a reward model to start from: over the data's responses instead"""
+    """answers sampled from the starting model (held-out prompts first) to measure the reward's mean and deviation,
+    >= 0; default 256 (embedded: 512); the data's responses are used if this is 0 or --model is a reward model"""
 
 
 # ----------------------------------------------------------------------------------------------------------- objective

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, phase 1: teach a language model to write what people wrote.
+"""Supervised fine-tuning (phase 1 of pipeline.py): teach a language model to write what people wrote.
 
     python train_sft.py                                         the embedded task: a small Llama learns to write reviews
     python train_sft.py --model DIR --data chats.jsonl          your own model and data

@@ -1,10 +1,12 @@
 """Shared by the benchmarks: a process for each side, parity checks, the small model, tables and CSV files."""
 
+import contextlib
 import csv
 import importlib.metadata
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +56,27 @@ def in_turn(script: str, names: Sequence[str], job: dict, rounds: int) -> dict[s
                 results[name].append(json.loads(result_file.read_text()))
                 print(f"  {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return results
+
+
+def run_limited(command: Sequence[str], seconds: float) -> str:
+    """Run a command in a process group of its own; returns "" if it succeeds in this time, else the reason. Nothing of
+    the group is left running, and the model hub is never asked."""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=offline, stdin=subprocess.DEVNULL, stderr=stderr, process_group=0
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        stderr.seek(0)
+        last = (stderr.read().split("\n\n")[-1].strip() or "no message").splitlines()[-1]
+    return f"exit code {code}: {last[:200]}" if code else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- parity
@@ -166,6 +189,11 @@ def small_model(folder: str, layers: int = 6, width: int = 256, vocabulary: int 
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return small_tokenizer(folder, vocabulary)
+
+
+def small_tokenizer(folder: str, vocabulary: int) -> str:
+    """Save a tokenizer of that many words, whose pad token is 0 and whose EOS is 1; returns the folder."""
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, vocabulary))]
     model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<pad>"}
     file = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}
@@ -183,23 +211,32 @@ def random_ids(model: str, rng: random.Random, count: int) -> list[int]:
 
 
 def report(
-    script: str, rows: Sequence[dict[str, str | float]], quick: bool, device: str = "cpu", model: str | None = None
+    script: str,
+    rows: Sequence[dict[str, str | float]],
+    quick: bool,
+    device: str = "cpu",
+    model: str | None = None,
+    part: str = "",
+    hardware: str | None = None,
 ) -> None:
     """Print the rows as a table, and write them with hardware, versions and date to benchmarks/results/SCRIPT.csv and
     benchmarks/README.md. A quick run writes only a CSV file in runs/benchmarks. Results with a local model or on a GPU
-    have a file and a table of their own, SCRIPT_model and SCRIPT_cuda."""
-    name = f"{script}_cuda" if device != "cpu" else f"{script}_model" if model else script
+    have a file and a table of their own, SCRIPT_model and SCRIPT_cuda, and so has each part of a script, SCRIPT_PART.
+    `hardware`: of the process that measured, if it was not this one."""
+    kind = part or ("cuda" if device != "cpu" else "model" if model else "")
+    name = f"{script}_{kind}" if kind else script
     cells = [
         [x if isinstance(x, str) else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in r.values()] for r in rows
     ]
     lines = table([*rows[0]], cells)
     print(f"\n{lines}\n")
-    installed = {x.name: x.version for x in importlib.metadata.distributions()}
-    packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["trl"] = importlib.metadata.version("trl")
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {processor()}"
     environment = {
-        "hardware": threads if device == "cpu" else torch.cuda.get_device_name(),
-        "versions": ", ".join(f"{name} {installed[name]}" for name in packages),
+        "hardware": hardware or (threads if device == "cpu" else torch.cuda.get_device_name()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": time.strftime("%Y-%m-%d"),
     }
     path = ROOT / ("runs/benchmarks" if quick else "benchmarks/results") / f"{name}.csv"

@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import compare, watch
-from support import models, refcache
+from support import models, refcache, scoring
 from support.examples import Example
 
 PROFILES = {  # mean tokens of a prompt and of a response; lengths are log-normal
@@ -72,14 +72,14 @@ def sequences(job: dict) -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def ours(job: dict, compile: bool = False) -> dict:
-    """Run train_dpo.main on the job and watch it from outside."""
+    """Run train_dpo.main on the job and watch it from outside. The job may have more flags of the script."""
     import train_dpo
 
     examples = [
         Example(f"pair {i}", p, [w, r], f"pair {i}", ["", ""], [1, 2], None, None, None, 1.0, {})
         for i, (p, w, r) in enumerate(sequences(job))
     ]
-    objective, cached, reference = train_dpo.objective, refcache.cached, {}
+    objective, cached, choose_layout, more = train_dpo.objective, refcache.cached, scoring.choose_layout, {}
 
     def watched_objective(a, part, logps, *args, **kwargs):
         if watched["steps"].first():
@@ -90,23 +90,30 @@ def ours(job: dict, compile: bool = False) -> dict:
     def timed_cached(*args):
         began = time.perf_counter()
         refs = cached(*args)
-        reference["reference"] = time.perf_counter() - began
+        more["reference"] = time.perf_counter() - began
         return refs
+
+    def watched_layout(*args):
+        watch.free_cache(job["device"])  # the model is loaded: what that took is not counted
+        more["layout"] = choose_layout(*args)
+        return more["layout"]
 
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(train_dpo, load_split=lambda *_: (examples, []), objective=watched_objective),
         mock.patch.object(refcache, "cached", timed_cached),
-        watch.script() as watched,
+        mock.patch.object(scoring, "choose_layout", watched_layout),
+        watch.script(job.get("counted")) as watched,
     ):
         flags = {"model": job["model"], "out": str(Path(folder, "run")), "ref_cache": str(Path(folder, "cache"))}
         flags |= {name: job[name] for name in ("device", "dtype", "micro_batch_tokens") if name in job}
         flags |= {"batch_size": job["batch"], "epochs": job["epochs"], "beta": BETA, "lr": LR, "warmup": 0.0}
+        flags |= job.get("flags", {})
         train_dpo.main(train_dpo.Args(**flags, compile=compile, eval_fraction=0.0, eval_prompts=0))
-    return watched["steps"].results | reference
+    return watched["steps"].results | more
 
 
-def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32") -> dict:
+def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32", compile: bool = False) -> dict:
     """Run TRL's trainer on the job with `rows` pairs per micro-batch, and watch it from outside."""
     import datasets
     import trl
@@ -132,13 +139,14 @@ def trl(job: dict, best: bool, rows: int | None = None, weights: str = "float32"
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=job["batch"] // rows,
-            beta=BETA, learning_rate=LR, **watch.settings(job, weights), **options if best else {},
+            beta=BETA, learning_rate=LR, torch_compile=compile, **watch.settings(job, weights),
+            **options if best else {},
         )  # fmt: skip
         trainer = Watched(
             model=job["model"], args=settings, train_dataset=datasets.Dataset.from_dict(columns),
             processing_class=models.load_tokenizer(job["model"]),
         )  # fmt: skip
-        return watch.trainer(trainer) | reference
+        return watch.trainer(trainer, job.get("counted")) | reference
 
 
 def loop(job: dict) -> dict:

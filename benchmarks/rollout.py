@@ -34,15 +34,17 @@ class Args:
     """one small case, one round"""
 
 
-def library(model, tokenizer, prompts: list[list[int]], tokens: int, temperature: float, k: int) -> list[list[int]]:
-    """Sample every prompt k times with the library's `generate`."""
+def library(
+    model, tokenizer, prompts: list[list[int]], tokens: int, temperature: float, k: int, **options
+) -> list[list[int]]:
+    """Sample every prompt k times with the library's `generate`, which may get more options."""
     width, pad = max(map(len, prompts)), models.pad_id(tokenizer)
     rows = [prompt for prompt in prompts for _ in range(k)]
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     sampling = sampling or {"do_sample": False}
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling, **options)
     return out[:, width:].tolist()
 
 

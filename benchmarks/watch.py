@@ -2,8 +2,11 @@
 
 import contextlib
 import ctypes
+import gc
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -49,6 +52,42 @@ def peak(device: str | torch.device = "cpu") -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if on_gpu(device) else _status("VmHWM")
 
 
+def reserved(device: str | torch.device = "cpu") -> float:
+    """Most memory that PyTorch reserved on the GPU since `forget_peak`, in MiB; on a CPU the same as `peak`."""
+    return torch.cuda.max_memory_reserved() / 2**20 if on_gpu(device) else peak(device)
+
+
+def free_cache(device: str | torch.device = "cpu") -> None:
+    """Give what nothing uses any more back to the GPU, and reset its peaks."""
+    gc.collect()
+    if on_gpu(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def host_reads(device: str | torch.device) -> Iterator[Callable[[], int]]:
+    """Count how often the host waits for the device inside, as it does to read a value: gives a function that returns
+    the count afterwards. On a CPU nothing waits, and the reads of single values are counted."""
+    if not on_gpu(device):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            yield lambda: sum(x.count for x in profiler.key_averages() if x.key == "aten::_local_scalar_dense")
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: sum("called a synchronizing" in str(warning.message) for warning in caught)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def graphs() -> int:
+    """Number of graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 def read_weights(*models) -> None:
     """Use all weights once, because they are not read from their file before their first use."""
     for model in models:
@@ -81,15 +120,20 @@ def matrix_rate(model, device: str = "cpu", dtype: torch.dtype = torch.float32, 
 
 
 class Steps:
-    """Results for each optimizer step (train_ppo.py: for each rollout): wall and CPU seconds, and the gradient norm
-    before clipping. Also the log-prob of each sequence in the first step, and the peak of memory above what was in use
-    at the start, in MiB."""
+    """Results for each optimizer step (train_ppo.py: for each rollout): wall and CPU seconds, the gradient norm before
+    clipping, and the graphs that torch.compile has made since the start. Also the log-prob of each sequence in the
+    first step, the peak of memory above what was in use at the start, and the most memory reserved, in MiB. If a step
+    is `counted` (0 is the first), its `host_reads` are counted, which makes it slower."""
 
-    def __init__(self, device: str | torch.device = "cpu"):
-        self.results = {"seconds": [], "cpu": [], "norms": [], "logps": {}, "peak": 0.0}
-        self.device, self.resident = device, forget_peak(device)
+    def __init__(self, device: str | torch.device = "cpu", counted: int | None = None):
+        self.results = {"seconds": [], "cpu": [], "norms": [], "graphs": [], "logps": {}, "peak": 0.0}
+        self.counted, self.counting, self.reads = counted, contextlib.ExitStack(), None
+        self.device, self.reserved_before, self.graphs_before = device, reserved(device), graphs()
+        self.resident = forget_peak(device)
 
     def begin(self) -> None:
+        if self.counted == len(self.results["seconds"]):
+            self.counted, self.reads = None, self.counting.enter_context(host_reads(self.device))
         wait(self.device)
         self.began, self.cpu = time.perf_counter(), time.process_time()
 
@@ -97,7 +141,12 @@ class Steps:
         wait(self.device)
         self.results["seconds"].append(time.perf_counter() - self.began)
         self.results["cpu"].append(time.process_time() - self.cpu)
+        self.results["graphs"].append(graphs() - self.graphs_before)
         self.results["peak"] = peak(self.device) - self.resident
+        self.results["reserved"] = max(self.reserved_before, reserved(self.device))
+        if self.reads:
+            self.counting.close()
+            self.results["reads"], self.reads = self.reads(), None
         self.begin()
 
     def first(self) -> bool:
@@ -105,12 +154,13 @@ class Steps:
 
 
 @contextlib.contextmanager
-def script() -> Iterator[dict]:
-    """Watch a script's `main`. Its Run saves and logs nothing, and the script ends after its last step."""
+def script(counted: int | None = None) -> Iterator[dict]:
+    """Watch a script's `main`. Its Run saves and logs nothing, and the script ends after its last step. `counted` as in
+    `Steps`."""
     watched: dict = {}
 
     def start(run, *_):
-        watched["steps"] = Steps(run.args.device)
+        watched["steps"] = Steps(run.args.device, counted)
         watched["steps"].begin()
 
     def log(run, step, metrics):
@@ -137,14 +187,14 @@ def settings(job: dict, weights: str = "float32") -> dict:
     }  # fmt: skip
 
 
-def trainer(trl_trainer) -> dict:
+def trainer(trl_trainer, counted: int | None = None) -> dict:
     """Run the training of a TRL trainer, and return its results as in `Steps`."""
     watched: dict = {}
 
     class Watch(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
             read_weights(*filter(None, (trl_trainer.model, getattr(trl_trainer, "ref_model", None))))
-            watched["steps"] = Steps(trl_trainer.args.device)
+            watched["steps"] = Steps(trl_trainer.args.device, counted)
 
         def on_step_begin(self, *_, **__):
             watched["steps"].begin()

@@ -93,9 +93,9 @@ def shape_rewards(
 
     Ziegler et al. 2019, Eq. 2, arXiv 1909.08593. kl_coef is in reward per nat and at least 0; use 0 if the KL is in the
     loss. With kl = k1, a sequence's rewards add up to R - kl_coef log(pi / pi_ref), and the policy gradient is that of
-    E[R] - kl_coef KL(pi || pi_ref). With the exact KL over the vocabulary, which does not depend on the token sampled
-    at a state, it lacks the gradient of the KL itself at the visited states; the same KL in the loss, times kl_coef,
-    adds it. With k2 or k3 it is neither of these. Raises BadInput for an empty sequence.
+    E[R] - kl_coef KL(pi || pi_ref). The exact KL at a state does not depend on the token sampled there, so as a reward
+    it only accounts for which states are visited; the gradient of the KL at those states is missing, and kl_coef times
+    the same KL in the loss adds it. With k2 or k3 it is neither of these. Raises BadInput for an empty sequence.
     """
     check_ranges(kl_coef=kl_coef)
     require(bool((lengths > 0).all()), "a sequence has no token, and so no last one for its score")
@@ -107,11 +107,11 @@ def shape_rewards(
 def adaptive_kl_coef(kl_coef: float, kl: float, kl_target: float, episodes: int, horizon: float) -> float:
     """The next KL coefficient: kl_coef (1 + clip(kl / kl_target - 1, -0.2, 0.2) episodes / horizon).
 
-    Ziegler et al. 2019, section 2.2, arXiv 1909.08593, with a target of 6 nats and a horizon of 10000 episodes. kl is
-    the mean over the `episodes` sequences of the last rollout; kl_target > 0; both in nats per sequence. While the KL
-    stays above 1.2 times the target, the coefficient grows by a factor of about e^0.2 per horizon, so it hardly changes
-    in a run of far fewer episodes. The coefficient is the controller's only state. Raises BadInput unless
-    horizon > episodes / 5, since the coefficient could otherwise become 0 or negative.
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2, with its constant 0.1 as episodes / horizon, as in their code
+    (target 6 nats, horizon 10000 episodes). kl is the mean over the `episodes` sequences of the last rollout;
+    kl_target > 0; both in nats per sequence. While the KL stays above 1.2 times the target, the coefficient grows by a
+    factor of about e^0.2 per horizon, so it hardly changes in a run of far fewer episodes. The coefficient is the
+    controller's only state. Raises BadInput unless horizon > episodes / 5, so that the coefficient stays above 0.
     """
     check_ranges(kl=kl, kl_target=kl_target)
     require(episodes / 5 < horizon, f"horizon must be above episodes / 5 = {episodes / 5}, not {horizon}")
@@ -147,7 +147,7 @@ def gae(
 
     V and A after the last token are 0. Schulman et al. 2015, Eq. 16, arXiv 1506.02438. values[i] is the critic's
     estimate before token i is chosen, from the hidden state that predicts it. With gamma = 1 the expected policy
-    gradient is exact for any V if lam = 1; if lam < 1, only if V is the policy's own value function.
+    gradient is exact for any V if lam = 1; if lam < 1, in general only if V is the policy's own value function.
     """
     check_ranges(gamma=gamma, lam=lam)
     # one row per sequence, padded with zeros: beyond the end reward and value are 0, and so are delta and A

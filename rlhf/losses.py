@@ -1,4 +1,4 @@
-"""Losses, one value per example (PPO: per token); a script divides their sum over the optimizer step by its count.
+"""Losses, one value per example (PPO: per token); a script divides their sum over a step by a count of that step.
 
 Notation; log-probabilities are in nats, summed over a response's tokens, including the end-of-sequence token (EOS):
 
@@ -12,7 +12,7 @@ scores the reference without gradient. Results have the dtype of the log-probabi
 finite for |D| up to 1e4. A setting outside its range raises BadInput (a ValueError) that names it.
 
 Unchanged if D_w and D_l shift by the same amount: dpo, robust, ipo, hinge, r_dpo, exo, discopop, plackett_luce.
-Minimum at a finite margin or reward: dpo with label smoothing, ipo, ipo_norm, exo, sppo, nca (only r_w).
+A single finite margin or reward is best: dpo with label smoothing, ipo, ipo_norm, exo, sppo, nca (only r_w).
 """
 
 import math
@@ -34,17 +34,17 @@ def implicit_reward(
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> Float[Tensor, "*shape"]:
-    """Implicit reward / beta of a policy that an f-divergence penalty keeps close to the reference.
+    """The implicit reward, divided by beta, of a policy that an f-divergence penalty keeps close to the reference.
 
-    A policy that maximises E[r] - beta * (f-divergence from pi_ref) has r / beta = f'(u) - f'(1), up to a constant per
-    prompt. f is the divergence's generator, u = pi / pi_ref = exp(D), and the result is 0 if pi = pi_ref:
+    A policy that maximises E[r] - beta * (f-divergence from pi_ref) has r / beta = f'(u) - f'(1) wherever pi > 0, up to
+    a constant per prompt (pi can be 0 only for alpha with a > 1). f is the generator, and u = pi / pi_ref = exp(D):
 
         reverse_kl  D                      forward_kl  1 - exp(-D)            chi_po  exp(D) - 1 + D
         js          log(2 u / (1 + u))     alpha       (exp((a - 1) D) - 1) / (a - 1),  a = divergence_alpha
 
     Wang et al. 2023 (f-DPO), arXiv 2309.16240; Huang et al. 2024 (chi-PO), arXiv 2407.13399. divergence_alpha is at
     least 0 and not 1, and is 1 minus f-DPO's alpha: 0 is forward_kl, values near 1 approach reverse_kl, 2 is
-    chi-squared. Exponents are capped at MAX_EXPONENT, above which the exponential passes no gradient; otherwise the
+    chi-squared. Exponents are capped at MAX_EXPONENT, above which the exponential passes no gradient; below that the
     result increases with D. Gradient flows to both arguments. Raises BadInput for any other divergence.
     """
     D = policy_logps - ref_logps
@@ -315,7 +315,7 @@ def simpo(
 ) -> Float[Tensor, " m"]:
     """Simple preference optimisation, without a reference: -log s(beta (lp_w / n_w - lp_l / n_l - gamma_beta_ratio)).
 
-    Meng et al. 2024, arXiv 2405.14734, with beta 2 to 2.5 and gamma_beta_ratio (at least 0, nats per token) near 0.5;
+    Meng et al. 2024, arXiv 2405.14734, with beta 2 to 10 and gamma_beta_ratio (at least 0, nats per token) 0.1 to 0.8;
     their gamma is beta * gamma_beta_ratio. Range (0, inf); log(1 + exp(gamma)) if lp_w / n_w = lp_l / n_l.
     """
     check_ranges(beta=beta, gamma_beta_ratio=gamma_beta_ratio)
@@ -434,7 +434,7 @@ def best_of_k(rewards: Float[Tensor, "p k"], ranks: Int[Tensor, "p k"]) -> Float
 
 
 def _ratio(logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """exp(x), x = logps - old_logps. Above MAX_EXPONENT it continues as its tangent there: finite, with a slope."""
+    """exp(x), x = logps - old_logps; above MAX_EXPONENT its tangent there, which stays finite and keeps a slope."""
     x = logps - old_logps.detach()
     return x.clamp(max=MAX_EXPONENT).exp() * (1 + F.relu(x - MAX_EXPONENT))
 

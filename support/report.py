@@ -30,7 +30,7 @@ figure, matplotlib = lazy_import("matplotlib.figure"), lazy_import("matplotlib")
 
 ANSWER_STATS = {  # what is measured of sampled answers (generate.answer_stats), as the tables name it
     "gold": "gold reward",
-    "score": "score of the reward",
+    "score": "reward (--reward)",
     "grammatical": "grammatical share",
     "kl": "KL to the reference, nats an answer",
     "length": "length, tokens",
@@ -218,7 +218,8 @@ def print_comparison(title: str, rows: Sequence[Sequence[str]], results: dict[st
     """The table of before and after, the gain in gold reward where it is known, and the first four samples."""
     print("\n" + table([title, "before", "after"], rows))
     if "gain/gold" in results:
-        print("gain in gold reward: {gain/gold:.2f} +- {gain/gold_interval:.2f} deviations of before".format(**results))
+        gain = "{gain/gold:.2f} +- {gain/gold_interval:.2f}".format(**results)
+        print(f"gain in gold reward: {gain} standard deviations of the answers before training")
     for sample in samples[:4]:
         print(f"\nprompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}")
 
@@ -258,7 +259,7 @@ def reward_kl_plot(out: Path) -> None:
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     page = new_page(6.4, 4.0)
     axes = page.add_subplot(xlabel="KL to the reference, nats an answer", ylabel="mean over a rollout's answers")
-    for name, label in (("objective/scores", "score of the reward (proxy)"), ("objective/gold", "gold reward")):
+    for name, label in (("objective/scores", "reward (proxy)"), ("objective/gold", "gold reward")):
         points = [(row["objective/kl"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", linestyle="", label=label)

@@ -1,10 +1,9 @@
 """Log-probs and rewards of batches, and the check that chooses the layout a model is scored in.
 
 A model's backbone gives hidden states (`hidden_states`). `response_logps` turns those that precede a response token
-into log-probs, with the kernel of rlhf/logprobs.py; `response_rewards` is a reward model's linear head on the state at
-each response's last token, and `token_values` a critic's on the states before each token. These take one batch, and
-gradient flows through them. `score_logps`, `score_rewards` and `per_token` take any number of examples, without
-gradient.
+into log-probs, with `token_logps`; `response_rewards` is a reward model's linear head on the state at each response's
+last token, and `token_values` a critic's on the states before each token. These take one batch, and gradient flows
+through them. `score_logps`, `score_rewards` and `per_token` take any number of examples, without gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +42,8 @@ def hidden_states(
 ) -> Float[Tensor, "n d"]:
     """The last layer's hidden states at these places of the flattened (rows t), in `dtype` (float64 models: float64).
 
-    Sets the model's attention to the one that the batch needs, and leaves it set. After `models.checkpoint_layers`,
-    what a backward pass needs of the layers is recomputed in it.
+    Sets the model's attention to the one that the batch needs, and leaves it set. After `models.checkpoint_layers`, the
+    backward pass recomputes what it needs of the layers.
     """
     models.set_attention(model, packed=batch.segments is not None)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -87,7 +86,7 @@ def logps_and_entropies(
 def response_rewards(model, batch: Batch, dtype: torch.dtype = torch.float32) -> Float[Tensor, " b"]:
     """A reward model's scores: r(x, y) = w . h - reward_mean, with h the hidden state at the last token of y.
 
-    `reward_mean` is in the config (train_rm.py writes it), and 0 while the model is in training; the library's own
+    `reward_mean` is in the config (train_rm.py writes it), and 0 while the model is in training; transformers' own
     class gives w . h. Float32; gradient flows to w and to the model.
     """
     last = hidden_states(model, batch, batch.ends, dtype).to(model.score.weight.dtype)
@@ -205,7 +204,8 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     The numbers are the log-probs of the response tokens, or a reward model's scores at the tokens before them. The
     shortest tree is scored with the longest sequence and the largest tree, because short rows cannot reveal a sliding
     window. On the way our numbers are checked against the model's own. `batching.layout` "tree" or "padded" forces that
-    layout. BadInput: a forced tree does not fit, too few positions, or numbers not the library's.
+    layout. Raises BadInput if a forced tree does not fit, if positions are too few, or if our numbers differ from
+    transformers'.
     """
     rows = _probe_rows(examples)
     check_positions(model, examples)
@@ -235,7 +235,7 @@ def check_positions(model, examples: Sequence[Example]) -> None:
 
 
 def check_against_library(model, rows: Sequence[Example], plain: Float[Tensor, " n"], batching: Batching) -> None:
-    """BadInput unless our numbers are the library's: log-probs from the logits, or rewards from its classifier."""
+    """BadInput unless our numbers are transformers': log-probs from its logits, or rewards from its classifier."""
     if models.has_reward_head(model):
         _check_rewards(model, rows, batching)
     else:
@@ -277,7 +277,7 @@ def _probe_rows(examples: Sequence[Example]) -> list[Example]:
 
 
 def _token_numbers(model, examples: Sequence[Example], batching: Batching, layout: str) -> Float[Tensor, " n"]:
-    """The output at each response token on which the layouts must agree, from one batch of all these examples."""
+    """What the layouts must agree on at each response token, from one batch of all these examples."""
     batch = collate(examples, layout, batching.pad_id, next(model.parameters()).device)
     if models.has_reward_head(model):
         return token_values(model, batch, batching.dtype)
@@ -285,7 +285,7 @@ def _token_numbers(model, examples: Sequence[Example], batching: Batching, layou
 
 
 def _check_logps(model, example: Example, ours: Float[Tensor, " n"], batching: Batching) -> None:
-    """BadInput unless the kernel's log-probs of this example are those of the model's own logits."""
+    """BadInput unless the log-probs that `token_logps` gives for this example are those of the model's own logits."""
     device, dtype = ours.device, batching.dtype
     batch = collate([example], "padded", batching.pad_id, device)
     ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
@@ -296,13 +296,13 @@ def _check_logps(model, example: Example, ours: Float[Tensor, " n"], batching: B
     difference = (ours[: len(theirs)] - theirs).abs().max().item()
     require(
         difference < (1e-3 if dtype == torch.float32 else 0.5),
-        f"{model.config.model_type}: output_head in support/models.py does not make its logits of the hidden states "
-        f"(log-probs differ by {difference:.3g} nats): this model needs a line there",
+        f"{model.config.model_type}: output_head in support/models.py does not turn the hidden states into this "
+        f"model's logits (log-probs differ by {difference:.3g} nats): add a case for it there",
     )
 
 
 def _check_rewards(model, examples: Sequence[Example], batching: Batching) -> None:
-    """BadInput unless our scores are those of the library's own classifier, with padding to the right and to the left.
+    """BadInput unless our scores are those of transformers' own class, with padding to the right and to the left.
 
     This catches a pad id that a response can end with, a wrong last token, positions that count the padding.
     """
@@ -320,7 +320,7 @@ def _check_rewards(model, examples: Sequence[Example], batching: Batching) -> No
         difference = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
         require(
             difference < (1e-4 if dtype == torch.float32 else 0.1),
-            f"{model.config.model_type}: with padding to the {side} the library's classifier gives other rewards than "
+            f"{model.config.model_type}: with padding to the {side} transformers' own class gives other rewards than "
             f"ours (by {difference:.3g}): its pad id {model.config.pad_token_id} may end a response, or its head "
             "differs",
         )

@@ -178,7 +178,7 @@ def test_leash_clauses_by_hand(leash, modules):
     assert found["proxy - gold: 0 - 0.1"] == pytest.approx((1.6, 0), abs=1e-9)
     # 0.4 and 0.41: mean 0.405, half 12.706 * 0.005
     assert found["gold reward: 0.1 - 0"] == pytest.approx((0.405, 12.706 * 0.005), abs=1e-9)
-    assert found["gold: 0.1 x (gain at 0.1) minus (gain at 30)"][0] == pytest.approx(0.1305 - 0.01, abs=1e-9)
+    assert found["gold: a tenth of the gain at 0.1, minus the gain at 30"][0] == pytest.approx(0.1305 - 0.01, abs=1e-9)
     table, verdict, effect = module.report(leash)
     assert verdict == "reproduced" and "9 of 9" in effect
     assert "| 0.1 | 1.31 +- 0.06 | 1.20 +- 0.00 |" in table
@@ -192,9 +192,10 @@ def test_leash_against_early_stopping(leash, modules):
         for seed in (0, 1):
             leash.add("0", seed, {"kl": d * d, "gold": gold(d), "proxy": gold(d) + 0.25 * d}, step)
     found = module.early_stopping(leash)
-    assert found["gold reward: 0.1 - 0 at its KL"][0] == pytest.approx(1.305 - gold(2.0), abs=1e-5)  # 4 nats
-    between = gold(1.0) + (gold(2.0) - gold(1.0)) * (2**0.5 - 1)  # 2 nats
-    assert found["gold reward: 0.3 - 0 at its KL"][0] == pytest.approx(1.0 - between, abs=1e-5)
+    against = {x: found[f"gold reward: {x} - 0, at the KL where {x} ends"][0] for x in (0.1, 0.3)}
+    between = gold(1.0) + (gold(2.0) - gold(1.0)) * (2**0.5 - 1)
+    assert against[0.1] == pytest.approx(1.305 - gold(2.0), abs=1e-5)  # 4 nats
+    assert against[0.3] == pytest.approx(1.0 - between, abs=1e-5)  # 2 nats
     assert found["gold = d (a - b log d) at 0: a"][0] == pytest.approx(0.9, abs=1e-5)
     assert found["gold = d (a - b log d) at 0: b"][0] == pytest.approx(0.2, abs=1e-5)
     assert found["slope in d of proxy - gold at 0"][0] == pytest.approx(0.25, abs=1e-5)
@@ -269,8 +270,8 @@ def test_online_offline_clauses_by_hand(modules, tmp_path):
                 results.add(setting, seed, {"kl": kl, "gold": gold} | other, step)
             results.add(setting, seed, {"kl": kls[-1], "gold": golds[-1]} | other)
     found = module.clauses(results)
-    assert {name for name, (_, judged) in found.items() if judged} == {"far", "far, at KL", "difference"}
-    wanted = {"far": 1.5, "near": 0.9, "difference": 0.6}
+    assert {name for name, (_, judged) in found.items() if judged} == {"far", "far, at KL", "far - near"}
+    wanted = {"far": 1.5, "near": 0.9, "far - near": 0.6}
     wanted["far, at KL"] = 0.5 * (0.0 + 1.5)  # sqrt(2.25) is half-way between sqrt(1) and sqrt(4)
     wanted["near, at KL"] = 2.0 - 0.9  # at 4 nats, where online ends
     wanted["far, at KL by the former rule"] = 1.5 * 1.25 / 3  # 2.25 nats, linear between 1 and 4

@@ -222,7 +222,7 @@ def test_rankings_and_a_reward_of_ones_own(go, world, module):
 
 
 def test_a_reward_model(go, world, tmp_path, answered):
-    """Scores of the library's own classifier on the answers and on the preferences, less its reward_mean."""
+    """Scores of transformers' own class on the answers and on the preferences, less its reward_mean."""
     tokenizer = reviews.tokenizer()
     torch.manual_seed(3)
     config = load(world / "first").config

@@ -818,7 +818,7 @@ def test_a_reference_that_is_not_where_the_policy_starts_is_stopped(go, monkeypa
 
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 def test_the_reward_model_is_checked_against_the_library(layout, go, monkeypatch):
-    """In every layout: here the library's own class, which scores every place, gives 1 more than ours."""
+    """In every layout: here transformers' own class, which scores every place, gives 1 more than ours."""
     load_reward_model = models.load_reward_model
 
     def other(*args):
@@ -827,7 +827,7 @@ def test_the_reward_model_is_checked_against_the_library(layout, go, monkeypatch
         return found
 
     monkeypatch.setattr(models, "load_reward_model", other)
-    stops(go, "the library's classifier gives other rewards than ours", layout=layout)
+    stops(go, "transformers' own class gives other rewards than ours", layout=layout)
 
 
 @pytest.mark.parametrize(

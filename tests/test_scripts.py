@@ -10,6 +10,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
@@ -754,6 +756,32 @@ def test_another_reference(world, go, tmp_path, capsys):
     assert run.train[0]["loss"] == pytest.approx(want, abs=1e-4)
 
 
+NEXT = {  # flags -> those that the proposed command repeats
+    "dpo": ({}, {}),
+    "exo": ({"loss": "exo", "label_smoothing": E}, {"loss": "exo", "label_smoothing": E}),
+    "js": ({"divergence": "js", "clip": 3.0}, {"divergence": "js"}),
+    "alpha": (x := {"loss": "ipo", "divergence": "alpha", "divergence_alpha": 0.3}, x),
+    "plackett_luce": (x := {"loss": "plackett_luce", "ties": "random"}, x),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, capsys):
+    flags, repeated = NEXT[name]
+    run = go(**flags, ref=f"{world}/other", max_steps=1)
+    [line] = re.findall(r"Next: python train_dpo\.py (.*)  \(further from ref\)\n", capsys.readouterr().out)
+    proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
+    files = {"model": f"{world}/model", "ref": f"{world}/other", "data": f"{world}/train.jsonl"}
+    assert proposed == train_dpo.Args(**files, **repeated, beta=BETA / 2, out=f"{run.out}-loose")
+    train_dpo.check_flags(proposed)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_no_next_command_where_beta_is_no_leash(loss, go, capsys):
+    go(loss=loss, max_steps=1)
+    assert "Next:" not in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------- step-0 guard
 
 
@@ -773,19 +801,24 @@ def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
 def test_guard_bounds(capsys):
     guard, ln2 = train_dpo.guard, math.log(2)
     a = train_dpo.Args(loss="dpo", beta=0.1)
-    guard(a, torch.tensor([0.0, 9e-5]), ln2)
-    for gaps, loss in [([0.0, 1.1e-4], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
+
+    def of(gaps: list[float], tokens: float = 100.0) -> torch.Tensor:
+        return torch.tensor([[gap, tokens] for gap in gaps])
+
+    guard(a, of([0.0, 9e-4]), ln2)
+    guard(a, of([0.0, 1.8e-3], 400.0), ln2)
+    for gaps, loss in [([0.0, 1.1e-3], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
         with pytest.raises(BadInput, match="step-0 guard"):
-            guard(a, torch.tensor(gaps), loss)
+            guard(a, of(gaps), loss)
     for loss in ("robust", "dpo_norm", "dpop"):
         with pytest.raises(BadInput, match=f"the {loss} loss is 0.8"):
-            guard(train_dpo.Args(loss=loss, beta=0.1, dpop_lambda=5.0), torch.zeros(2), 0.8)
+            guard(train_dpo.Args(loss=loss, beta=0.1, dpop_lambda=5.0), of([0.0, 0.0]), 0.8)
     assert capsys.readouterr().out == ""
     half = train_dpo.Args(dtype="bfloat16")
-    guard(half, torch.tensor([0.09, 0.025]), 0.7)
-    assert "step-0 guard: mean |log-ratio| / sqrt(tokens) 0.0575 nats in bfloat16" in capsys.readouterr().out
+    guard(half, of([0.9, 0.25]), 0.7)
+    assert "step-0 guard: mean |log-ratio| 0.575 nats in bfloat16, of at most 0.6" in capsys.readouterr().out
     with pytest.raises(BadInput, match="step-0 guard"):
-        guard(half, torch.tensor([0.09, 0.035]), 0.7)
+        guard(half, of([0.9, 0.35]), 0.7)
 
 
 def test_bfloat16_run(go, capsys):

@@ -405,8 +405,9 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["difference (claim: above 0)", "mean", ""], lines),
     ]
     if at_one:
-        header = ["at one margin", "margin", "D_w of the second", "D_w of the first", "D_w", "D_w - fresh"]
-        parts.append(markdown([*header, "at the end: D_w", "at the end: gold"], at_one))
+        header = ["first - second, at one margin", "margin", "D_w of the second", "D_w of the first"]
+        header += ["difference: D_w", "difference: D_w - fresh", "at the end: D_w", "at the end: gold"]
+        parts.append(markdown(header, at_one))
     parts += [
         f"The trials, edit 1, on validation prompts, with what was taken from them ({taken}):",
         markdown(["trial", "gold", "kl", "D_w", "D_l"], trials),

@@ -133,13 +133,15 @@ def report(results: common.Results) -> str:
         if not x.startswith("DPO,"):
             criterion[f"D_w, No > Never: {x.split(',')[0]} - DPO"] = paired(of(x, "D_w"), of(dpo, "D_w"))
     differences = [[name, show(x, 3), common.verdict([x])] for name, x in criterion.items()]
-    made = ", ".join(" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
+    hardware, date, commit = (" and ".join(sorted(results.made[name])) for name in ("hardware", "date", "commit"))
     return "\n\n".join(
         [
-            "On a real model:",
+            "On a real model (*third word*: of Yes, No and Never, the one in neither answer; *gain*: of probability; "
+            "*by formula*: <W_w - E W, W_w - W_l>, to which the first step's change of log pi(w) through the last "
+            "hidden state is proportional):",
             markdown(["one pair", *(title for title, _ in COLUMNS.values())], rows),
             markdown(["difference (claim: above 0)", "mean", ""], differences),
             f"Verdict on this model: *{common.verdict([*criterion.values()])}*. {len(of(dpo, 'D_w'))} statements, "
-            f"{results.minutes():.1f} minutes of one thread, {made}.",
+            f"{results.minutes():.1f} minutes of one thread, {hardware}, {date}, commit {commit}.",
         ]
     )

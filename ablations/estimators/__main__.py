@@ -254,9 +254,8 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
         large(part, "gradients", f"{name} reward off KL(pi, ref)", f"{name} as a reward: off KL(pi, ref)")
     for name in PLACES:
         x = worst(results, "training", f"{name} off")
-        rows.append(
-            ("training", f"{name.replace(' ', ' as a ')}: chances off their closed form", f"{x:.1g}", "0", x < 1e-6)
-        )
+        label = f"{name.replace(' ', ' as a ')}: probabilities off their closed form"
+        rows.append(("training", label, f"{x:.1g}", "0", x < 1e-6))
     x = worst(results, "training", "k3 loss share")
     rows.append(("training", "k3 as a loss: share of the gain in J", f"at most {x:.3f}", "< 0.99", x < 0.99))
     for k in GROUPS:
@@ -271,7 +270,7 @@ def clauses(results: common.Results) -> list[tuple[str, str, str, str, bool]]:
     chance = {x: worst(results, "best of n", f"{x} largest chance") for x in distinct}
     fine = [(x, n) for x in distinct for n in DRAWN if chance[x] < 1 / (20 * n)]
     gap = max(1 - worst(results, "best of n", f"{name} {n} kl", most=False) / bound(n) for name, n in fine)
-    label = f"1 - KL / formula, no chance above 1 / (20 n) ({len(fine)} cases)"
+    label = f"1 - KL / formula, no probability above 1 / (20 n) ({len(fine)} cases)"
     rows.append(("Best-of-n", label, f"at most {gap:.1g}", "< 0.01", gap < 0.01))
     above = max(worst(results, "best of n", f"{name} {n} wins above") for name in LAWS for n in DRAWN)
     rows.append(("Best-of-n", "wins - n / (n + 1), everywhere", f"at most {above:.0e}", "<= 0", above <= TINY))
@@ -312,8 +311,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["estimator", "KL(pi, ref) at the end, nats", "share of the gain in J", "in the worst world"], trained)
     )
     parts.append(markdown(header, of_groups))
-    parts.append(markdown(["chance of a right answer", *(f"GRPO's share, k = {k}" for k in GROUPS)], of_chance))
-    parts.append(markdown(["n", "log n - (n - 1) / n", *LAWS], of_n))
+    parts.append(markdown(["probability of a right answer", *(f"GRPO's share, k = {k}" for k in GROUPS)], of_chance))
+    parts.append(markdown(["n", "log n - (n - 1) / n", *(x.replace("chance", "probability") for x in LAWS)], of_n))
     reproduced = all(row[4] for row in rows)
     cosine = min(worst(results, "groups", f"GRPO {k} cosine", most=False) for k in GROUPS)
     effect = (

@@ -212,7 +212,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["at matched KL", *header], at_kl),
         markdown(["difference (claim: above 0)", "mean", ""], compared),
     ]
-    named = {name.replace(": ", ", ").replace("weight 1/2", "constant weight"): y for name, y in judged.items()}
+    named = {name.replace(": ", ", "): y for name, y in judged.items()}
     effect = "; ".join(f"{name}: {show(y, 3)}" for name, y in named.items()) + "."
     return "\n\n".join(parts), common.verdict([*judged.values()]), effect
 

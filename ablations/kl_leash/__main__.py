@@ -178,7 +178,7 @@ def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
             differences[f"{title}: {best} - {other}"] = paired(values(best, name), values(other, name))
     gain = lambda x, seed: values(x, "gold")[seed] - values("sft", "gold")[seed]  # noqa: E731
     margins = [gain(best, seed) / 10 - gain(largest, seed) for seed in values(best, "gold")]
-    differences[f"gold: 0.1 x (gain at {best}) minus (gain at {largest})"] = t_interval(margins)
+    differences[f"gold: a tenth of the gain at {best}, minus the gain at {largest}"] = t_interval(margins)
     return differences
 
 
@@ -199,7 +199,8 @@ def early_stopping(results: common.Results) -> dict[str, tuple[float, float]]:
     for x in settings_of(results)[1:-1]:
         ends = {seed: [results.values(x, n)[seed] for n in ("kl", "gold")] for seed in paths}
         golds = {seed: common.between([point[:2] for point in paths[seed]], ends[seed][0] ** 0.5) for seed in paths}
-        intervals[f"gold reward: {x} - 0 at its KL"] = t_interval([ends[seed][1] - golds[seed] for seed in paths])
+        label = f"gold reward: {x} - 0, at the KL where {x} ends"
+        intervals[label] = t_interval([ends[seed][1] - golds[seed] for seed in paths])
     fits, slopes = [], []
     for path in paths.values():
         d, gold, proxy = torch.tensor([point for point in path if point[0] > 0], dtype=torch.float64).T

@@ -297,7 +297,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown([setting, "ratio", *(title for title, _ in COLUMNS.values())], rows),
         markdown(["difference (claim: above 0)", "mean", ""], differences),
         "At equal KL, along each run:",
-        markdown([setting, "KL, nats", "ratio", "DPO - it", "gold reward", "DPO - it"], at_one),
+        markdown([setting, "KL, nats", "ratio", "ratio: DPO - this", "gold reward", "gold: DPO - this"], at_one),
         "The implicit reward, log pi - log ref, as a line in the length: nats per token, and R^2:",
         markdown([setting, *(f"{titles[x]}: {n}" for x in ANSWERS for n in ("slope", "R^2"))], rewards),
         f"The trials, on validation prompts, with what was taken from them ({taken}):",

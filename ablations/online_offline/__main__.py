@@ -17,7 +17,7 @@ t-intervals. Reproduced: all of these are above 0. Contradicted: one is below 0.
     far           online - offline at the end
     far, at KL    the same at the smaller of the two KLs at the end; the other arm's gold reward is taken where its path
                   through the rounds first has this KL, linear in sqrt(KL) between two rounds
-    difference    (online - offline, far) - (online - offline, near), at the end
+    far - near    (online - offline, far) - (online - offline, near), at the end
 
 Reported and not judged: the near reference; the result of the former version's rule (the smaller of the two largest KLs
 on the path, linear in KL); how often the implicit reward agrees with the annotators on the reference's own pairs (Tang
@@ -169,7 +169,7 @@ def clauses(results: common.Results) -> dict[str, tuple[tuple[float, float], boo
     intervals = {
         "far": (t_interval([*gaps["far"].values()]), True),
         "far, at KL": (t_interval(at_end["far"]), True),
-        "difference": (paired(gaps["far"], gaps["near"]), True),
+        "far - near": (paired(gaps["far"], gaps["near"]), True),
         "near": (t_interval([*gaps["near"].values()]), False),
         "near, at KL": (t_interval(at_end["near"]), False),
     }
