@@ -359,32 +359,35 @@ def main(a: Args) -> dict[str, float]:
             group["lr"] = a.lr * share
         for group in critic_optimizer.param_groups if critic else ():
             group["lr"] = a.critic_lr * share
-        parts, norms = [], []
+        parts = []
         for rollout_epoch in range(a.epochs_per_rollout):
             rng = random.Random(f"{a.seed} {step} {rollout_epoch}")
             shuffled = rng.sample(range(len(examples)), len(examples))
             for i in range(a.minibatches):
                 places = shuffled[i :: a.minibatches]
-                parts.append(update(a, policy, reference, critic, rollout, places, kl_coef, batching))
+                totals = update(a, policy, reference, critic, rollout, places, kl_coef, batching)
                 if ptx:
                     rows = rng.sample(ptx, min(len(places), len(ptx)))
-                    parts[-1] |= add_ptx_gradient(a, policy, rows, batching)
-                if not norms:
+                    totals |= add_ptx_gradient(a, policy, rows, batching)
+                totals["grad_norm"] = sharding.clip_gradients(policy, a.max_grad_norm)
+                if critic:
+                    totals["critic_norm"] = sharding.clip_gradients(critic, a.max_grad_norm)
+                parts.append(numbers(totals))
+                if len(parts) == 1:
                     guard(a, policy, rollout, step, parts[0]["gap"], batching)
-                norms.append(sharding.clip_gradients(policy, a.max_grad_norm))
-                run.require_finite(step + 1, parts[-1]["loss/policy"], norms[-1], [examples[i] for i in places])
+                for loss, norm in (("loss/policy", "grad_norm"), ("loss/value", "critic_norm"))[: 1 + bool(critic)]:
+                    run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if critic:
-                    norm = sharding.clip_gradients(critic, a.max_grad_norm)
-                    run.require_finite(step + 1, parts[-1]["loss/value"], norm, [examples[i] for i in places])
                     critic_optimizer.step()
                     critic_optimizer.zero_grad(set_to_none=True)
             if a.kl_stop and parts[-1]["policy/approxkl"] > a.kl_stop:
                 break
 
         # ----------------------------------------------- what follows is bookkeeping: metrics, controller, checkpoints
-        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0] if name != "gap"}
+        logged = [name for name in parts[0] if name not in ("gap", "critic_norm")]
+        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
             "objective/scores": raw.mean().item(),
@@ -394,7 +397,6 @@ def main(a: Args) -> dict[str, float]:
             "length": lengths.float().mean().item(),
             "ended": ended.float().mean().item(),
             "kl_coef": kl_coef,
-            "grad_norm": sum(norms) / len(norms),
             "lr": a.lr * share,
         }
         if a.k > 1:
@@ -420,17 +422,11 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {
-                "model": models.trained(policy, low_bits),
-                "optimizer": optimizer.state_dict(),
-                "kl_coef": kl_coef,
-            }
+            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             if critic:
-                weights |= {
-                    "critic": models.trained(critic, critic_low_bits),
-                    "critic_optimizer": critic_optimizer.state_dict(),
-                }
-            run.save_checkpoint(step + 1, {**weights, "step": step + 1})
+                weights["critic"] = models.trained(critic, critic_low_bits)
+                weights["critic_optimizer"] = critic_optimizer.state_dict()
+            run.save_checkpoint(step + 1, {**weights, "step": step + 1, "kl_coef": kl_coef})
         if run.interrupted:
             run.leave(step + 1)
     run.end()
@@ -466,9 +462,9 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     names = ["logps", "ref_logps", "advantages", *(["values", "returns"] if critic else [])]
     by_prompt = {name: rollout.by_prompt(name) for name in names}
     lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
-    tokens = float(lengths.sum())
-    totals = dict.fromkeys(("loss/policy", "policy/approxkl", "policy/clipfrac", "gap"), 0.0)
-    totals |= {"loss/value": 0.0} if critic else {}
+    tokens = float(sum(len(r) for e in examples for r in e.responses))
+    names = ["loss/policy", "policy/approxkl", "policy/clipfrac", "gap", *(["loss/value"] if critic else [])]
+    totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=a.device))
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
@@ -487,30 +483,39 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
                 kl = advantages.kl_estimate(logps - old["ref_logps"], a.kl_estimator)
             loss = loss + kl_coef * kl
         (loss * weights).sum().backward()
-        totals["loss/policy"] += (loss.detach() * weights).sum().item()
         moved = weight * (logps - old["logps"]).detach()
-        totals["gap"] = max(totals["gap"], relative_gap(moved, old["logps"]))
-        totals["policy/approxkl"] += advantages.kl_estimate(moved, "k2").sum().item() / tokens
         clipped = losses.clipped(logps, old["logps"], old["advantages"], a.clip_range)
-        totals["policy/clipfrac"] += weight * clipped.float().sum().item() / tokens
+        added = {
+            "loss/policy": (loss.detach() * weights).sum(),
+            "policy/approxkl": advantages.kl_estimate(moved, "k2").sum().double() / tokens,
+            "policy/clipfrac": weight * clipped.float().sum().double() / tokens,
+        }
+        totals["gap"] = torch.maximum(totals["gap"], relative_gap(moved, old["logps"]).double())
         if critic:
             values = scoring.token_values(critic, batch, batching.dtype)
             error = weight * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
             error.backward()
-            totals["loss/value"] += error.item()
-    everywhere = gather([totals])
-    return {name: (max if name == "gap" else sum)(x[name] for x in everywhere) for name in totals}
+            added["loss/value"] = error.detach()
+        totals |= {name: totals[name] + x for name, x in added.items()}
+    return totals
 
 
-def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batching) -> dict[str, float]:
+def numbers(totals: dict[str, Tensor]) -> dict[str, float]:
+    """A minibatch's totals over all processes, with one read of the device: sums, but the largest gap and norms."""
+    local = dict(zip(totals, torch.stack([x.double() for x in totals.values()]).tolist(), strict=True))
+    everywhere = gather([local])
+    return {name: (sum if "/" in name else max)(x[name] for x in everywhere) for name in totals}
+
+
+def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batching) -> dict[str, Tensor]:
     """Add the gradient of --ptx-coef times the mean negative log-likelihood of these rows' tokens."""
-    total, tokens = 0.0, train_sft.trained_tokens(rows)
+    total, tokens = torch.zeros((), dtype=torch.float64, device=a.device), train_sft.trained_tokens(rows)
     for group in scoring.micro_batches(policy, rows, batching):
         batch = collate([rows[i] for i in group], batching.layout, batching.pad_id, a.device)
         loss = -scoring.response_logps(policy, batch, batching.dtype)[1].sum() / tokens
         (a.ptx_coef * loss).backward()
-        total += loss.item()
-    return {"loss/ptx": sum(gather([total]))}
+        total = total + loss.detach()
+    return {"loss/ptx": total}
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Batching) -> None:
@@ -538,13 +543,13 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Ba
     require(gap < rounding, f"{problem} scorer and update differ by {gap:.3g} of their size: the scores disagree")
     require(cache_gap < 1e-3, f"{problem} sampler and scorer differ by {cache_gap:.3g} nats: the scores disagree")
     if step == 0 and not a.ref:
-        ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps)
+        ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
         require(ref_gap < rounding, f"step 1: policy and reference differ by {ref_gap:.3g} of their log-probs")
 
 
-def relative_gap(differences: Tensor, logps: Tensor) -> float:
+def relative_gap(differences: Tensor, logps: Tensor) -> Tensor:
     """The largest difference between log-probs, relative to the log-prob's size (at least 1 nat)."""
-    return (differences.abs() / logps.abs().clamp(min=1)).max().item()
+    return (differences.abs() / logps.abs().clamp(min=1)).max()
 
 
 PANELS = {  # of curves.png

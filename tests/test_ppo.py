@@ -609,7 +609,7 @@ def test_kl_stop_ends_the_epochs(go):
     """After the pass in which the policy has gone too far, and not before."""
     flags = CHEAP | {"advantage": "rloo", "k": 2, "epochs_per_rollout": 3, "minibatches": 2}
     free = go(**flags)
-    moved = [update.found["policy/approxkl"] for update in free.updates]
+    moved = [update.found["policy/approxkl"].item() for update in free.updates]
     assert len(moved) == 6 and moved[0] < 1e-9 < moved[1] < moved[3]
     assert len(go(kl_stop=(moved[1] + moved[3]) / 2, **flags).updates) == 4
 
