@@ -18,8 +18,8 @@ Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(targ
 Matrix products run in the inputs' dtype, everything else in float32 (float64 for float64 inputs). On CUDA, products of
 half-precision inputs are accumulated and returned in float32; on a CPU such inputs are converted to float32 first.
 
-Between products, only `_row_stats` and `_logit_gradients` touch logits. Memory traffic limits them, so CUDA runs them
-compiled: a logit is read twice and its half-precision softmax written, 10 bytes, and mode `keep` touches it no more.
+Between products, only `_row_stats` and `_logit_gradients` touch logits. On CUDA memory traffic limits them, so in half
+precision they are compiled: a logit is read twice and its softmax written, and mode `keep` does not touch it again.
 """
 
 import functools
@@ -149,19 +149,20 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if mode == "frozen" else None
 
         rows = max(1, min(n, tile_bytes // (v * compute_dtype.itemsize)))
+        half = hidden.dtype != compute_dtype
         softmax = hidden.new_empty(n if mode == "keep" else rows, v) if mode in ("keep", "frozen") else None
-        in_place = softmax is not None and softmax.dtype == compute_dtype
+        in_place = softmax is not None and not half
         tile = None if in_place else hidden.new_empty(rows, v, dtype=compute_dtype)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             place = slice(part.stop - start)
             probs = None if softmax is None else softmax[part if mode == "keep" else place]
             z = _mm(hidden[part], weight.T, compute_dtype, out=probs if in_place else tile[place])
-            numbers = _fused(_row_stats, z, targets[part], bias, gain, caps, entropy, probs)
+            numbers = _fused(half, _row_stats, z, bias, gain, caps, targets[part], entropy, probs)
             logps[part], lse[part], entropies[part] = numbers
             if mode == "frozen":
                 expected = _mm(probs, weight, compute_dtype)
-                grad_hidden[part] = (weight[targets[part]] - expected if in_place else -expected) * gain
+                grad_hidden[part] = (-expected if half else weight[targets[part]] - expected) * gain
 
         ctx.options, ctx.softmax = options, softmax if mode == "keep" else None
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies, grad_hidden)
@@ -176,7 +177,7 @@ class _TokenLogps(torch.autograd.Function):
         gain, caps, entropy, mode, tile_bytes, grad_dtype = ctx.options
         hidden, weight, bias, targets, lse, entropies, grad_hidden = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        n, v = hidden.shape[0], weight.shape[0]
+        n, v, half = hidden.shape[0], weight.shape[0], hidden.dtype != lse.dtype
         g = g[:, None]
 
         if mode == "frozen":
@@ -187,27 +188,28 @@ class _TokenLogps(torch.autograd.Function):
                 raise RuntimeError("token_logps: the kept softmax was used up by an earlier backward; use keep_bytes=0")
             dz, ctx.softmax = ctx.softmax, None
             slope = g * gain
-            if dz.dtype == lse.dtype:
+            if half:  # dz is softmax - onehot: the slope goes to n x d numbers, which saves a pass over n x v
+                d_hidden = _mm(dz, weight, lse.dtype).mul_(-slope) if want_hidden else None
+                d_weight = _mm(dz.T, (hidden * -slope).to(dz.dtype), grad_dtype) if want_weight else None
+                d_bias = _mm(dz.T, -slope.to(dz.dtype), lse.dtype)[:, 0] if want_bias else None
+            else:
                 dz = _add_at(dz.mul_(-slope), targets, slope)
                 d_hidden = dz @ weight if want_hidden else None
                 d_weight = dz.T @ hidden if want_weight else None
                 d_bias = dz.sum(0) if want_bias else None
-            else:  # dz is softmax - onehot: the slope goes to n x d numbers, which saves a pass over n x v
-                d_hidden = _mm(dz, weight, lse.dtype).mul_(-slope) if want_hidden else None
-                d_weight = _mm(dz.T, (hidden * -slope).to(dz.dtype), grad_dtype) if want_weight else None
-                d_bias = _mm(dz.T, -slope.to(dz.dtype), lse.dtype)[:, 0] if want_bias else None
             return d_hidden, d_weight, d_bias, None, None
 
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=grad_dtype) if want_weight else None
         d_bias = torch.zeros_like(bias) if want_bias else None
-        rest = (g, g_entropy[:, None], entropies[:, None]) if entropy else (g, None, None)
-        step = 128 if hidden.device.type == GPU else 1  # products are slow if rows are not aligned
+        upstream = (g, g_entropy[:, None], entropies[:, None]) if entropy else (g, None, None)
+        step = 128 if half else 1  # products are slow if rows are not aligned
         columns = max(step, tile_bytes // (max(n, 1) * lse.itemsize) // step * step)
         for start in range(0, v if n else 0, columns):
             part = slice(start, min(start + columns, v))
             z, b = _mm(hidden, weight[part].T, lse.dtype), None if bias is None else bias[part]
-            dz = _fused(_logit_gradients, z, targets - start, b, gain, caps, hidden.dtype, lse[:, None], *rest)
+            rest = (targets - start, hidden.dtype, lse[:, None], *upstream)
+            dz = _fused(half, _logit_gradients, z, b, gain, caps, *rest)
             if want_hidden:
                 d_hidden += _mm(dz, weight[part], lse.dtype)
             if want_weight:
@@ -217,9 +219,9 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def _fused(function, z, *rest):
-    """function(z, ...), on a GPU by one graph for all sizes above 1; a view's base would be part of its guards."""
-    if z.device.type != GPU or 1 in z.shape:
+def _fused(half, function, z, *rest):
+    """function(z, ...), in half precision by one graph for all sizes above 1. (Bases of views would be guarded.)"""
+    if not half or 1 in z.shape:
         return function(z, *rest)
     return _compiled(function)(*(x.data if isinstance(x, Tensor) else x for x in (z, *rest)))
 
@@ -231,7 +233,7 @@ def _compiled(function):
 
 
 @no_type_check
-def _row_stats(z, targets, bias, gain, caps, entropy, probs):
+def _row_stats(z, bias, gain, caps, targets, entropy, probs):
     """Log-prob of the target, log-sum-exp and, on request, entropy of each row of z = h W'. `probs` may be z, and takes
     the softmax; or in half precision, and takes softmax - onehot(target); or None."""
     if torch.compiler.is_compiling():
@@ -252,7 +254,7 @@ def _row_stats(z, targets, bias, gain, caps, entropy, probs):
 
 
 @no_type_check
-def _logit_gradients(z, targets, bias, gain, caps, dtype, lse, g, g_entropy, entropies):
+def _logit_gradients(z, bias, gain, caps, targets, dtype, lse, g, g_entropy, entropies):
     """Gradient, in `dtype`, of columns z = h W' of the vocabulary; `targets` count from the first of them."""
     z = _transform(z, bias, gain, caps)
     cap_slope = None if caps is None else 1 - (z * caps[2]) ** 2
