@@ -17,15 +17,21 @@ Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(targ
 
 Matrix products run in the inputs' dtype, everything else in float32 (float64 for float64 inputs). On CUDA, products of
 half-precision inputs are accumulated and returned in float32; on a CPU such inputs are converted to float32 first.
+
+Between products, only `_row_stats` and `_logit_gradients` touch logits. On CUDA memory traffic limits them, so in half
+precision they are compiled: a logit is read twice and its softmax written, and mode `keep` does not touch it again.
 """
 
-from typing import NamedTuple
+import functools
+from typing import NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+GPU = "cuda"
 
 
 class Head(NamedTuple):
@@ -43,8 +49,8 @@ def token_logps(
     targets: Int[Tensor, " n"],
     temperature: float = 1.0,
     entropy: bool = False,
-    keep_bytes: int = 1 << 30,
-    tile_bytes: int = 64 << 20,
+    keep_bytes: int | None = None,
+    tile_bytes: int | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
     """Log-probability of each target given the hidden state that predicts it, and on request each row's entropy.
 
@@ -52,20 +58,24 @@ def token_logps(
 
     hidden[i] must be the state at the token *before* targets[i]; rlhf/tree.py aligns them. Both results are in nats,
     float32 or float64, with logps <= 0 and 0 <= entropy <= log v. Gradients are exact for any upstream gradient per
-    token, and flow to hidden, head.weight and head.bias.
+    token, and flow to hidden, head.weight and head.bias. A weight's gradient is not rounded below its `grad_dtype`.
 
     keep_bytes: size of the largest softmax that is kept for the backward pass (mode `keep`); calling backward twice
-    then raises RuntimeError. tile_bytes: size of a tile of logits. Neither changes the result beyond rounding.
+    then raises RuntimeError. Default: on CUDA 10 GiB (32,768 tokens x 163,840 words x 2 bytes), else 1 GiB.
+    tile_bytes: size of a tile of logits. Default: on CUDA the largest multiple of 1,024 rows that fits in 512 MiB, but
+    at least 1,024 rows; else 64 MiB. Neither changes the result beyond rounding.
     """
     n, v = hidden.shape[0], head.weight.shape[0]
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    weight, bias = head.weight, head.bias
-    if not hidden.is_cuda:
-        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
-    weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(compute_dtype)
+    weight, bias, cap, on_gpu = head.weight, head.bias, head.softcap, hidden.device.type == GPU
+    hidden = hidden if on_gpu else hidden.to(compute_dtype)
+    if keep_bytes is None:
+        keep_bytes = (10 if on_gpu else 1) << 30
+    if tile_bytes is None:
+        block = 1024 * v * compute_dtype.itemsize
+        tile_bytes = max(1, (512 << 20) // block) * block if on_gpu else 64 << 20
 
-    plain = head.softcap is None and not entropy
+    plain = cap is None and not entropy
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_grad or hidden.requires_grad):
         mode = "no grad"
@@ -75,7 +85,10 @@ def token_logps(
         mode = "keep"
     else:
         mode = "recompute"
-    options = (head.scale, head.softcap, temperature, entropy, mode, tile_bytes)
+    caps = None if cap is None else (head.scale / cap, cap / temperature, temperature / cap)
+    grad_dtype = weight.grad_dtype if weight.is_leaf else weight.dtype
+    grad_dtype = hidden.dtype if grad_dtype == hidden.dtype else compute_dtype
+    options = (head.scale / temperature, caps, entropy, mode, tile_bytes, grad_dtype)
     logps, entropies = _TokenLogps.apply(hidden, weight, bias, targets, options)
     return logps, entropies if entropy else None
 
@@ -104,12 +117,13 @@ def token_kl(
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
     def prepare(hidden, head):
-        hidden = hidden if hidden.is_cuda and not torch.is_grad_enabled() else hidden.to(compute_dtype)
+        hidden = hidden if hidden.device.type == GPU and not torch.is_grad_enabled() else hidden.to(compute_dtype)
         bias = None if head.bias is None else head.bias.to(compute_dtype)
         return hidden, head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
 
     def log_probs(hidden, head):
-        z = head.scale * _logits(hidden, head.weight, head.bias, (1.0, None, 1.0))
+        z = _mm(hidden, head.weight.T, compute_dtype)
+        z = head.scale * (z if head.bias is None else z.add_(head.bias))
         if head.softcap is not None:
             z = head.softcap * (z / head.softcap).tanh()
         return (z / temperature).log_softmax(1)
@@ -127,40 +141,30 @@ def token_kl(
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, options):
-        scale, softcap, temperature, entropy, mode, tile_bytes = options
+        gain, caps, entropy, mode, tile_bytes, _ = options
         n, v = hidden.shape[0], weight.shape[0]
         compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(compute_dtype)
         logps, lse, entropies = (hidden.new_empty(n, dtype=compute_dtype) for _ in range(3))
-        probs = hidden.new_empty(n, v) if mode == "keep" else None
         grad_hidden = torch.empty_like(hidden) if mode == "frozen" else None
 
         rows = max(1, min(n, tile_bytes // (v * compute_dtype.itemsize)))
-        in_place = mode == "keep" and probs.dtype == compute_dtype
+        half = hidden.dtype != compute_dtype
+        softmax = hidden.new_empty(n if mode == "keep" else rows, v) if mode in ("keep", "frozen") else None
+        in_place = softmax is not None and not half
         tile = None if in_place else hidden.new_empty(rows, v, dtype=compute_dtype)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
-            z = probs[part] if in_place else tile[: part.stop - part.start]
-            z = _logits(hidden[part], weight, bias, options, out=z)
-            target = z.gather(1, targets[part, None])
-            peak = z.amax(1, keepdim=True)
-            z -= peak
-            if entropy:
-                exp_z = z.exp()
-                total = exp_z.sum(1, keepdim=True)
-                entropies[part] = (total.log() - exp_z.mul_(z).sum(1, keepdim=True) / total)[:, 0]
-            else:
-                total = z.exp_().sum(1, keepdim=True)
-            lse[part] = (peak + total.log())[:, 0]
-            logps[part] = target[:, 0] - lse[part]
-            if in_place:
-                z /= total
-            elif mode == "keep":
-                probs[part] = z / total
-            elif mode == "frozen":
-                expected = (z / total).to(weight.dtype) @ weight
-                grad_hidden[part] = (weight[targets[part]] - expected) * (scale / temperature)
+            place = slice(part.stop - start)
+            probs = None if softmax is None else softmax[part if mode == "keep" else place]
+            z = _mm(hidden[part], weight.T, compute_dtype, out=probs if in_place else tile[place])
+            numbers = _fused(half, _row_stats, z, bias, gain, caps, targets[part], entropy, probs)
+            logps[part], lse[part], entropies[part] = numbers
+            if mode == "frozen":
+                expected = _mm(probs, weight, compute_dtype)
+                grad_hidden[part] = (-expected if half else weight[targets[part]] - expected) * gain
 
-        ctx.options, ctx.probs = options, probs
+        ctx.options, ctx.softmax = options, softmax if mode == "keep" else None
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies, grad_hidden)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -169,69 +173,123 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, g_entropy):
-        scale, softcap, temperature, entropy, mode, tile_bytes = ctx.options
+        """Gradients of at least the precision that the inputs want; autograd casts them."""
+        gain, caps, entropy, mode, tile_bytes, grad_dtype = ctx.options
         hidden, weight, bias, targets, lse, entropies, grad_hidden = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        n, v = hidden.shape[0], weight.shape[0]
+        n, v, half = hidden.shape[0], weight.shape[0], hidden.dtype != lse.dtype
         g = g[:, None]
 
         if mode == "frozen":
-            return (grad_hidden * g).to(hidden.dtype), None, None, None, None
+            return grad_hidden * g, None, None, None, None
 
         if mode == "keep":
-            if ctx.probs is None:
+            if ctx.softmax is None:
                 raise RuntimeError("token_logps: the kept softmax was used up by an earlier backward; use keep_bytes=0")
-            probs, ctx.probs = ctx.probs, None
-            slope = (g * (scale / temperature)).to(probs.dtype)
-            dz = probs.mul_(-slope).scatter_add_(1, targets[:, None], slope)
-            return (
-                dz @ weight if want_hidden else None,
-                dz.T @ hidden if want_weight else None,
-                dz.sum(0, dtype=lse.dtype) if want_bias else None,
-                None,
-                None,
-            )
+            dz, ctx.softmax = ctx.softmax, None
+            slope = g * gain
+            if half:  # dz is softmax - onehot: the slope goes to n x d numbers, which saves a pass over n x v
+                d_hidden = _mm(dz, weight, lse.dtype).mul_(-slope) if want_hidden else None
+                d_weight = _mm(dz.T, (hidden * -slope).to(dz.dtype), grad_dtype) if want_weight else None
+                d_bias = _mm(dz.T, -slope.to(dz.dtype), lse.dtype)[:, 0] if want_bias else None
+            else:
+                dz = _add_at(dz.mul_(-slope), targets, slope)
+                d_hidden = dz @ weight if want_hidden else None
+                d_weight = dz.T @ hidden if want_weight else None
+                d_bias = dz.sum(0) if want_bias else None
+            return d_hidden, d_weight, d_bias, None, None
 
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if want_hidden else None
-        d_weight = torch.zeros_like(weight) if want_weight else None
+        d_weight = torch.zeros_like(weight, dtype=grad_dtype) if want_weight else None
         d_bias = torch.zeros_like(bias) if want_bias else None
-        columns = max(1, min(v, tile_bytes // (max(n, 1) * lse.itemsize)))
-        for start in range(0, v, columns):
+        upstream = (g, g_entropy[:, None], entropies[:, None]) if entropy else (g, None, None)
+        step = 128 if half else 1  # products are slow if rows are not aligned
+        columns = max(step, tile_bytes // (max(n, 1) * lse.itemsize) // step * step)
+        for start in range(0, v if n else 0, columns):
             part = slice(start, min(start + columns, v))
-            z = _logits(hidden, weight[part], None if bias is None else bias[part], ctx.options)
-            softcap_slope = 1 - (z * (temperature / softcap)) ** 2 if softcap is not None else None
-            logp = z.sub_(lse[:, None])
-            p = logp.exp()
-            dz = -g * p
-            if entropy:
-                dz -= g_entropy[:, None] * p * (logp + entropies[:, None])
-            inside = (targets >= start) & (targets < part.stop)
-            column = (targets - start).clamp(0, part.stop - start - 1)
-            dz.scatter_add_(1, column[:, None], g * inside[:, None])
-            dz *= scale / temperature
-            if softcap_slope is not None:
-                dz *= softcap_slope
-            dz_low = dz.to(hidden.dtype)
+            z, b = _mm(hidden, weight[part].T, lse.dtype), None if bias is None else bias[part]
+            rest = (targets - start, hidden.dtype, lse[:, None], *upstream)
+            dz = _fused(half, _logit_gradients, z, b, gain, caps, *rest)
             if want_hidden:
-                d_hidden += dz_low @ weight[part]
+                d_hidden += _mm(dz, weight[part], lse.dtype)
             if want_weight:
-                torch.mm(dz_low.T, hidden, out=d_weight[part])
+                _mm(dz.T, hidden, grad_dtype, out=d_weight[part])
             if want_bias:
-                d_bias[part] = dz.sum(0)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+                d_bias[part] = dz.sum(0, dtype=lse.dtype)
+        return d_hidden, d_weight, d_bias, None, None
 
 
-def _logits(hidden, weight, bias, options, out=None):
-    """z = softcap * tanh(scale * (hidden weight' + bias) / softcap) / temperature, in float32 (float64)."""
-    scale, softcap, temperature = options[:3]
-    if hidden.dtype in (torch.float32, torch.float64):
-        z = torch.mm(hidden, weight.T, out=out)
-    else:
-        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+def _fused(half, function, z, *rest):
+    """function(z, ...), in half precision by one graph for all sizes above 1. (Bases of views would be guarded.)"""
+    if not half or 1 in z.shape:
+        return function(z, *rest)
+    return _compiled(function)(*(x.data if isinstance(x, Tensor) else x for x in (z, *rest)))
+
+
+@functools.cache
+def _compiled(function):
+    """Reaching the limit of graphs is an error. A reduction that is split in two would read its input twice."""
+    return torch.compile(function, dynamic=True, fullgraph=True, options={"split_reductions": False})
+
+
+@no_type_check
+def _row_stats(z, bias, gain, caps, targets, entropy, probs):
+    """Log-prob of the target, log-sum-exp and, on request, entropy of each row of z = h W'. `probs` may be z, and takes
+    the softmax; or in half precision, and takes softmax - onehot(target); or None."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.mark_static(z, 1)  # maximum and sum take one pass if v is a constant
+    z = _transform(z, bias, gain, caps)
+    target = z.gather(1, targets[:, None])
+    peak = z.amax(1, keepdim=True)
+    z -= peak
+    exp_z = z.exp() if entropy else z.exp_()
+    total = exp_z.sum(1, keepdim=True)
+    lse = peak + total.log()
+    entropies = (total.log() - exp_z.mul_(z).sum(1, keepdim=True) / total).clamp_(min=0) if entropy else lse
+    if probs is not None:
+        softmax = exp_z.div_(total)
+        half = probs.dtype != softmax.dtype
+        probs.copy_(_add_at(softmax, targets, -torch.ones_like(total)) if half else softmax)
+    return (target - lse).clamp_(max=0)[:, 0], lse[:, 0], entropies[:, 0]
+
+
+@no_type_check
+def _logit_gradients(z, bias, gain, caps, targets, dtype, lse, g, g_entropy, entropies):
+    """Gradient, in `dtype`, of columns z = h W' of the vocabulary; `targets` count from the first of them."""
+    z = _transform(z, bias, gain, caps)
+    cap_slope = None if caps is None else 1 - (z * caps[2]) ** 2
+    z -= lse
+    p = z.exp()
+    dz = -g * p
+    if entropies is not None:
+        dz -= g_entropy * p * (z + entropies)
+    dz = _add_at(dz, targets, g).mul_(gain)
+    return (dz if caps is None else dz.mul_(cap_slope)).to(dtype)
+
+
+@no_type_check
+def _transform(z, bias, gain, caps):
+    """Logits, in the place of z = h W' or, compiled, in no place."""
+    compiling = torch.compiler.is_compiling()
+    z = z.clone() if compiling else z
     if bias is not None:
         z += bias
-    if softcap is not None:
-        z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
-    elif scale != temperature:
-        z *= scale / temperature
+    if caps is not None:
+        z.mul_(caps[0]).tanh_().mul_(caps[1])
+    elif compiling or gain != 1:
+        z *= gain
     return z
+
+
+@no_type_check
+def _add_at(x, columns, values):
+    """x[i, columns[i]] += values[i] if x has that column; compiled, a part of the pass that computes x."""
+    if torch.compiler.is_compiling():
+        return torch.where(columns[:, None] == torch.arange(x.shape[1], device=x.device), x + values, x)
+    inside = (columns >= 0) & (columns < x.shape[1])
+    return x.scatter_add_(1, columns.clamp(0, x.shape[1] - 1)[:, None], values * inside[:, None])
+
+
+def _mm(a, b, dtype, out=None):
+    """a @ b, accumulated and returned in `dtype`: theirs or, if they are in half precision, float32."""
+    return torch.mm(a, b, out=out) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype, out=out)
