@@ -10,8 +10,10 @@ arXiv 2305.18290), made small enough for a laptop. One review, with log probabil
 
 import math
 import random
+from bisect import bisect
 from collections import defaultdict
 from functools import cache
+from itertools import accumulate
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -46,6 +48,7 @@ INTENSITY = {
 NEGATION = {"not", "never"}
 TURNS = {"but", "yet"}  # the sentence up to here is conceded
 CONCESSIONS = {"although", "though"}  # from here to the next comma or period, the text is conceded
+RESETS = {",", "."} | TURNS | CONCESSIONS  # end a negation and an intensifier
 NEGATED = -0.5  # negation flips the sign of a valence and halves it
 CONCEDED = 0.75  # the weight of conceded opinions; others have weight 1
 MEAN, DEVIATION = 0.0, 1.474  # mean and standard deviation of the unscaled reward over samples of the grammar
@@ -115,17 +118,19 @@ def read_grammar(rules: dict[str, str]) -> Grammar:
 
 OPINION_RULES = {name: " | ".join(" ".join(levels.values()).split()) for name, levels in OPINIONS.items()}
 GRAMMAR = read_grammar(RULES | OPINION_RULES)
+CUMULATIVE = {symbol: [*accumulate(p for p, _ in rule)] for symbol, rule in GRAMMAR.items()}  # probabilities
 VOCABULARY = sorted({word for rule in GRAMMAR.values() for _, parts in rule for word in parts} - GRAMMAR.keys())
 
 
-def expand(grammar: Grammar, symbol: str, rng: random.Random) -> list[str]:
+def expand(symbol: str, rng: random.Random) -> list[str]:
     """Sample one derivation of `symbol` and return its words."""
     words, stack = [], [symbol]
     while stack:
         symbol = stack.pop()
-        if symbol in grammar:
-            [(_, parts)] = rng.choices(grammar[symbol], weights=[probability for probability, _ in grammar[symbol]])
-            stack += reversed(parts)
+        if symbol in CUMULATIVE:
+            alternatives, cumulative = GRAMMAR[symbol], CUMULATIVE[symbol]
+            chosen = bisect(cumulative, rng.random() * cumulative[-1], hi=len(cumulative) - 1)  # as in rng.choices
+            stack += reversed(alternatives[chosen][1])
         else:
             words.append(symbol)
     return words
@@ -160,7 +165,7 @@ def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
 
 def sample(rng: random.Random) -> str:
     """Sample one review: two sentences, 8 to 40 words and punctuation marks in all, separated by single spaces."""
-    return " ".join(expand(GRAMMAR, "REVIEW", rng))
+    return " ".join(expand("REVIEW", rng))
 
 
 @cache
@@ -191,7 +196,7 @@ def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
         if not stacks:
             raise ValueError(f"no review goes on after {prompt!r}")
     sampled = rng.choices(list(stacks), weights=list(stacks.values()), k=k)
-    return [" ".join(word for symbol in symbols for word in expand(GRAMMAR, symbol, rng)) for symbols in sampled]
+    return [" ".join(word for symbol in symbols for word in expand(symbol, rng)) for symbols in sampled]
 
 
 def log_prob(text: str) -> float:
@@ -225,7 +230,7 @@ def gold_reward(text: str) -> float:
         elif word in VALENCE:
             sentence.append((weight, polarity * intensity * VALENCE[word]))
             polarity, intensity = 1.0, 1.0
-        elif word in {",", "."} | TURNS | CONCESSIONS:
+        elif word in RESETS:
             polarity, intensity = 1.0, 1.0
             weight = CONCEDED if word in CONCESSIONS else 1.0
             if word in TURNS:
