@@ -105,7 +105,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """plackett_luce: what to do with a ranking that has ties; random breaks them, in training only"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
-    keep_softmax_mib: int = 1024
+    keep_softmax_mib: int | None = None
     """MiB: a softmax up to this size is kept for the backward pass, a larger one is recomputed; >= 0"""
     ref_cache: str = "runs/ref_cache"
     """cache of the reference's log-probs, shared by runs on the same data"""
@@ -253,6 +253,7 @@ def main(a: Args) -> dict[str, float]:
     lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
     optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     first, delta, weights, final = 0, 0.0, None, {}
+    keep_bytes = a.keep_softmax_mib and a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first, delta = state["step"], state["delta"]
         models.restore(policy, low_bits, state["model"])
@@ -278,7 +279,7 @@ def main(a: Args) -> dict[str, float]:
         for group in scoring.micro_batches(policy, examples, batching):
             members = [examples[i] for i in group]
             batch = collate(members, batching.layout, batching.pad_id, a.device)
-            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=a.keep_softmax_mib << 20)
+            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
             ref_logps = torch.cat([refs[places[i]] for i in group]).to(a.device)
             loss, totals = objective(a, members, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()

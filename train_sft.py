@@ -52,7 +52,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     eval_prompts: int | None = None
     """held-out prompts answered at the end, >= 0; default 4 (embedded: 256)"""
     save_every: int = 200
-    keep_softmax_mib: int = 1024
+    keep_softmax_mib: int | None = None
     """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
 
 
@@ -100,6 +100,7 @@ def main(a: Args) -> dict[str, float]:
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
+    keep_bytes = a.keep_softmax_mib and a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first = state["step"]
         models.restore(policy, low_bits, state["model"])
@@ -118,7 +119,7 @@ def main(a: Args) -> dict[str, float]:
         parts = []
         for group in scoring.micro_batches(policy, examples, batching):
             batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
-            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=a.keep_softmax_mib << 20)
+            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
             loss = losses.sft(logps).sum()
             (loss / count).backward()
             parts.append({"loss": (loss.detach(), float(len(batch.targets)))})

@@ -4,6 +4,7 @@
     advantages.py  from scores and log-probs to advantages: KL estimators, reward shaping, GAE, group baselines
     logprobs.py    per-token log-probs from hidden states: the only place where logits and targets meet
     tree.py        a prompt with its k responses as one packed row, and the attention over it
+    optim.py       AdamW for bfloat16 weights with exact float32 masters; kernels.py has its CUDA kernel
 
 Axis letters, in signatures, einops patterns and comments:
 

@@ -59,7 +59,7 @@ def hidden_states(
 
 @as_forward
 def response_logps(
-    model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int = 1 << 30
+    model, batch: Batch, dtype: torch.dtype = torch.float32, temperature: float = 1.0, keep_bytes: int | None = None
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " b"]]:
     """Log-probs (nats) of every scored response token given all before it, and their sums over each sequence.
 

@@ -86,7 +86,8 @@ def test_rlhf_is_mathematics(path):
     source = path.read_text()
     for name, lazy in imports(source).items():
         top = name.split(".")[0]
-        allowed = top in MATHEMATICS | {"rlhf"} or top in sys.stdlib_module_names or (top == "triton" and lazy)
+        triton = top == "triton" and (lazy or path.name == "kernels.py")
+        allowed = top in MATHEMATICS | {"rlhf"} or top in sys.stdlib_module_names or triton
         assert allowed, f"{path.name} imports {name}"
         assert name.split(".")[0] not in {"os", "sys", "pathlib", "subprocess", "multiprocessing", "argparse", "io"}
         assert not name.startswith("torch.distributed")
@@ -95,8 +96,10 @@ def test_rlhf_is_mathematics(path):
 
 
 def test_rlhf_is_small():
-    assert {path.name for path in RLHF} == {"__init__.py", "advantages.py", "logprobs.py", "losses.py", "tree.py"}
-    assert sum(len(path.read_text().splitlines()) for path in RLHF) <= 1300
+    names = {"__init__", "advantages", "kernels", "logprobs", "losses", "optim", "tree"}
+    lines = {path.stem: len(path.read_text().splitlines()) for path in RLHF}
+    assert lines.keys() == names and sum(lines.values()) <= 1550
+    assert sum(lines.values()) - lines["optim"] - lines["kernels"] <= 1360
 
 
 @pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.name)
