@@ -111,10 +111,10 @@ def other_lengths():
 @pytest.mark.parametrize(
     "name, what, dtype",
     [
-        ("llama", "plain", torch.float32),
-        ("llama", "plain", torch.bfloat16),
         ("llama", "checkpointed", torch.bfloat16),
         pytest.param("llama", "checkpointed", torch.float32, marks=pytest.mark.slow),
+        pytest.param("llama", "plain", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("llama", "plain", torch.float32, marks=pytest.mark.slow),
         pytest.param("qwen2", "plain", torch.float32, marks=pytest.mark.slow),
         pytest.param("qwen2", "plain", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("qwen2", "checkpointed", torch.float32, marks=pytest.mark.slow),
