@@ -14,10 +14,11 @@ state predicts it. A prompt's last token is the source of the first token of eac
 
 import inspect
 import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,9 +26,9 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
 SHORT = 128  # most keys of a segment that shares an SDPA call
+_signature = cache(inspect.signature)
 
 
 @runtime_checkable
@@ -47,6 +48,15 @@ class Segment(NamedTuple):
     prefix: int
     prefix_stop: int
 
+    def keys(self) -> list[int]:
+        """Where the keys are in the row: the prefix, then the segment itself."""
+        return [*range(self.prefix, self.prefix_stop), *range(self.start, self.stop)]
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a CPU tensor to the device; to CUDA from pinned memory, so that the CPU does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
 
 class Bucket:
     """Segments of similar size, padded to share one SDPA call. A long segment has a bucket to itself, unpadded."""
@@ -54,17 +64,18 @@ class Bucket:
     def __init__(self, parts: list[Segment], device: torch.device):
         self.parts, self.masks = parts, {}
         queries = [range(s.start, s.stop) for s in parts]
-        keys = [[*range(s.prefix, s.prefix_stop), *q] for s, q in zip(parts, queries, strict=True)]
+        keys = [s.keys() for s in parts]
         width_q, width_k = max(map(len, queries)), max(map(len, keys))
         pad = lambda rows, width: [[*row] + [row[-1]] * (width - len(row)) for row in rows]  # noqa: E731
-        self.queries = torch.tensor(pad(queries, width_q), device=device)
-        self.keys = torch.tensor(pad(keys, width_k), device=device)
-        lengths = torch.tensor([[len(q), len(k)] for q, k in zip(queries, keys, strict=True)], device=device)
+        self.queries = send(torch.tensor(pad(queries, width_q)), device)
+        self.keys = send(torch.tensor(pad(keys, width_k)), device)
+        lengths = send(torch.tensor([[len(q), len(k)] for q, k in zip(queries, keys, strict=True)]), device)
         q_lengths, k_lengths = rearrange(lengths, "s two -> two s 1 1")
         i, j = torch.arange(width_q, device=device)[:, None], torch.arange(width_k, device=device)
         distance = k_lengths - q_lengths + torch.minimum(i, q_lengths - 1) - j  # tokens from key j to query i
         self.distance = torch.where(j < k_lengths, distance, -1)
-        self.real = (i[:, 0] < q_lengths[:, 0]).flatten().nonzero()[:, 0]  # indices of the queries that are not padding
+        real = [n * width_q + i for n, q in enumerate(queries) for i in range(len(q))]
+        self.real = send(torch.tensor(real), device)  # indices of the queries that are not padding
         self.causal = len(parts) == 1 and parts[0].prefix == parts[0].prefix_stop
 
     def take(self, x: Tensor, pieces: dict[int, Tensor], indices: Int[Tensor, "s width"]) -> Tensor:
@@ -81,7 +92,7 @@ class Bucket:
 
     def mask(self, window: int | None) -> Bool[Tensor, "s 1 q k"] | None:
         """What each query sees: its prefix, and its own segment up to itself, no further back than the window."""
-        if window is not None and window > self.distance.max():
+        if window is not None and window >= self.keys.shape[1]:
             window = None
         if window is None and self.causal:
             return None
@@ -94,11 +105,12 @@ class Bucket:
 class Segments:
     """The segments of one packed row, in the form that the attention function needs."""
 
-    def __init__(self, parts: list[Segment], device: torch.device):
+    def __init__(self, parts: list[Segment], offsets: Int[Tensor, " s2"], keys: Int[Tensor, " n"]):
         self.parts = parts
         self.q_lengths = [s.stop - s.start for s in parts]
         self.k_lengths = [s.stop - s.start + s.prefix_stop - s.prefix for s in parts]
-        self.device = device
+        self.keys = keys  # the places in the row of all segments' keys, end to end
+        self.offsets = offsets.int().chunk(2)  # where each segment's queries, and its keys, begin if laid end to end
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -106,7 +118,7 @@ class Segments:
         groups: dict[tuple[int, int] | int, list[Segment]] = defaultdict(list)
         for i, (part, q, k) in enumerate(zip(self.parts, self.q_lengths, self.k_lengths, strict=True)):
             groups[(-(-q // 16), -(-k // 16)) if k <= SHORT else i].append(part)
-        return [Bucket(group, self.device) for group in groups.values()]
+        return [Bucket(group, self.keys.device) for group in groups.values()]
 
     @cached_property
     def order(self) -> Int[Tensor, " t"] | None:
@@ -118,14 +130,6 @@ class Segments:
     def cut(self, x: Tensor) -> dict[int, Tensor]:
         """Split x into segments: start of each segment -> its tokens, (1 h t d) -> (1 h q d)."""
         return {part.start: piece for part, piece in zip(self.parts, x.split(self.q_lengths, 2), strict=True)}
-
-    @cached_property
-    def offsets(self) -> tuple[Int[Tensor, " s1"], Int[Tensor, " s1"]]:
-        """Where each segment's queries, and its keys, begin if all are laid end to end (for the flash call)."""
-        return tuple(
-            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=self.device)
-            for n in (self.q_lengths, self.k_lengths)
-        )
 
 
 @dataclass
@@ -175,53 +179,53 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
 
 
 def collate(examples: Sequence[Tree], layout: str, pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Examples as one packed row (`tree`) or as right-padded rows (`padded`). The order of the targets is the same."""
-    device = torch.device(device)
-    rows: list[list[int]] = [[]] if layout == "tree" else []
-    positions: list[list[int]] = [[]] if layout == "tree" else []
+    """Examples as one packed row (`tree`) or as right-padded rows (`padded`). The order of the targets is the same.
+
+    The batch's tensors are parts of one tensor, which is made on the CPU and sent to the device in one copy.
+    """
+    ids, positions, real, sources, targets, sequence, lengths, ends = ([] for _ in range(8))
     parts: list[Segment] = []
     width = max(len(e.prompt) + len(r) for e in examples for r in e.responses)
-    sources, targets, sequence, lengths, ends = [], [], [], [], []
     for e in examples:
         p = len(e.prompt)
         for i, response in enumerate(e.responses):
-            if layout == "padded":
-                root = len(rows) * width + p - 1  # index of the prompt's last token in the flattened rows
-                first = root + 1  # index of the response's first token
-                rows.append(e.prompt + response)
-                positions.append([*range(p + len(response))])
-            elif i == 0:
-                root = len(rows[0]) + p - 1
-                first = root + 1
-                rows[0] += e.prompt + response
-                positions[0] += range(p + len(response))
-                parts.append(Segment(root + 1 - p, len(rows[0]), root + 1 - p, root + 1 - p))
+            if i == 0 or layout == "padded":
+                first = len(ids) + p  # index of the response's first token in the flattened (rows t)
+                root = first - 1  # index of the prompt's last token
+                ids += e.prompt + response
+                positions += range(p + len(response))
+                parts.append(Segment(first - p, len(ids), first - p, first - p))
             elif response:
-                first = len(rows[0])
-                rows[0] += response
-                positions[0] += range(p, p + len(response))
-                parts.append(Segment(first, len(rows[0]), root + 1 - p, root + 1))
-            scored = [j for j in range(len(response)) if e.trained is None or e.trained[i][j]]
-            sources += [first + j - 1 if j else root for j in scored]
-            targets += [response[j] for j in scored]
-            sequence += [len(lengths)] * len(scored)
-            lengths.append(len(scored))
+                first = len(ids)
+                ids += response
+                positions += range(p, p + len(response))
+                parts.append(Segment(first, len(ids), root + 1 - p, root + 1))
+            if layout == "padded":
+                padding = width - p - len(response)
+                ids += [pad_id] * padding
+                positions += [0] * padding
+                real += [1] * (width - padding) + [0] * padding
+            scored = [True] * len(response) if e.trained is None else e.trained[i]
+            sources += itertools.compress([root, *range(first, first + len(response) - 1)], scored)
+            targets += itertools.compress(response, scored)
+            sequence += [len(lengths)] * sum(scored)
+            lengths.append(sum(scored))
             ends.append(first + len(response) - 1 if response else root)
 
-    def tensor(x, value=0):
-        return pad_sequence([torch.tensor(r, dtype=torch.long) for r in x], True, value).to(device)
-
-    return Batch(
-        input_ids=tensor(rows, pad_id),
-        position_ids=tensor(positions),
-        attention_mask=None if layout == "tree" else tensor([[1] * len(r) for r in rows]),
-        segments=Segments(parts, device) if layout == "tree" else None,
-        sources=tensor([sources])[0],
-        targets=tensor([targets])[0],
-        sequence=tensor([sequence])[0],
-        lengths=tensor([lengths])[0],
-        ends=tensor([ends])[0],
-    )
+    packed, lists = layout == "tree", [ids, positions, sources, targets, sequence, lengths, ends]
+    if packed:
+        keys = [s.keys() for s in parts]
+        q_offsets = itertools.accumulate((s.stop - s.start for s in parts), initial=0)
+        k_offsets = itertools.accumulate(map(len, keys), initial=0)
+        lists += [[*q_offsets, *k_offsets], [*itertools.chain(*keys)]]
+    else:
+        lists.append(real)
+    flat = torch.frombuffer(bytearray().join(array("q", x) for x in lists), dtype=torch.long)
+    flat = send(flat, device).split([len(x) for x in lists])
+    ids, positions, sources, targets, sequence, lengths, ends, *rest = flat
+    ids, positions = (rearrange(x, "(rows t) -> rows t", rows=1 if packed else len(lengths)) for x in (ids, positions))
+    mask, segments = (None, Segments(parts, *rest)) if packed else (rest[0].view_as(ids), None)
+    return Batch(ids, positions, mask, segments, sources, targets, sequence, lengths, ends)
 
 
 def tree_attention(
@@ -232,7 +236,7 @@ def tree_attention(
     Half precision on CUDA is one variable-length flash call, in which a segment's keys are its prefix and itself.
     Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A sliding
     window is respected. Raises NotImplementedError if the result would differ from the model's own attention: no
-    segments, a soft-cap on the scores, attention sinks, or a sliding window that this torch's flash call lacks.
+    segments, a soft-cap on the scores, or attention sinks.
     """
     if segments is None:
         raise NotImplementedError(
@@ -257,23 +261,21 @@ def tree_attention(
 
 
 def _flash(query, key, value, scaling, sliding_window, segments):
-    """One varlen flash call, causal and aligned at the end of each segment's keys, so a sliding window is right."""
+    """One varlen flash call, causal and aligned at the end of each segment's keys, so a sliding window is right.
+
+    Keys and values are gathered in one operation each, however many segments there are. In the backward pass a shared
+    prompt's gradient is added up in the tensors' dtype, on CUDA in no fixed order.
+    """
     from torch.nn.attention import varlen  # takes seconds to load, and only CUDA needs it
 
-    q, k, v = (rearrange(x, "1 h t d -> t h d").contiguous() for x in (query, key, value))
+    q, k, v = (rearrange(x, "1 h t d -> t h d") for x in (query, key, value))
     if segments.q_lengths != segments.k_lengths:
-        slices = [x for s in segments.parts for x in (slice(s.prefix, s.prefix_stop), slice(s.start, s.stop))]
-        k, v = (torch.cat([x[part] for part in slices]) for x in (k, v))
-    parameters, options = inspect.signature(varlen.varlen_attn).parameters, {"scale": scaling}
-    if "window_size" in parameters:  # torch >= 2.11
-        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    elif sliding_window is None or sliding_window >= max(segments.k_lengths):
-        options["is_causal"] = True
-    else:
-        raise NotImplementedError("this torch's varlen_attn has no sliding window")
-    if "enable_gqa" in parameters:
+        k, v = (x.index_select(0, segments.keys) for x in (k, v))
+    options = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    if "enable_gqa" in _signature(varlen.varlen_attn).parameters:  # not in torch 2.11
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (x.contiguous() for x in (q, k, v))
     longest = max(segments.q_lengths), max(segments.k_lengths)
     return varlen.varlen_attn(q, k, v, *segments.offsets, *longest, **options)[None]

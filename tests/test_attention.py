@@ -116,3 +116,16 @@ def test_two_backward_passes_recompute_twice():
     assert all(
         torch.allclose(w.grad, 2 * x, rtol=1e-4, atol=1e-5) for w, x in zip(model.parameters(), first, strict=True)
     )
+
+
+@pytest.mark.parametrize("device, on", [("cpu", True), ("cuda", False)])
+def test_scoring_rows_on_cuda_switches_the_attention_of_cudnn_off(device, on, monkeypatch):
+    """It makes a plan for each new shape. The model says that it is on the device, and computes on the CPU."""
+    model, before = tiny("llama"), torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        logps(model, "padded")
+        assert torch.backends.cuda.cudnn_sdp_enabled() == on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

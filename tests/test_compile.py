@@ -1,12 +1,15 @@
-"""--compile: the layers compiled, one by one, give what they give without."""
+"""--compile: the layers compiled, one by one, give what they give without, and few graphs serve all lengths."""
 
+import functools
 import json
+import random
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from test_resume import pairs, write_model, write_rows
-from tiny import random_examples, tiny
+from tiny import ARCHITECTURES, GQA, random_examples, tiny
 
 import train_dpo
 import train_ppo
@@ -28,14 +31,20 @@ BATCHES = [  # of other numbers of prompts, responses and tokens; the last is lo
 def forget():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    with (  # compile_layers sets all three
+        torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False),
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+    ):
+        yield
     torch._dynamo.reset()
 
 
-def measured(model, examples, layout):
-    """Log-probs of all response tokens, and the gradient of their sum as one vector."""
+def measured(model, examples, layout, dtype=torch.float32, between=lambda: None):
+    """Log-probs of all response tokens, and the gradient of their sum as one vector; `between` is called between the
+    forward and the backward pass."""
     model.zero_grad()
-    logps, _ = scoring.response_logps(model, collate(examples, layout, 0))
+    logps, _ = scoring.response_logps(model, collate(examples, layout, 0), dtype)
+    between()
     logps.sum().backward()
     return logps.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
 
@@ -50,18 +59,25 @@ def graphs() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, what", [("llama", "plain"), ("llama", "checkpointed"), ("llama", "adapters"), ("gpt2", "plain")]
+    "name, what",
+    [
+        ("llama", "plain"),
+        ("llama", "checkpointed"),
+        ("llama", "adapters"),
+        ("llama", "checkpointed adapters"),
+        ("gpt2", "plain"),
+    ],
 )
 def test_compiled_layers_give_the_same_log_probs_and_gradients(name, what):
     """In both layouts; and batches of other sizes take no graphs of their own."""
     plain, compiled = tiny(name), tiny(name)
     for model in (plain, compiled):
-        if what == "adapters":
+        if "adapters" in what:
             models.add_lora(model, 3)
             with torch.no_grad():
                 for weight in models.trained(model).values():
                     weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-        if what == "checkpointed":
+        if "checkpointed" in what:
             models.checkpoint_layers(model)
     names = [*compiled.state_dict()]
     models.compile_layers(compiled)
@@ -73,6 +89,84 @@ def test_compiled_layers_give_the_same_log_probs_and_gradients(name, what):
             assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
             made.append(graphs())
         assert made[0] > 0 and made[1] == made[2] == made[0]
+
+
+@pytest.fixture
+def backend_eager(monkeypatch):
+    """Graphs are made and counted as ever, and not translated."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(ARCHITECTURES, "qwen2", lambda: transformers.Qwen2Config(**GQA))
+
+
+def other_lengths():
+    """20 batches: 13 of 1 to 4 prompts with 2 responses, 5 of a single row, two rows without padding, and 2 tokens."""
+    rng = random.Random(0)
+    lengths = lambda n: [rng.randint(1, 20) for _ in range(n)]  # noqa: E731
+    shapes = [[(*lengths(1), lengths(2)) for _ in range(1 + i % 4)] for i in range(13)]
+    shapes += [[(*lengths(1), lengths(1))] for _ in range(5)]
+    return [random_examples(x) for x in [*shapes, [(4, [6, 6])], [(1, [1])]]]
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize(
+    "name, what, dtype",
+    [
+        ("llama", "checkpointed", torch.bfloat16),
+        pytest.param("llama", "checkpointed", torch.float32, marks=pytest.mark.slow),
+        pytest.param("llama", "plain", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("llama", "plain", torch.float32, marks=pytest.mark.slow),
+        pytest.param("qwen2", "plain", torch.float32, marks=pytest.mark.slow),
+        pytest.param("qwen2", "plain", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("qwen2", "checkpointed", torch.float32, marks=pytest.mark.slow),
+        pytest.param("qwen2", "checkpointed", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_after_one_training_and_one_scoring_batch_other_lengths_add_at_most_two_graphs(
+    name, what, dtype, layout, backend_eager
+):
+    """The first batch is as long as the model is wide."""
+    model = tiny(name)
+    if what == "checkpointed":
+        models.checkpoint_layers(model)
+    models.compile_layers(model)
+
+    def train_and_score(examples) -> int:
+        measured(model, examples, layout, dtype)
+        with torch.no_grad():
+            scoring.response_logps(model, collate(examples, layout, 0), dtype)
+        return graphs()
+
+    first = train_and_score(random_examples([(7, [9, 25])] if layout == "padded" else [(4, [12, 16])]))
+    assert first == (8 if layout == "tree" else 2)  # a layer's attention over trees is not compiled and cuts it in four
+    later = [train_and_score(examples) for examples in other_lengths()]
+    assert later[-1] == first + (0 if layout == "tree" else 2)  # a single row takes a graph of its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, other", [("tree", "padded"), ("padded", "tree")])
+def test_compiled_layers_recompute_what_they_computed(layout, other):
+    """Even if a batch in the other layout is scored before the backward pass."""
+    plain, compiled = tiny("llama"), tiny("llama")
+    models.checkpoint_layers(compiled)
+    models.compile_layers(compiled)
+    want = measured(plain, BATCHES[0], layout)
+
+    def between():
+        with torch.no_grad():
+            scoring.response_logps(compiled, collate(BATCHES[1], other, 0))
+
+    for examples in (BATCHES[0], BATCHES[2], BATCHES[0]):
+        got = measured(compiled, examples, layout, between=between)
+    assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
+
+
+def test_reaching_the_recompile_limit_is_an_error(backend_eager):
+    """Where torch alone would go on uncompiled."""
+    model = tiny("llama")
+    models.compile_layers(model)
+    measured(model, BATCHES[0], "padded")
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        measured(model, random_examples([(5, [6])]), "padded")
 
 
 @pytest.mark.slow

@@ -1,13 +1,20 @@
 """The packed tree against plain padded rows, on tiny random models of many architectures."""
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import torch
+from einops import einsum, rearrange, repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, example, no_float32, random_examples, tiny
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from rlhf import BadInput
-from rlhf.tree import collate, micro_batches, tokens, tree_attention
+from rlhf.tree import _flash, collate, micro_batches, tokens, tree_attention
 from support import models, scoring
 from support.models import output_head, set_attention
 from support.scoring import Batching, choose_layout, response_logps
@@ -183,6 +190,133 @@ def test_micro_batches_hold_everything_once_and_keep_the_budget(shapes, budget):
             batch = collate([examples[i] for i in group], layout, 0)
             assert len(group) == 1 or batch.input_ids.numel() <= budget
         assert [tokens(e, layout) for e in examples] == [collate([e], layout, 0).input_ids.numel() for e in examples]
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_a_batch_is_sent_to_a_gpu_once_from_pinned_memory(layout, monkeypatch):
+    """On a machine without CUDA any other copy to the device would fail."""
+    examples, pinned, sent, to = random_examples(SHAPES), set(), [], torch.Tensor.to
+    want = collate(examples, layout, 0)
+
+    def stay(x, *args, **kwargs):
+        if args and torch.device("cuda") in (args[0], kwargs.get("device")):
+            sent.append((x.data_ptr() in pinned, kwargs))
+            return x
+        return to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.add(x.data_ptr()) or x)
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    got = collate(examples, layout, 0, torch.device("cuda"))
+    assert sent == [(True, {"non_blocking": True})]
+    for name, x in vars(want).items():
+        assert not isinstance(x, torch.Tensor) or torch.equal(x, getattr(got, name))
+
+
+class StandIn(torch.autograd.Function):
+    """What the variable-length flash call computes: softmax attention in plain PyTorch, one segment after the other."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, q_offsets, k_offsets, max_q, max_k, scale, window_size):
+        with record_function("stand-in"), torch.enable_grad():
+            ctx.inputs, outputs, longest = [x.detach().requires_grad_() for x in (query, key, value)], [], (0, 0)
+            assert all(x.is_contiguous() for x in ctx.inputs) and q_offsets.dtype == k_offsets.dtype == torch.int32
+            q, k, v = ctx.inputs
+            k, v = (repeat(x, "t h d -> t (h group) d", group=q.shape[1] // k.shape[1]) for x in (k, v))
+            for (a, b), (c, d) in zip(pairwise(q_offsets.tolist()), pairwise(k_offsets.tolist()), strict=True):
+                longest = max(longest[0], b - a), max(longest[1], d - c)
+                distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+                hidden = (distance < 0) | (window_size[0] >= 0) & (distance > window_size[0])
+                scores = einsum(q[a:b], k[c:d], "q h d, k h d -> h q k") * scale
+                weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+                outputs.append(einsum(weights, v[c:d], "h q k, k h d -> q h d"))
+            assert longest == (max_q, max_k) and (b, d) == (len(q), len(k)) and window_size[1] == 0
+            ctx.out = torch.cat(outputs)
+            return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with record_function("stand-in"):
+            return *torch.autograd.grad(ctx.out, ctx.inputs, grad), *[None] * 6
+
+
+def varlen_attn_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert q.shape[1] == k.shape[1]
+    return StandIn.apply(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def varlen_attn_2_13(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return StandIn.apply(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+VERSIONS = pytest.mark.parametrize("call", [varlen_attn_2_11, varlen_attn_2_13])
+
+
+def queries_keys_values(examples, dtype):
+    g, t = torch.Generator().manual_seed(0), sum(map(tokens, examples))
+    qkv = [torch.randn(1, t, h, 16, generator=g, dtype=dtype).transpose(1, 2) for h in (6, 2, 2)]  # as a model has them
+    return [x.requires_grad_() for x in qkv]
+
+
+@VERSIONS
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("window", [None, 7, 60])
+@pytest.mark.parametrize("shapes", [[(9, [30, 17]), (40, [3, 50, 8]), (1, [2, 0])], [(9, [30]), (5, [6])]])
+def test_flash_path_against_dense_attention(call, dtype, bound, window, shapes, monkeypatch):
+    """Grouped heads, fewer queries than keys, forward and backward; the dense one has a mask made token by token."""
+    monkeypatch.setattr(varlen, "varlen_attn", call)
+    examples = random_examples(shapes)
+    batch = collate(examples, "tree", 0)
+    qkv = queries_keys_values(examples, dtype)
+    out = _flash(*qkv, 0.3, window, batch.segments)
+
+    parts = [(i, j) for i, e in enumerate(examples) for j, part in enumerate([e.prompt, *e.responses]) for _ in part]
+    tree, branch = rearrange(torch.tensor(parts), "t two -> two t")  # branch 0 is the prompt
+    distance = batch.position_ids[0][:, None] - batch.position_ids[0]
+    seen = (tree[:, None] == tree) & ((branch == 0) | (branch[:, None] == branch))
+    seen &= (distance >= 0) & (distance < (window or len(tree)))
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    truth = scaled_dot_product_attention(*exact, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert out.shape == truth.shape and (out - truth).abs().max() < 10 * bound
+    upstream = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * upstream).sum().backward()
+    (truth * upstream).sum().backward()
+    for mine, right in zip(qkv, exact, strict=True):
+        assert relative(mine.grad, right.grad) < bound
+
+
+def operators_and_nodes(qkv, segments) -> tuple[Counter, Counter]:
+    """Operators and autograd nodes of the flash path forward and backward, by name, without those of the stand-in."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        out = _flash(*qkv, 0.25, None, segments)
+        out.backward(torch.ones_like(out))
+
+    def ours(event) -> bool:
+        return event is None or event.name != "stand-in" and ours(event.cpu_parent)
+
+    names = [event.name for event in profiled.events() if ours(event)]
+    nodes = Counter(name for name in names if name.startswith("autograd::engine::evaluate_function"))
+    return Counter(name for name in names if name.startswith("aten::")), nodes
+
+
+@VERSIONS
+def test_operators_and_autograd_nodes_do_not_depend_on_the_number_of_segments(call, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", call)
+    counts = []
+    for shapes in ([(48, [64, 80])] * 2, [(3, [4, 5])] * 32):
+        examples = random_examples(shapes)
+        segments = collate(examples, "tree", 0).segments
+        counts.append(
+            (len(segments.parts), *operators_and_nodes(queries_keys_values(examples, torch.float32), segments))
+        )
+    (few, few_operators, few_nodes), (many, many_operators, many_nodes) = counts
+    assert (few, many) == (4, 64) and few_operators == many_operators and few_nodes == many_nodes
+    assert few_operators["aten::index_select"] == 2 and few_operators["aten::index_add_"] == 2
+    assert "aten::item" not in few_operators and "aten::_local_scalar_dense" not in few_operators
+    examples = random_examples([(9, [30]), (5, [6])])  # no shared prompt
+    segments = collate(examples, "tree", 0).segments
+    operators, _ = operators_and_nodes(queries_keys_values(examples, torch.float32), segments)
+    assert "aten::index_select" not in operators and sum(operators.values()) < sum(few_operators.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
