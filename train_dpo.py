@@ -25,7 +25,7 @@ from torch import Tensor
 
 import train_sft
 from rlhf import losses, require
-from rlhf.tree import collate
+from rlhf.tree import collate, send
 from support import models, report, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.parallel import gather
@@ -106,7 +106,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     keep_softmax_mib: int | None = None
-    """MiB: a softmax up to this size is kept for the backward pass, a larger one is recomputed; >= 0"""
+    """MiB: a softmax up to this size is kept for the backward pass, a larger one is recomputed; >= 0; default 10240 on
+    CUDA, else 1024"""
     ref_cache: str = "runs/ref_cache"
     """cache of the reference's log-probs, shared by runs on the same data"""
 
@@ -153,14 +154,15 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         totals[name] = ((values.detach() * weights).sum(), weights.sum())
 
     if a.loss == "kto":
-        good = torch.tensor([label for e in examples for label in e.labels], device=logps.device)
+        good = send(torch.tensor([label for e in examples for label in e.labels]), logps.device)
         loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
         ones = torch.ones_like(loss)
         add("loss", loss, ones)
-        probability = logps.new_tensor([e.probability for e in examples for _ in e.labels])
+        probability = torch.tensor([e.probability for e in examples for _ in e.labels], dtype=logps.dtype)
+        probability = send(probability, logps.device)
         p_desirable = torch.where(good, probability, 1 - probability)
         add("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
-        sides = {"chosen": (good, ones[good]), "rejected": (~good, ones[~good])}
+        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
         if a.loss == "plackett_luce":
@@ -280,7 +282,7 @@ def main(a: Args) -> dict[str, float]:
             members = [examples[i] for i in group]
             batch = collate(members, batching.layout, batching.pad_id, a.device)
             _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
-            ref_logps = torch.cat([refs[places[i]] for i in group]).to(a.device)
+            ref_logps = send(torch.cat([refs[places[i]] for i in group]), a.device)
             loss, totals = objective(a, members, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()
             parts.append(totals)

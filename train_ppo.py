@@ -28,7 +28,7 @@ from torch import Tensor
 import train_rm
 import train_sft
 from rlhf import advantages, losses, require
-from rlhf.tree import collate
+from rlhf.tree import collate, send
 from support import models, report, reviews, runs, scoring, sharding
 from support.examples import Example, held_out, load, probes, show
 from support.generate import answer, cached_logps, end_ids
@@ -190,9 +190,9 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 def token_weights(a: Args, lengths: Tensor, batch_lengths: Tensor) -> Tensor:
     """The loss weight of each token [n] of a micro-batch: 1 / its minibatch's divisor (see COUNTS).
 
-    lengths: of all the minibatch's answers; batch_lengths: of those in this micro-batch.
+    lengths: of all the minibatch's answers; batch_lengths: of those in this micro-batch. All three are on the CPU.
     """
-    each = torch.ones(int(batch_lengths.sum()), device=batch_lengths.device)
+    each = torch.ones(sum(batch_lengths.tolist()))
     if COUNTS[a.advantage] == "tokens":
         return each / lengths.sum()
     if COUNTS[a.advantage] == "responses":
@@ -461,14 +461,15 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     examples = [rollout.examples[i] for i in places]
     names = ["logps", "ref_logps", "advantages", *(["values", "returns"] if critic else [])]
     by_prompt = {name: rollout.by_prompt(name) for name in names}
-    lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
+    lengths = torch.tensor([len(r) for e in examples for r in e.responses])
     tokens = float(sum(len(r) for e in examples for r in e.responses))
     names = ["loss/policy", "policy/approxkl", "policy/clipfrac", "gap", *(["loss/value"] if critic else [])]
     totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=a.device))
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
-        weights = weight * token_weights(a, lengths, batch.lengths)
+        answers = torch.tensor([len(r) for i in group for r in examples[i].responses])
+        weights = weight * send(token_weights(a, lengths, answers), a.device)
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)
         else:

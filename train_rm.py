@@ -29,7 +29,7 @@ from torch import Tensor
 
 import train_sft
 from rlhf import losses, require
-from rlhf.tree import collate
+from rlhf.tree import collate, send
 from support import models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer
@@ -87,7 +87,7 @@ def objective(a: Args, examples: Sequence[Example], rewards: Tensor):
 
     rewards are those of all b responses, prompt after prompt. Gradient flows to them.
     """
-    margins = rewards.new_tensor([e.margin or 0.0 for e in examples])
+    margins = send(torch.tensor([e.margin or 0.0 for e in examples], dtype=rewards.dtype), rewards.device)
     loss = LOSSES[a.loss](a, *by_prompt(rewards, examples), margins).sum()
     better, worse, weights, label_probability = pair_tensors(examples, rewards)
     chosen, rejected = rewards.detach()[better], rewards.detach()[worse]

@@ -53,7 +53,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """held-out prompts answered at the end, >= 0; default 4 (embedded: 256)"""
     save_every: int = 200
     keep_softmax_mib: int | None = None
-    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice"""
+    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice; default 10240 on CUDA,
+    else 1024"""
 
 
 def trained_tokens(examples: Sequence[Example]) -> int:

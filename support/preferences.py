@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import BadInput
+from rlhf.tree import send
 from support.examples import Example
 
 
@@ -31,9 +32,9 @@ def pairs(examples: Sequence[Example]) -> tuple[list[int], list[int], list[float
 def pair_tensors(examples: Sequence[Example], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pairs` as tensors [m] on the device of `like`: indices of the preferred and of the other responses, and weights
     and label probabilities in the dtype of `like`."""
-    better, worse, weights, label_probability = pairs(examples)
-    indices = (torch.tensor(x, device=like.device) for x in (better, worse))
-    return *indices, like.new_tensor(weights), like.new_tensor(label_probability)
+    better, worse, *numbers = pairs(examples)
+    tensors = [torch.tensor(x) for x in (better, worse)] + [torch.tensor(x, dtype=like.dtype) for x in numbers]
+    return tuple(send(x, like.device) for x in tensors)
 
 
 def by_prompt(
@@ -42,7 +43,7 @@ def by_prompt(
     """Values of all responses and their ranks, with one row per prompt. Short rows are padded with value and rank 0."""
     rows = values.split([len(e.ranks) for e in examples])
     ranks = [torch.tensor(e.ranks) for e in examples]
-    return pad_sequence([*rows], batch_first=True), pad_sequence(ranks, batch_first=True).to(values.device)
+    return pad_sequence([*rows], batch_first=True), send(pad_sequence(ranks, batch_first=True), values.device)
 
 
 def expected_accuracy(
