@@ -300,8 +300,8 @@ class Run:
     """A run directory and what is written to it while training.
 
     A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run, or if
-    another process is running it. Nothing is written before `start`, so that a command which fails on its data can be
-    given again as it is.
+    another process is running it. Nothing is written before `start`, and a run that ended before its first step is
+    begun anew, so that a command which fails on its data, its reward or its memory can be given again as it is.
     After SIGINT or SIGTERM `interrupted` is the signal's number: the loop finishes its step, saves, and calls `leave`.
     Of several processes the main one writes and shows, and all take part in checkpoints and in stopping.
     """
@@ -318,12 +318,14 @@ class Run:
         if args.dry_run:
             return
         if begun and not args.resume:
-            raise BadInput(f"--out {self.out} already holds a run: continue it with --resume, or name another --out")
+            holds = f"--out {self.out} already holds a run"
+            require(not (self.out / "results.json").exists(), f"{holds}, which is complete: name another, or delete it")
+            require(not self._has_a_step(), f"{holds}: continue it with --resume, or name another --out")
         if (self.out / "config.json").exists() and not begun:
             raise BadInput(f"--out {self.out} already holds a model: name another --out")
         if args.resume and not begun:
             raise BadInput(f"--resume: {self.out} holds no run to continue")
-        if begun:
+        if args.resume:
             before = json.loads((self.out / "args.json").read_text())
             for field in dataclasses.fields(args):  # a flag that is newer than the run had its default
                 before.setdefault(field.name, field.default)
@@ -333,6 +335,8 @@ class Run:
                 raise BadInput(f"--resume: {self.out} was run with other flags: {changes}")
             if (self.out / "results.json").exists():
                 raise BadInput(f"--resume: {self.out} is complete; name another --out for a new run")
+        if args.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+            parallel.on_main(require_wandb)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / ".write").touch()
@@ -340,6 +344,15 @@ class Run:
         except OSError as error:
             raise BadInput(f"--out {self.out}: cannot write there: {error.strerror}") from None
         parallel.on_main(lambda: lock(self.out))
+        if begun and not args.resume:
+            print(f"--out {self.out}: the run there ended before its first step, and is begun anew")
+
+    def _has_a_step(self) -> bool:
+        """Whether a step of the run in this directory is in its log, or in a checkpoint, or has made a model."""
+        log = self.out / "metrics.jsonl"
+        lines = log.read_text("utf-8").split("\n")[:-1] if log.exists() else []
+        made = self.newest_checkpoint() or (self.out / "config.json").exists()
+        return bool(made) or any(json.loads(line)["step"] for line in lines)
 
     def check_same(self, **sources: Any) -> None:
         """BadInput if a resumed run would go on with other rows or from other weights than it began with.
@@ -376,7 +389,7 @@ class Run:
             self.bar = tqdm(disable=True)
             self._take_over_signals()
             return
-        if not (self.out / "args.json").exists():
+        if not self.args.resume:
             shutil.copy(self.script, self.out)
             _write(self.out / "environment.json", json.dumps(environment() | {"digests": self.digests}, indent=1))
             _write(self.out / "args.json", json.dumps(self.flags, indent=1))
@@ -388,7 +401,8 @@ class Run:
                 _write(path, "".join(line + "\n" for line in complete if step and json.loads(line)["step"] <= last))
         if self.args.wandb:
             identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
-            options = {"project": "rlhf", "name": self.out.name, "dir": str(self.out), "config": self.flags}
+            project = os.environ.get("WANDB_PROJECT", "rlhf")
+            options = {"project": project, "name": self.out.name, "dir": str(self.out), "config": self.flags}
             wandb.init(id=identity, resume="allow", **options)
         self._take_over_signals()
         self.bar = tqdm(total=steps, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, mininterval=0.5)
@@ -540,6 +554,15 @@ class Run:
         _write(self.out / "results.json", json.dumps(results, indent=1))
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         unlock(self.out)
+
+
+def require_wandb() -> None:
+    """BadInput unless Weights & Biases accepts this machine's login."""
+    try:
+        wandb.login()
+    except Exception as error:  # no key, a wrong one, or no network
+        problem = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise BadInput(f"--wandb: {problem}: run wandb login, or set WANDB_MODE=offline") from None
 
 
 def keep_freed_memory() -> None:

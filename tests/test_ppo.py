@@ -734,6 +734,17 @@ def test_a_function_that_fails_loses_nothing(own, world, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "straight")
 
 
+def test_a_function_that_fails_at_once_can_be_mended_and_given_again(own, world, tmp_path):
+    flags = CHEAP | {"reward": "own_reward:reward", "max_steps": 2}
+    train_ppo.main(small(world, tmp_path / "straight", **flags))
+    own.fail = raises
+    with pytest.raises(BadInput, match="no luck"):
+        train_ppo.main(small(world, tmp_path / "run", **flags))
+    own.fail = None
+    train_ppo.main(small(world, tmp_path / "run", **flags))
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
 # --------------------------------------------------------------------------------------------------------- the guards
 
 

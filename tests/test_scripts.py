@@ -1160,9 +1160,14 @@ def test_dry_run_shows_three_examples_and_writes_nothing(script, world, tmp_path
 # ------------------------------------------------------------------------------------------------------------- wandb
 
 
-def test_wandb_gets_the_same_metrics(go, monkeypatch):
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """A stand-in for wandb, which has `logged` what begins and is logged, and `finished` what ends."""
     logged, finished = [], []
     fake = SimpleNamespace(
+        logged=logged,
+        finished=finished,
+        login=lambda: True,
         init=lambda **options: logged.append(options),
         log=lambda row, step=None: logged.append((step, row)),
         finish=lambda: finished.append(True),
@@ -1171,9 +1176,15 @@ def test_wandb_gets_the_same_metrics(go, monkeypatch):
         Image=lambda path: ("image", path),
     )
     monkeypatch.setattr(runs, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_the_same_metrics(go, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "films")
     run = go(wandb=True, eval_prompts=3, max_new_tokens=4)
-    options, *rows = logged
+    options, *rows = fake_wandb.logged
     assert options["config"]["loss"] == "dpo" and options["dir"] == str(run.out) and options["resume"] == "allow"
+    assert options["project"] == "films" and options["name"] == run.out.name
     written = [json.loads(line) for line in open(run.out / "metrics.jsonl")]
     assert [{"step": step, **row} for step, row in rows[: len(written)]] == written
     (step, samples), (_, curves) = rows[len(written) :]
@@ -1182,7 +1193,24 @@ def test_wandb_gets_the_same_metrics(go, monkeypatch):
     assert [dict(zip(columns, row, strict=True)) | {"step": 3} for row in data] == [
         json.loads(line) for line in open(run.out / "samples.jsonl")
     ]
-    assert curves == {"curves": ("image", f"{run.out}/curves.png")} and finished == [run.results, True]
+    assert curves == {"curves": ("image", f"{run.out}/curves.png")} and fake_wandb.finished == [run.results, True]
+
+
+def test_wandb_without_a_login_is_one_line_before_any_work(go, fake_wandb, tmp_path, monkeypatch):
+    def login():
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    accepts, fake_wandb.login = fake_wandb.login, login
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "run"
+    with pytest.raises(BadInput) as error:
+        go(wandb=True, out=str(out))
+    assert str(error.value) == "--wandb: No API key configured: run wandb login, or set WANDB_MODE=offline"
+    assert not out.exists() and not (tmp_path / "cache").exists()
+    fake_wandb.login = accepts
+    go(wandb=True, out=str(out))
+    assert fake_wandb.logged[0]["project"] == "rlhf"
 
 
 @pytest.mark.slow
