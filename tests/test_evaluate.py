@@ -504,7 +504,7 @@ def test_a_judge_from_the_command_line(go, module, answered):
         ("return [0.5] * (len(prompts) - 1)", "for 11 "),
         ("return [float('nan')] * len(prompts)", "gave nan"),
         ("return [1.5] * len(prompts)", "gave 1.5, which is no probability"),
-        ("return 1 / 0", "raised ZeroDivisionError"),
+        ("return 1 / 0", "raised ZeroDivisionError: division by zero, at functions"),
     ],
 )
 def test_a_judge_that_fails_is_one_line_with_the_prompt(body, said, go, module, world):
