@@ -83,7 +83,7 @@ def load_reward(
 
 
 def one_line(error: Exception, module: str) -> str:
-    """The error with the innermost line of the user's module that it passed through, as "KeyError: 'x', at mine.py:9"."""
+    """The error, with the innermost line of the user's module that it passed through: "KeyError: 'x', at mine.py:9"."""
     file = f"{module.replace('.', '/')}.py"
     frames = [x for x in traceback.extract_tb(error.__traceback__) if f"/{x.filename}".endswith(f"/{file}")]
     at = f", at {file}:{frames[-1].lineno}" if frames else ""
@@ -109,8 +109,8 @@ def load_function(name: str, flag: str) -> Callable:
 
 
 def checked(function: Reward, name: str) -> Reward:
-    """Wrap a function: check its results, and report its errors in one line with the prompt and response. `name`: a flag
-    and "module:function"."""
+    """Wrap a function: check its results, and report its errors in one line with the prompt and response. `name` is the
+    flag and "module:function"."""
     module = name.split()[-1].partition(":")[0]
 
     def reward(prompts, responses, rows) -> list[float]:
