@@ -724,7 +724,8 @@ def probes(prompts: Sequence[Example], tokens: int, without: Collection[int] = (
 
 
 def show(example: Example, tokenizer) -> str:
-    """The example token by token, as the vocabulary writes them, with `+` before each trained token, else `.`."""
+    """The example token by token, as the vocabulary writes them, with `+` before each trained token and `.` before
+    each other one."""
 
     def block(ids: list[int], trained: list[bool]) -> list[str]:
         lines = [""]
@@ -736,7 +737,7 @@ def show(example: Example, tokenizer) -> str:
         return ["   " + line for line in lines]
 
     prompt = example.prompt
-    out = [f"{example.where}: prompt, {len(prompt)} tokens", *block(prompt, [False] * len(prompt))]
+    out = [f"{example.where}: prompt, {len(prompt)} tokens (+ trained, . not)", *block(prompt, [False] * len(prompt))]
     for i, ids in enumerate(example.responses):
         trained = example.trained[i] if example.trained else [True] * len(ids)
         label = f"rank {example.ranks[i]}"

@@ -45,6 +45,15 @@ wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+OTHER_NAMES = {  # in other libraries -> here
+    "learning-rate": "lr",
+    "output-dir": "out",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "model-name-or-path": "model",
+    "dataset-name": "data",
+}
 SUMS = "SHA256SUMS"  # the file in a checkpoint with the checksums of the others, as `sha256sum --check` reads it
 LOCKS: dict[Path, int] = {}  # the run directories that this process has locked, and the handles that hold the locks
 SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is missing
@@ -204,6 +213,9 @@ def cli(main: Callable, args_class: type) -> None:
     fields = args_class.__dataclass_fields__
     args_class.__dataclass_fields__ = {name: fields[name] for name in inspect.get_annotations(args_class)} | fields
     try:
+        for flag in (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")):
+            name = OTHER_NAMES.get(flag[2:].replace("_", "-"), "")
+            require(name.replace("-", "_") not in fields, f"there is no {flag}: use --{name} (see --help)")
         main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
     except BadInput as error:
         sys.exit(_complain(error, 2))

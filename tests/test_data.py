@@ -1015,7 +1015,7 @@ def test_mismatched_needs_two():
 def test_show():
     example, _ = one(PLAIN, "unpaired", {"prompt": "p", "completion": "a\n", "label": True})
     assert show(example, PLAIN).splitlines() == [
-        "f.jsonl:1: prompt, 2 tokens",
+        "f.jsonl:1: prompt, 2 tokens (+ trained, . not)",
         "    .'<s>' .'p'",
         "response 1 (desirable), 3 tokens, 3 trained",
         "    +'a' +'Ċ' +'</s>'",

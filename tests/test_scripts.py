@@ -706,6 +706,10 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
     assert "made with other template)" in ask()[1]
     tokenizer.add_tokens(["zebra"])
     assert "made with other tokenizer)" in ask()[1]
+    tokenizer.add_tokens(["gnu"])
+    assert "made with other tokenizer, rows)" in ask(examples[:1])[1]
+    tokenizer.add_tokens(["okapi"])
+    assert ask(examples[1:], layout="padded")[:2] == (True, "")  # these are another data set's
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other number", "other question", "no tensor"])
@@ -1155,6 +1159,21 @@ def test_dry_run_shows_three_examples_and_writes_nothing(script, world, tmp_path
                 response = " ".join(f"+{word!r}" for word in [*row[side].split(), "<eos>"])
                 assert (response in shown) == (script == "dpo" or side == "chosen")
     assert not [*tmp_path.iterdir()] and sorted(world.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "given, flag",
+    [
+        ("--learning-rate 1e-4", "--lr"),
+        ("--output_dir=runs/mine", "--out"),
+        ("--num-epochs 2", "--epochs"),
+        ("--per-device-train-batch-size 4", "--batch-size"),
+    ],
+)
+def test_other_libraries_names_of_flags_are_translated(given, flag, monkeypatch, capsys):
+    assert cli(monkeypatch, "dpo", ["train_dpo.py", *given.split()]) == 2
+    name = re.split("[ =]", given)[0]
+    assert capsys.readouterr().err == f"error: there is no {name}: use {flag} (see --help)\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- wandb
