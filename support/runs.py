@@ -269,6 +269,12 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, bool]:
     return tokenizer, reviews.is_embedded(tokenizer)
 
 
+def repeated(args: Any, *names: str) -> str:
+    """Those of these flags that differ from their defaults, as the next command is given them."""
+    changed = [name for name in names if getattr(args, name) != getattr(type(args), name)]
+    return "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in changed)
+
+
 def start(args: Any, script: str) -> "Run":
     """The run directory of a training script, whose processes, if torchrun started several, meet here."""
     torch.manual_seed(args.seed)

@@ -690,6 +690,14 @@ def test_a_model_of_another_vocabulary_without_a_reward(go, world, tmp_path, cap
     assert not (tmp_path / "run" / "reward_kl.png").exists()
 
 
+@pytest.mark.parametrize("name, data", [("strange", "reviews"), ("strange", None), ("first", "reviews")])
+def test_a_model_of_ones_own_on_film_reviews_is_told_so(name, data, go, world, monkeypatch, capsys):
+    monkeypatch.setattr(reviews, "ROWS", 300)
+    evaluate.main(go.arguments(name, dry_run=True, **({"data": data} if data else {})))
+    line = f"--data reviews: these are film reviews, and {world / name} is no model of them: name prompts of your own"
+    assert (line in capsys.readouterr().out) == (name == "strange" and data == "reviews")
+
+
 def test_dry_run_evaluates_nothing(go, tmp_path, capsys):
     assert go.arguments(dry_run=True).dry_run and evaluate.main(go.arguments(dry_run=True)) == {}
     assert not (tmp_path / "run").exists()

@@ -780,6 +780,13 @@ def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, c
     train_dpo.check_flags(proposed)
 
 
+def test_the_command_after_sft_has_an_out_of_its_own(world, go, capsys):
+    run = go("sft", max_steps=1)
+    [line] = re.findall(r"Next: python train_dpo\.py (.*)\n", capsys.readouterr().out)
+    proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
+    assert proposed == train_dpo.Args(model=str(run.out), data="PREFERENCES", out=f"{run.out}-dpo")
+
+
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_no_next_command_where_beta_is_no_leash(loss, go, capsys):
     go(loss=loss, max_steps=1)
