@@ -285,6 +285,8 @@ def main(a: Args) -> dict:
         same = other.get_vocab() == tokenizer.get_vocab()
         require(same, f"--models {name}: its tokenizer is not that of the reference {a.ref}, so there is no KL")
     embedded = reviews.is_embedded(tokenizer)  # then gold reward and grammar are known
+    if a.data == "reviews" and not embedded:
+        print(f"--data reviews: these are film reviews, and {a.ref} is no model of them: name prompts of your own\n")
     if a.data == "reviews" and a.eval_fraction is None:
         a = replace(a, eval_fraction=train_dpo.DEFAULTS["reviews"]["eval_fraction"])
     a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])

@@ -3,6 +3,7 @@
     python sample.py                                                      the embedded task: 4 answers a prompt
     python sample.py --model runs/sft --data prompts.jsonl --k 4 --temperature 0.9
     python sample.py --model runs/dpo --ref runs/sft                      with log-probs under a reference too
+    python sample.py --model runs/dpo --data prompts.jsonl --k 1 --out runs/answers.jsonl      plain answers
 
 Every token is drawn from the whole of softmax(logits / temperature): no top-k, no top-p and no repetition penalty,
 whatever the model's own generation settings say. `logps` are the responses' log-probs at temperature 1, whatever the
@@ -218,7 +219,7 @@ def main(a: Args) -> dict[str, float]:
     for row in rows[:3]:
         print(f"\nprompt  {str(row['prompt'])[-300:]}")
         print("\n".join(f"     {i}  {text}" for i, text in enumerate(row["responses"], 1)))
-    print(f"\nThe samples are in {out}.\nNext: python annotate.py {out}")
+    print(f"\nThe samples are in {out}." + (f"\nNext: python annotate.py {out}" if a.k > 1 else ""))
     return {name: mean_interval(values)[0] for name, (_, values) in stats.items()}
 
 

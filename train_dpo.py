@@ -1,7 +1,7 @@
 """Direct preference optimisation: train a policy straight from preferences, without a reward model.
 
     python train_dpo.py                                         the embedded task, film reviews; makes its SFT model
-    python train_dpo.py --model DIR --data prefs.jsonl          your own model and pairs
+    python train_dpo.py --model DIR --data prefs.jsonl --out runs/my-dpo    your own model and pairs
     python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another member of the family
 
 A preference says that response w to a prompt x is better than response l. DPO (Rafailov et al. 2023, Eq. 7) raises
@@ -356,8 +356,8 @@ def main(a: Args) -> dict[str, float]:
     )
     if a.loss not in REFERENCE_FREE:  # in these, beta sets no distance to a reference
         names = ("model", "ref", "data", "split", "loss", "label_smoothing", "divergence", "divergence_alpha", "ties")
-        flags = [f"--{n.replace('_', '-')} {getattr(a, n)}" for n in names if getattr(a, n) != getattr(Args, n)]
-        print("Next: python train_dpo.py", *flags, f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)")
+        beta = f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)"
+        print(f"Next: python train_dpo.py{runs.repeated(a, *names)} {beta}")
     return results
 
 

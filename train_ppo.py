@@ -1,7 +1,7 @@
 """PPO: let the policy answer, score the answers with a reward model, and make the better ones likelier.
 
     python train_ppo.py                                     the embedded task, film reviews; makes its SFT model and RM
-    python train_ppo.py --model runs/sft --reward runs/rm --data prompts.jsonl
+    python train_ppo.py --model runs/my-sft --reward runs/my-rm --data prompts.jsonl --out runs/my-ppo
     python train_ppo.py --advantage rloo --out runs/rloo    without a critic
 
 The reward model is reliable only on text like its training data. So the policy pays for every nat of KL
@@ -449,7 +449,8 @@ def main(a: Args) -> dict[str, float]:
     print(
         f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
     )
-    print(f"Next: python evaluate.py --models {a.model} {run.out}")
+    flags = f"{runs.repeated(a, 'data', 'split')} --reward {a.reward} --out {run.out}-eval"
+    print(f"Next: python evaluate.py --models {a.model} {run.out}{flags}")
     return results
 
 

@@ -1,7 +1,7 @@
 """The reward model (phase 2c of pipeline.py): learn from rankings how good people would find a response.
 
     python train_rm.py                                          the embedded task, film reviews; makes its SFT model
-    python train_rm.py --model runs/sft --data preferences.jsonl
+    python train_rm.py --model runs/my-sft --data preferences.jsonl --out runs/my-rm
     python train_rm.py --loss plackett_luce --data rankings.jsonl --out runs/rm-pl
 
 A reward model is the SFT model with one number in place of the next word: r(x, y) = w . h, with h the hidden state at
@@ -245,7 +245,10 @@ def main(a: Args) -> dict[str, float]:
         draw(run.out / "report.png", *panels, by_gold)
     run.finish(results, PANELS)
     print(f"\nThe reward model is in {run.out}, with curves.png" + (" and report.png." if panels else "."))
-    print(f"Next: python evaluate.py --reward {run.out}, or label samples with it: python annotate.py --by {run.out}")
+    policy = a.model if from_policy else "POLICY"
+    own = f"python train_ppo.py --model {policy} --reward {run.out} --data PROMPTS --out {run.out}-ppo"
+    ours = f"python evaluate.py --reward {run.out}, or label samples with it: python annotate.py --by {run.out}"
+    print("Next:", ours if a.data == "reviews" else own)
     return results
 
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (phase 1 of pipeline.py): teach a language model to write what people wrote.
 
     python train_sft.py                                         the embedded task: a small Llama learns to write reviews
-    python train_sft.py --model DIR --data chats.jsonl          your own model and data
+    python train_sft.py --model DIR --data chats.jsonl --out runs/my-sft    your own model and data
 
 The loss is the mean negative log-likelihood of the response tokens, over all of an optimizer step:
 
@@ -168,7 +168,8 @@ def main(a: Args) -> dict[str, float]:
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
-    print(f"Next: python train_dpo.py --model {run.out}" + ("" if a.data == "reviews" else " --data PREFERENCES"))
+    data = "" if a.data == "reviews" else " --data PREFERENCES"
+    print(f"Next: python train_dpo.py --model {run.out}{data} --out {run.out}-dpo")
     return results
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 import evaluate
 import train_sft
+from rlhf import require
 from support import models, reviews, scoring
 from support.examples import Example, build, held_out
 from support.generate import answer, answer_stats, end_ids
@@ -44,6 +45,7 @@ from support.runs import Run, is_made, processor
 from support.scoring import Batching
 
 ROOT = Path(__file__).parent
+START, END = "<!-- table -->\n", "<!-- end -->"  # in each README: what plot.py writes stands between them
 FIELDS = ("setting", "seed", "step", "metric", "value", "commit", "hardware", "date")
 
 
@@ -67,8 +69,15 @@ def work(name: str, a: Args) -> Path:
 
 
 def results(name: str, a: Args) -> "Results":
-    """The experiment's results: ablations/NAME/results.csv; of a quick or smoke run, results.csv in `work`."""
+    """The experiment's results: ablations/NAME/results.csv; of a quick or smoke run, results.csv in `work`.
+
+    BadInput if plot.py could not write a full run's tables, because a README or a mark in it is missing."""
     short = a.quick or a.smoke
+    for path in [] if short else sorted(ROOT.glob("*/__main__.py")):
+        readme = path.with_name("README.md")
+        text = readme.read_text() if readme.exists() else ""
+        problem = f"{readme}: is missing, or lacks the lines {START.strip()} and {END}"
+        require(START in text and END in text, f'{problem}: see {ROOT}/README.md, "Add one in 15 minutes"')
     return Results(work(name, a) / "results.csv" if short else ROOT / name / "results.csv")
 
 
@@ -78,11 +87,12 @@ def results(name: str, a: Args) -> "Results":
 class Results:
     """Rows (setting, seed, step, metric, value, commit, hardware, date) of a CSV file; step is empty at a run's end.
 
-    `add` appends to the file at once, so a stopped experiment can continue with the runs that are not `done`.
+    `add` appends to the file at once, so a stopped experiment can continue with the runs that are not `done`, and sets
+    `added`.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.added = Path(path), False
         self.values_of: dict[tuple[str, int, int | None, str], float] = {}
         self.made: dict[str, set[str]] = {"commit": set(), "hardware": set(), "date": set()}
         text = self.path.read_text() if self.path.exists() else ""
@@ -111,6 +121,7 @@ class Results:
             if not math.isfinite(value):
                 raise ValueError(f"{setting}, seed {seed}, step {step}: {metric} is {value}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.added = True
         new = not self.path.exists() or not self.path.stat().st_size
         made = {"commit": commit(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
         with open(self.path, "a", newline="") as f:

@@ -1,13 +1,12 @@
 """Redraw every figure and rewrite every README's table from the CSVs alone: python -m ablations.plot"""
 
 import importlib
+import os
 from collections.abc import Callable
 from types import ModuleType
 
 from ablations import common
 from support.report import new_page
-
-START, END = "<!-- table -->\n", "<!-- end -->"
 
 
 def experiments() -> dict[str, ModuleType]:
@@ -18,8 +17,8 @@ def experiments() -> dict[str, ModuleType]:
 
 def with_table(text: str, table: str) -> str:
     """The README's text with this table between its two marks."""
-    before, after = text.split(START, 1)
-    return f"{before}{START}{table}\n{END}{after.split(END, 1)[1]}"
+    before, after = text.split(common.START, 1)
+    return f"{before}{common.START}{table}\n{common.END}{after.split(common.END, 1)[1]}"
 
 
 def whole(results: common.Results, module: ModuleType) -> bool:
@@ -57,6 +56,9 @@ def picture(results: common.Results, draw: Callable, path) -> None:
 def finish(name: str, a: common.Args, results: common.Results, report: Callable, draw: Callable) -> None:
     """End an experiment: print table and verdict, draw the figure beside the CSV, and after a full run write the
     READMEs."""
+    if not results.added:
+        path = os.path.relpath(results.path)
+        print(f"nothing to train: {path} has all runs; to repeat them delete it and runs/ablations/{name}")
     print("\n" + section(results, report))
     if a.quick or a.smoke:
         picture(results, draw, results.path.with_name("figure.png"))

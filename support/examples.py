@@ -322,7 +322,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
     row = row if form == ["text"] else standard(row)
     for name in form:
         if row.get(name) is None:
-            raise BadInput(f"field {name!r} is missing: give it to every row")
+            raise BadInput(f"field {name!r} is {'null' if name in row else 'missing'}: give it to every row")
     row, tools = with_system(row, form), tools_of(row)
 
     if form == ["text"]:
@@ -535,6 +535,10 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     for form in KINDS[kind]:
         if any(names.issuperset(form) for names in with_prompt):
             return form
+    for form in KINDS[kind]:
+        for where, row in rows:
+            lacking = [name for name in form if row.get(name) is None and (name != "prompt" or not prompt_columns(row))]
+            require(not row.keys() >= {*lacking}, f"{where}: field {lacking[0]!r} is null: give it to every row")
     columns = ", ".join(repr(str(name)[:40]) for name in sorted(set().union(*filled), key=str)[:20]) or "none"
     needed = " | ".join(", ".join(form) for form in KINDS[kind])
     name = rows[0][0].rpartition(":")[0]
@@ -720,7 +724,8 @@ def probes(prompts: Sequence[Example], tokens: int, without: Collection[int] = (
 
 
 def show(example: Example, tokenizer) -> str:
-    """The example token by token, as the vocabulary writes them, with `+` before each trained token, else `.`."""
+    """The example token by token, as the vocabulary writes them, with `+` before each trained token and `.` before
+    each other one."""
 
     def block(ids: list[int], trained: list[bool]) -> list[str]:
         lines = [""]
@@ -732,7 +737,7 @@ def show(example: Example, tokenizer) -> str:
         return ["   " + line for line in lines]
 
     prompt = example.prompt
-    out = [f"{example.where}: prompt, {len(prompt)} tokens", *block(prompt, [False] * len(prompt))]
+    out = [f"{example.where}: prompt, {len(prompt)} tokens (+ trained, . not)", *block(prompt, [False] * len(prompt))]
     for i, ids in enumerate(example.responses):
         trained = example.trained[i] if example.trained else [True] * len(ids)
         label = f"rank {example.ranks[i]}"

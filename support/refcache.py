@@ -49,8 +49,8 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
 def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]]) -> list[Float[Tensor, " k"]]:
     """The log-probs stored in `folder` under exactly this key, else compute() written there for later runs.
 
-    If no file fits, a line says what differs in the nearest one, or that the file is damaged, so that nobody wonders
-    why the scores are computed again.
+    If no file fits but one nearly does, a line says what differs in it, or that the file is damaged, so that nobody
+    wonders why the scores are computed again.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]
         differing = [name for name in key if other_key.get(name) != key[name]]
         if nearest is None or len(differing) < len(nearest):
             nearest = differing
-    if nearest:
+    if nearest and len(nearest) <= 2:  # more: these are of another data set or model
         print(f"reference log-probs: no cached ones fit (the nearest were made with other {', '.join(nearest)})")
     logps = compute()
     if parallel.is_main():

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,8 +82,12 @@ def load_reward(
     return reward
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def one_line(error: Exception, module: str) -> str:
+    """The error, with the innermost line of the user's module that it passed through: "KeyError: 'x', at mine.py:9"."""
+    file = f"{module.replace('.', '/')}.py"
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if f"/{x.filename}".endswith(f"/{file}")]
+    at = f", at {file}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
 
 
 def place(prompt: str | list[Message], response: str | tuple[str, str]) -> str:
@@ -98,13 +103,15 @@ def load_function(name: str, flag: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's code, which may raise anything
-        raise BadInput(f"{flag} {name}: cannot be imported ({one_line(error)})") from error
+        raise BadInput(f"{flag} {name}: cannot be imported ({one_line(error, module)})") from error
     require(callable(function), f"{flag} {name}: is not a function")
     return function
 
 
 def checked(function: Reward, name: str) -> Reward:
-    """Wrap a function: check its results, and report its errors in one line with the prompt and response."""
+    """Wrap a function: check its results, and report its errors in one line with the prompt and response. `name` is the
+    flag and "module:function"."""
+    module = name.split()[-1].partition(":")[0]
 
     def reward(prompts, responses, rows) -> list[float]:
         sequences = list(zip(prompts, responses, rows, strict=True))
@@ -118,7 +125,7 @@ def checked(function: Reward, name: str) -> Reward:
                 except Exception:
                     where = place(prompt, response)
                     break
-            raise BadInput(f"{name}: raised {one_line(error)} ({where})") from error
+            raise BadInput(f"{name}: raised {one_line(error, module)} ({where})") from error
         require(
             len(values) == len(sequences),
             f"{name}: gave {len(values)} numbers for {len(sequences)} responses, from "

@@ -165,6 +165,13 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
             for where, value in _number(name, content if isinstance(content, list) else [content]):
                 yield where, None if isinstance(value, str) else value
             return
+    if data.lstrip().startswith(b"["):
+        try:
+            json.loads(data)
+        except (ValueError, RecursionError):
+            pass  # the lines have problems of their own
+        else:
+            raise BadInput(f"{name}: line 1 begins a JSON array: name the file {re.sub('(?i)jsonl', 'json', name)}")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue

@@ -45,6 +45,15 @@ wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+OTHER_NAMES = {  # in other libraries -> here
+    "learning-rate": "lr",
+    "output-dir": "out",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "model-name-or-path": "model",
+    "dataset-name": "data",
+}
 SUMS = "SHA256SUMS"  # the file in a checkpoint with the checksums of the others, as `sha256sum --check` reads it
 LOCKS: dict[Path, int] = {}  # the run directories that this process has locked, and the handles that hold the locks
 SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is missing
@@ -212,6 +221,9 @@ def cli(main: Callable, args_class: type) -> None:
     fields = args_class.__dataclass_fields__
     args_class.__dataclass_fields__ = {name: fields[name] for name in inspect.get_annotations(args_class)} | fields
     try:
+        for flag in (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")):
+            name = OTHER_NAMES.get(flag[2:].replace("_", "-"), "")
+            require(name.replace("-", "_") not in fields, f"there is no {flag}: use --{name} (see --help)")
         main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
     except BadInput as error:
         sys.exit(_complain(error, 2))
@@ -265,6 +277,12 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, bool]:
     return tokenizer, reviews.is_embedded(tokenizer)
 
 
+def repeated(args: Any, *names: str) -> str:
+    """Those of these flags that differ from their defaults, as the next command is given them."""
+    changed = [name for name in names if getattr(args, name) != getattr(type(args), name)]
+    return "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in changed)
+
+
 def start(args: Any, script: str) -> "Run":
     """The run directory of a training script, whose processes, if torchrun started several, meet here."""
     torch.manual_seed(args.seed)
@@ -308,8 +326,8 @@ class Run:
     """A run directory and what is written to it while training.
 
     A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run, or if
-    another process is running it. Nothing is written before `start`, so that a command which fails on its data can be
-    given again as it is.
+    another process is running it. Nothing is written before `start`, and a run that ended before its first step is
+    begun anew, so that a command which fails on its data, its reward or its memory can be given again as it is.
     After SIGINT or SIGTERM `interrupted` is the signal's number: the loop finishes its step, saves, and calls `leave`.
     Of several processes the main one writes and shows, and all take part in checkpoints and in stopping.
     """
@@ -326,12 +344,14 @@ class Run:
         if args.dry_run:
             return
         if begun and not args.resume:
-            raise BadInput(f"--out {self.out} already holds a run: continue it with --resume, or name another --out")
+            holds = f"--out {self.out} already holds a run"
+            require(not (self.out / "results.json").exists(), f"{holds}, which is complete: name another, or delete it")
+            require(not self._has_a_step(), f"{holds}: continue it with --resume, or name another --out")
         if (self.out / "config.json").exists() and not begun:
             raise BadInput(f"--out {self.out} already holds a model: name another --out")
         if args.resume and not begun:
             raise BadInput(f"--resume: {self.out} holds no run to continue")
-        if begun:
+        if args.resume:
             before = json.loads((self.out / "args.json").read_text())
             for field in dataclasses.fields(args):  # a flag that is newer than the run had its default
                 before.setdefault(field.name, field.default)
@@ -341,6 +361,8 @@ class Run:
                 raise BadInput(f"--resume: {self.out} was run with other flags: {changes}")
             if (self.out / "results.json").exists():
                 raise BadInput(f"--resume: {self.out} is complete; name another --out for a new run")
+        if args.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+            parallel.on_main(require_wandb)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / ".write").touch()
@@ -348,6 +370,15 @@ class Run:
         except OSError as error:
             raise BadInput(f"--out {self.out}: cannot write there: {error.strerror}") from None
         parallel.on_main(lambda: lock(self.out))
+        if begun and not args.resume:
+            print(f"--out {self.out}: the run there ended before its first step, and is begun anew")
+
+    def _has_a_step(self) -> bool:
+        """Whether a step of the run in this directory is in its log, or in a checkpoint, or has made a model."""
+        log = self.out / "metrics.jsonl"
+        lines = log.read_text("utf-8").split("\n")[:-1] if log.exists() else []
+        made = self.newest_checkpoint() or (self.out / "config.json").exists()
+        return bool(made) or any(json.loads(line)["step"] for line in lines)
 
     def check_same(self, **sources: Any) -> None:
         """BadInput if a resumed run would go on with other rows or from other weights than it began with.
@@ -384,7 +415,7 @@ class Run:
             self.bar = tqdm(disable=True)
             self._take_over_signals()
             return
-        if not (self.out / "args.json").exists():
+        if not self.args.resume:
             shutil.copy(self.script, self.out)
             _write(self.out / "environment.json", json.dumps(environment() | {"digests": self.digests}, indent=1))
             _write(self.out / "args.json", json.dumps(self.flags, indent=1))
@@ -396,7 +427,8 @@ class Run:
                 _write(path, "".join(line + "\n" for line in complete if step and json.loads(line)["step"] <= last))
         if self.args.wandb:
             identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
-            options = {"project": "rlhf", "name": self.out.name, "dir": str(self.out), "config": self.flags}
+            project = os.environ.get("WANDB_PROJECT", "rlhf")
+            options = {"project": project, "name": self.out.name, "dir": str(self.out), "config": self.flags}
             wandb.init(id=identity, resume="allow", **options)
         self._take_over_signals()
         self.bar = tqdm(total=steps, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, mininterval=0.5)
@@ -548,6 +580,15 @@ class Run:
         _write(self.out / "results.json", json.dumps(results, indent=1))
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         unlock(self.out)
+
+
+def require_wandb() -> None:
+    """BadInput unless Weights & Biases accepts this machine's login."""
+    try:
+        wandb.login()
+    except Exception as error:  # no key, a wrong one, or no network
+        problem = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise BadInput(f"--wandb: {problem}: run wandb login, or set WANDB_MODE=offline") from None
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ import torch
 
 import train_ppo
 from ablations import common, plot
+from rlhf import BadInput
 from support import reviews
 from support.rows import read_rows
 
@@ -144,6 +145,38 @@ def test_table_goes_between_its_marks():
     text = "a\n<!-- table -->\nold\n<!-- end -->\nb\n"
     assert plot.with_table(text, "new") == "a\n<!-- table -->\nnew\n<!-- end -->\nb\n"
     assert plot.with_table(plot.with_table(text, "new"), "old") == text
+
+
+def test_a_complete_experiment_says_that_it_trains_nothing(modules, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "main", lambda: None)
+    monkeypatch.chdir(ROOT)
+    modules["ipo_bandit"].main(modules["ipo_bandit"].Args())
+    said = "nothing to train: ablations/ipo_bandit/results.csv has all runs; to repeat them delete it and "
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{said}runs/ablations/ipo_bandit\n") and "Verdict: *reproduced*" in printed
+    monkeypatch.chdir(tmp_path)
+    modules["ipo_bandit"].main(modules["ipo_bandit"].Args(smoke=True))
+    assert "nothing to train" not in capsys.readouterr().out
+
+
+def test_a_full_run_needs_every_readme_with_its_marks_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__main__.py").touch()
+    (tmp_path / "old/README.md").write_text("# Old\n\n<!-- table -->\n<!-- end -->\n")
+    readme = tmp_path / "new/README.md"
+    problem = "new/README.md: is missing, or lacks the lines <!-- table --> and <!-- end -->"
+    for text in (None, "# New\n", "# New\n\n<!-- table -->\n"):
+        if text:
+            readme.write_text(text)
+        for name in ("old", "new"):  # either ends by writing the tables of both
+            with pytest.raises(BadInput, match=problem):
+                common.results(name, common.Args())
+    assert common.results("new", common.Args(quick=True)).path == Path("runs/ablations/new/quick/results.csv")
+    readme.write_text("# New\n\n<!-- table -->\n<!-- end -->\n")
+    assert common.results("new", common.Args()).path == tmp_path / "new/results.csv"
 
 
 # ------------------------------------------------------------------------------------------------------------- kl_leash

@@ -695,7 +695,7 @@ SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
         ("preference", PAIR, {"chosen": ""}, "field 'chosen' is empty: give it a text or use --skip-bad-rows"),
         ("preference", PAIR, {"rejected": " \n"}, "field 'rejected' is empty"),
         ("preference", PAIR, {"prompt": ""}, "field 'prompt' is empty"),
-        ("preference", PAIR, {"chosen": None}, "field 'chosen' is missing: give it to every row"),
+        ("preference", PAIR, {"chosen": None}, "field 'chosen' is null: give it to every row"),
         ("preference", PAIR, {"chosen": 5}, "field 'chosen' is not text or messages but int"),
         ("preference", PAIR, {"chosen": "\ud800"}, "field 'chosen' holds half a surrogate pair"),
         ("preference", PAIR, {"prompt": []}, "field 'prompt' is empty"),
@@ -754,6 +754,9 @@ def test_a_template_that_refuses_is_a_bad_row():
 
 def test_unreadable_files(tmp_path):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    good_json = json.dumps(good)
+    packed = tmp_path / "q.JSONL.gz"
+    packed.write_bytes(gzip.compress(json.dumps([good, good], indent=1).encode()))
     empty = tmp_path / "empty"
     empty.mkdir()
     for message, source in {
@@ -764,6 +767,8 @@ def test_unreadable_files(tmp_path):
             tmp_path, good, "", "{", name="a.jsonl"
         ),
         r"b.jsonl:2: not an object": file(tmp_path, good, "[1]", name="b.jsonl"),
+        r"p.jsonl: line 1 begins a JSON array: name the file p.json$": file(tmp_path, f"[{good_json}]", name="p.jsonl"),
+        r"q.JSONL.gz: line 1 begins a JSON array: name the file q.json.gz$": str(packed),
         r"c.jsonl: holds no rows": file(tmp_path, "", name="c.jsonl"),
         r"d.json:2: not JSON": file(tmp_path, "[1,", "2 3]", name="d.json"),
         r"e.txt: unknown kind of file": file(tmp_path, "hello", name="e.txt"),
@@ -809,8 +814,14 @@ def test_columns_that_fit_no_form():
         BadInput, match=r"^f.jsonl: its columns \('chosen', 'question'\) fit no form of preference rows"
     ):
         one(PLAIN, "preference", {"question": "q", "chosen": "a"})
-    with pytest.raises(BadInput, match="prompt, chosen, rejected"):
-        one(PLAIN, "preference", {"prompt": "q", "chosen": "a", "rejected": None})
+    for row, null in (
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected"),
+        ({"question": "q", "chosen": None, "rejected": None}, "chosen"),
+        ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "prompt"),
+    ):
+        rows = [("f.jsonl:1", {"text": "t"}), ("f.jsonl:2", row)]
+        with pytest.raises(BadInput, match=f"^f.jsonl:2: field '{null}' is null: give it to every row$"):
+            build(rows, PLAIN, "preference", 99, 199)
     with pytest.raises(BadInput, match="of preference rows: use train_dpo.py --loss kto, or rename them to one of"):
         one(PLAIN, "preference", {"prompt": "q", "completion": "a", "label": True})
     with pytest.raises(BadInput, match="of preference rows: use train_sft.py, or rename them to one of"):
@@ -1004,7 +1015,7 @@ def test_mismatched_needs_two():
 def test_show():
     example, _ = one(PLAIN, "unpaired", {"prompt": "p", "completion": "a\n", "label": True})
     assert show(example, PLAIN).splitlines() == [
-        "f.jsonl:1: prompt, 2 tokens",
+        "f.jsonl:1: prompt, 2 tokens (+ trained, . not)",
         "    .'<s>' .'p'",
         "response 1 (desirable), 3 tokens, 3 trained",
         "    +'a' +'Ċ' +'</s>'",

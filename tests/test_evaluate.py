@@ -504,7 +504,7 @@ def test_a_judge_from_the_command_line(go, module, answered):
         ("return [0.5] * (len(prompts) - 1)", "for 11 "),
         ("return [float('nan')] * len(prompts)", "gave nan"),
         ("return [1.5] * len(prompts)", "gave 1.5, which is no probability"),
-        ("return 1 / 0", "raised ZeroDivisionError"),
+        ("return 1 / 0", "raised ZeroDivisionError: division by zero, at functions"),
     ],
 )
 def test_a_judge_that_fails_is_one_line_with_the_prompt(body, said, go, module, world):
@@ -688,6 +688,14 @@ def test_a_model_of_another_vocabulary_without_a_reward(go, world, tmp_path, cap
     assert not {"reward", "win", "gold", "grammatical"} & results["models"]["strange"].keys()
     assert "no plot of reward against KL" in capsys.readouterr().out
     assert not (tmp_path / "run" / "reward_kl.png").exists()
+
+
+@pytest.mark.parametrize("name, data", [("strange", "reviews"), ("strange", None), ("first", "reviews")])
+def test_a_model_of_ones_own_on_film_reviews_is_told_so(name, data, go, world, monkeypatch, capsys):
+    monkeypatch.setattr(reviews, "ROWS", 300)
+    evaluate.main(go.arguments(name, dry_run=True, **({"data": data} if data else {})))
+    line = f"--data reviews: these are film reviews, and {world / name} is no model of them: name prompts of your own"
+    assert (line in capsys.readouterr().out) == (name == "strange" and data == "reviews")
 
 
 def test_dry_run_evaluates_nothing(go, tmp_path, capsys):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+import tyro
 from safetensors.torch import load_file
 from test_data import byte_level
 from test_resume import (  # noqa: F401 (quick and server are fixtures)
@@ -32,6 +34,7 @@ from test_rm import llama
 from test_sample import words
 from tiny import ARCHITECTURES, example, tiny
 
+import evaluate
 import train_ppo
 from rlhf import BadInput
 from support import models, report, reviews, runs, scoring
@@ -731,6 +734,27 @@ def test_a_function_that_fails_loses_nothing(own, world, tmp_path):
     assert [folder.name for folder in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-2"]
     own.fail = None
     train_ppo.main(dataclasses.replace(a, resume=True))
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("reward", ["gold", "{world}/rm"])
+def test_the_next_command_evaluates_by_the_same_reward_on_the_same_prompts(reward, world, go, capsys):
+    reward = reward.format(world=world)
+    out = go(**CHEAP | {"reward": reward}).out
+    [line] = re.findall(r"Next: python evaluate\.py (.*)\n", capsys.readouterr().out)
+    compared = {"models": (f"{world}/model", str(out)), "data": f"{world}/prompts.jsonl"}
+    wanted = evaluate.Args(**compared, reward=reward, out=f"{out}-eval")
+    assert tyro.cli(evaluate.Args, args=line.split()) == wanted
+
+
+def test_a_function_that_fails_at_once_can_be_mended_and_given_again(own, world, tmp_path):
+    flags = CHEAP | {"reward": "own_reward:reward", "max_steps": 2}
+    train_ppo.main(small(world, tmp_path / "straight", **flags))
+    own.fail = raises
+    with pytest.raises(BadInput, match="no luck"):
+        train_ppo.main(small(world, tmp_path / "run", **flags))
+    own.fail = None
+    train_ppo.main(small(world, tmp_path / "run", **flags))
     assert_same(tmp_path / "run", tmp_path / "straight")
 
 

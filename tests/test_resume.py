@@ -387,7 +387,7 @@ def test_a_complete_run_is_refused(name, world, straight):
     before = snapshot(out)
     with pytest.raises(BadInput, match="is complete"):
         continued(arguments(world, out, name))
-    with pytest.raises(BadInput, match="already holds a run"):
+    with pytest.raises(BadInput, match="already holds a run, which is complete: name another, or delete it"):
         train(arguments(world, out, name))
     assert snapshot(out) == before
 
@@ -404,6 +404,33 @@ def test_a_used_folder_is_refused(world, halfway, tmp_path):
         with pytest.raises(BadInput, match="already holds a model"):
             train(a)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "sft"])
+def test_a_run_that_failed_in_its_first_step_is_begun_anew(name, world, straight, tmp_path, monkeypatch, capsys):
+    """The metrics of step 0 are there. Other flags may be the remedy, so they may differ."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "require_finite", lambda *_: exec("raise FloatingPointError('inf')"))
+        with pytest.raises(FloatingPointError):
+            train(arguments(world, out, name, lr=9.0))
+    assert logged(out, 0) and not logged(out, 1)
+    runs.unlock(out)
+    train(arguments(world, out, name))
+    assert f"--out {out}: the run there ended before its first step, and is begun anew" in capsys.readouterr().out
+    assert_same(out, straight(name))
+    assert json.loads((out / "args.json").read_text())["lr"] == 3e-3
+
+
+@pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoint/step-1/state.pt", "config.json", "results.json"])
+def test_a_run_with_any_result_is_not_begun_anew(sign, world, tmp_path):
+    (tmp_path / sign).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / sign).write_text('{"step": 1}\n')
+    before = snapshot(tmp_path)
+    with pytest.raises(BadInput, match="already holds a run"):
+        train(arguments(world, tmp_path, "dpo dpo"))
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["dpo dpo", "sft"])

@@ -258,6 +258,19 @@ def test_a_function_that_goes_wrong_is_one_line(name, module):
     one_line(error, f"--by {source}: ", *WRONG[name])
 
 
+def test_the_innermost_line_of_the_users_file_is_named(module):
+    """Not that of the library it calls, nor that of the function's own call."""
+    lines = ["import json", "", "def score(text):", "    return json.loads(text)", ""]
+    name = module("\n".join([*lines, "def f(prompts, responses, rows):", "    return [*map(score, responses)]"]))
+    with pytest.raises(BadInput) as error:
+        load_reward(f"{name}:f")(PROMPTS, RESPONSES, ROWS)
+    one_line(error, f"raised JSONDecodeError: Expecting value: line 1 column 1 (char 0), at {name}.py:4 (prompt")
+    broken = module("import json\n\nx = json.loads('{')\n")
+    with pytest.raises(BadInput) as error:
+        load_reward(f"{broken}:f")
+    one_line(error, f", at {broken}.py:3)")
+
+
 def test_long_texts_are_shortened_and_messages_shown(module):
     source = f"{module(RAISES)}:f"
     with pytest.raises(BadInput) as error:

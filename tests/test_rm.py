@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+import tyro
 from safetensors.torch import load_file
 from test_data import byte_level
 from test_resume import (  # noqa: F401 (quick and server are fixtures)
@@ -33,6 +35,7 @@ from test_sample import saved, words
 from test_scripts import gradients, ranked
 from tiny import ARCHITECTURES, GQA, random_examples, tiny
 
+import train_ppo
 import train_rm
 from rlhf import BadInput
 from support import models, report, reviews, runs, scoring
@@ -113,6 +116,15 @@ def go(world, tmp_path):
         )
 
     return run
+
+
+@pytest.mark.parametrize("start", ["model", "rm"])
+def test_the_next_command_is_ppo_on_prompts_of_ones_own(start, world, go, capsys):
+    out = go(model=f"{world}/{start}", max_steps=1).out
+    [line] = re.findall(r"Next: python train_ppo\.py (.*)\n", capsys.readouterr().out)
+    policy = "POLICY" if start == "rm" else f"{world}/model"  # a reward model writes nothing
+    wanted = train_ppo.Args(model=policy, reward=str(out), data="PROMPTS", out=f"{out}-ppo")
+    assert tyro.cli(train_ppo.Args, args=line.split()) == wanted
 
 
 @pytest.fixture

@@ -113,6 +113,13 @@ def go(world, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_next_command_ranks_answers_if_there_are_several(k, go, capsys):
+    out = go(k=k).out
+    end = f"The samples are in {out}.\n" + (f"Next: python annotate.py {out}\n" if k > 1 else "")
+    assert capsys.readouterr().out.endswith(f"\n{end}")
+
+
 @pytest.fixture(scope="module")
 def whole(world):
     """The bytes of the file of a run that was never stopped."""

@@ -706,6 +706,10 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
     assert "made with other template)" in ask()[1]
     tokenizer.add_tokens(["zebra"])
     assert "made with other tokenizer)" in ask()[1]
+    tokenizer.add_tokens(["gnu"])
+    assert "made with other tokenizer, rows)" in ask(examples[:1])[1]
+    tokenizer.add_tokens(["okapi"])
+    assert ask(examples[1:], layout="padded")[:2] == (True, "")  # these are another data set's
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other number", "other question", "no tensor"])
@@ -774,6 +778,13 @@ def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, c
     files = {"model": f"{world}/model", "ref": f"{world}/other", "data": f"{world}/train.jsonl"}
     assert proposed == train_dpo.Args(**files, **repeated, beta=BETA / 2, out=f"{run.out}-loose")
     train_dpo.check_flags(proposed)
+
+
+def test_the_command_after_sft_has_an_out_of_its_own(world, go, capsys):
+    run = go("sft", max_steps=1)
+    [line] = re.findall(r"Next: python train_dpo\.py (.*)\n", capsys.readouterr().out)
+    proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
+    assert proposed == train_dpo.Args(model=str(run.out), data="PREFERENCES", out=f"{run.out}-dpo")
 
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
@@ -1162,12 +1173,32 @@ def test_dry_run_shows_three_examples_and_writes_nothing(script, world, tmp_path
     assert not [*tmp_path.iterdir()] and sorted(world.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "given, flag",
+    [
+        ("--learning-rate 1e-4", "--lr"),
+        ("--output_dir=runs/mine", "--out"),
+        ("--num-epochs 2", "--epochs"),
+        ("--per-device-train-batch-size 4", "--batch-size"),
+    ],
+)
+def test_other_libraries_names_of_flags_are_translated(given, flag, monkeypatch, capsys):
+    assert cli(monkeypatch, "dpo", ["train_dpo.py", *given.split()]) == 2
+    name = re.split("[ =]", given)[0]
+    assert capsys.readouterr().err == f"error: there is no {name}: use {flag} (see --help)\n"
+
+
 # ------------------------------------------------------------------------------------------------------------- wandb
 
 
-def test_wandb_gets_the_same_metrics(go, monkeypatch):
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """A stand-in for wandb, which has `logged` what begins and is logged, and `finished` what ends."""
     logged, finished = [], []
     fake = SimpleNamespace(
+        logged=logged,
+        finished=finished,
+        login=lambda: True,
         init=lambda **options: logged.append(options),
         log=lambda row, step=None: logged.append((step, row)),
         finish=lambda: finished.append(True),
@@ -1176,9 +1207,15 @@ def test_wandb_gets_the_same_metrics(go, monkeypatch):
         Image=lambda path: ("image", path),
     )
     monkeypatch.setattr(runs, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_the_same_metrics(go, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "films")
     run = go(wandb=True, eval_prompts=3, max_new_tokens=4)
-    options, *rows = logged
+    options, *rows = fake_wandb.logged
     assert options["config"]["loss"] == "dpo" and options["dir"] == str(run.out) and options["resume"] == "allow"
+    assert options["project"] == "films" and options["name"] == run.out.name
     written = [json.loads(line) for line in open(run.out / "metrics.jsonl")]
     assert [{"step": step, **row} for step, row in rows[: len(written)]] == written
     (step, samples), (_, curves) = rows[len(written) :]
@@ -1187,7 +1224,24 @@ def test_wandb_gets_the_same_metrics(go, monkeypatch):
     assert [dict(zip(columns, row, strict=True)) | {"step": 3} for row in data] == [
         json.loads(line) for line in open(run.out / "samples.jsonl")
     ]
-    assert curves == {"curves": ("image", f"{run.out}/curves.png")} and finished == [run.results, True]
+    assert curves == {"curves": ("image", f"{run.out}/curves.png")} and fake_wandb.finished == [run.results, True]
+
+
+def test_wandb_without_a_login_is_one_line_before_any_work(go, fake_wandb, tmp_path, monkeypatch):
+    def login():
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    accepts, fake_wandb.login = fake_wandb.login, login
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "run"
+    with pytest.raises(BadInput) as error:
+        go(wandb=True, out=str(out))
+    assert str(error.value) == "--wandb: No API key configured: run wandb login, or set WANDB_MODE=offline"
+    assert not out.exists() and not (tmp_path / "cache").exists()
+    fake_wandb.login = accepts
+    go(wandb=True, out=str(out))
+    assert fake_wandb.logged[0]["project"] == "rlhf"
 
 
 @pytest.mark.slow
