@@ -1,15 +1,16 @@
 """Per-token log-probabilities from hidden states, without holding the logits of a whole batch.
 
 A language model's output layer turns n hidden states (n d) into logits (n v), of which one log-prob per row stays. The
-logits are by far the largest tensor of a training step, so they are computed in tiles here, and thrown away.
+logits are by far the largest tensor of a training step, so they are computed in tiles here. At most their softmax is
+kept, if it fits in `keep_bytes`.
 
 Forward, in tiles of tokens (each row has its whole vocabulary, so its log-sum-exp is exact):
 
     z = softcap * tanh(scale * (h W' + b) / softcap) / temperature
     logp_i = z[i, target_i] - logsumexp_j z[i, j]
 
-Backward: with g_i the gradient of logp_i, that of row z_i is g_i * (onehot(target_i) - softmax(z_i)). Three modes
-(softcap or entropy: always recompute):
+Backward: if the loss has gradient g_i with respect to logp_i, it has g_i * (onehot(target_i) - softmax(z_i)) with
+respect to row z_i. Three modes (softcap or entropy: always recompute):
 
     keep        the softmax was kept, in the inputs' dtype, because it fits in `keep_bytes`: two matrix products
     recompute   logits again, in slices of the vocabulary over all tokens, so that each slice of dW is written once
@@ -107,8 +108,8 @@ def token_kl(
 
     z is defined at the top of this file, with one temperature for both. hidden and ref_hidden are aligned as in
     `token_logps`, and the two heads share a vocabulary. If the tokens were sampled from p, the sum over a response is
-    an unbiased estimate of the KL between the distributions of whole responses, and its variance is at most that of the
-    sum of log p - log q (Rao-Blackwell; Amini, Vieira, Cotterell 2025, arXiv 2504.10637).
+    an unbiased estimate of the KL between the distributions of whole responses, usually with less variance than the sum
+    of log p - log q (Amini, Vieira, Cotterell 2025, arXiv 2504.10637, say always; dependent tokens can break that).
 
     Range [0, inf) up to rounding; float32, or float64 for float64 inputs. Gradient flows to both sides. The backward
     pass computes the logits a second time, tile by tile, so neither pass holds more than a few tiles of `tile_bytes`.

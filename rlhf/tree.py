@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-SHORT = 128  # most keys of a segment that shares an SDPA call
+SHORT = 128  # a segment with more keys than this gets an SDPA call of its own
 _signature = cache(inspect.signature)
 
 
@@ -41,7 +41,8 @@ class Tree(Protocol):
 
 
 class Segment(NamedTuple):
-    """Queries [start, stop) of the row. They attend to keys [prefix, prefix_stop) and causally to each other."""
+    """A prompt with its first response (its prefix is empty), or another response (its prefix is the prompt): queries
+    [start, stop) of the row attend to keys [prefix, prefix_stop) and causally to each other."""
 
     start: int
     stop: int
@@ -79,9 +80,9 @@ class Bucket:
         self.causal = len(parts) == 1 and parts[0].prefix == parts[0].prefix_stop
 
     def take(self, x: Tensor, pieces: dict[int, Tensor], indices: Int[Tensor, "s width"]) -> Tensor:
-        """Take the tokens of x at `indices` of the row, (1 h t d) -> (s h width d). `pieces` is x from `Segments.cut`.
+        """Take the tokens of x at `indices` of the row, (1 h t d) -> (s h width d). `pieces` is `Segments.cut(x)`.
 
-        A bucket of one segment reads from `pieces`, since the backward pass of indexing fills a row with zeros.
+        A bucket of one segment reads from `pieces`, since the backward pass of indexing fills a whole row with zeros.
         """
         if len(self.parts) > 1:
             return rearrange(x[0][:, indices], "h s width d -> s h width d")
@@ -114,7 +115,7 @@ class Segments:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """Segments with up to SHORT keys share buckets of similar size: an SDPA call costs more than their padding."""
+        """Segments with up to SHORT keys share a bucket with others of their size: padding costs less than a call."""
         groups: dict[tuple[int, int] | int, list[Segment]] = defaultdict(list)
         for i, (part, q, k) in enumerate(zip(self.parts, self.q_lengths, self.k_lengths, strict=True)):
             groups[(-(-q // 16), -(-k // 16)) if k <= SHORT else i].append(part)
@@ -122,7 +123,7 @@ class Segments:
 
     @cached_property
     def order(self) -> Int[Tensor, " t"] | None:
-        """Where each token of the row is among all buckets' real queries, end to end; None if in the row's order."""
+        """Index of each token of the row among all buckets' real queries, end to end; None if in the row's order."""
         if len(self.buckets) == len(self.parts):
             return None
         return torch.cat([b.queries.flatten()[b.real] for b in self.buckets]).argsort()
@@ -231,9 +232,9 @@ def collate(examples: Sequence[Tree], layout: str, pad_id: int, device: torch.de
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, segments=None, **kwargs
 ):
-    """Attention over a packed row, as an attention function of transformers; query, key, value are (1 heads t d_head).
+    """Attention over a packed row, as the transformers library calls it; query, key, value are (1 heads t d_head).
 
-    Half precision on CUDA is one variable-length flash call, in which a segment's keys are its prefix and itself.
+    In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its prefix and itself.
     Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A sliding
     window is respected. Raises NotImplementedError if the result would differ from the model's own attention: no
     segments, a soft-cap on the scores, or attention sinks.

@@ -10,8 +10,8 @@ from support import report
 
 
 def reads(a) -> int:
-    """Single values that the whole run reads from tensors (`.item()`, `float(x)`, `if x`); but those of the fused AdamW,
-    which reads the number of its steps on a CPU only."""
+    """Single values that the whole run reads from tensors (`.item()`, `float(x)`, `if x`), without those of the fused
+    AdamW, which on a CPU reads the number of its steps."""
     with profile() as profiler:
         SCRIPTS[a.out.split("/")[-1].split("-")[0]].main(a)
     return sum(event.name == "aten::_local_scalar_dense" and not fused(event) for event in profiler.events())
