@@ -340,6 +340,7 @@ def main(a: Args) -> dict:
         results["explicit_accuracy"] = mean("explicit_accuracy", right, [*alike.values()])
 
     # ---------------------------------------------------------------------------------------------- models, one by one
+    run.check_same(data=examples, ref=reference, reward=getattr(reward, "model", None))
     state = run.load_checkpoint() or {"step": 0, "models": {}, "answers": {}}
     results["models"], samples = state["models"], state["answers"]
     run.start(state["step"], len(a.models))

@@ -32,7 +32,7 @@ from rlhf import BadInput, require
 from support import models, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
-from support.report import interval, mean_interval, table
+from support.report import interval, mean_interval, share_and_half, table
 from support.rows import prompt_of
 from support.scoring import Batching
 
@@ -143,6 +143,13 @@ def main(a: Args) -> dict[str, float]:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         return {}
     out, rows = Path(a.out), begun(a, prompts)
+    flags = out.with_suffix(".args.json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        flags.touch()
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
+    runs.lock(flags)
 
     # ---------------------------------------------------------------------------------------------------------- models
     runs.make_missing(train_sft, a.model, a.device)
@@ -151,12 +158,16 @@ def main(a: Args) -> dict[str, float]:
         scorers["ref_logps"] = models.load_model(a.ref, a.device, a.trust_remote_code, "--ref")
     model = scorers["logps"]
     digest = tokens.digest(tokenizer)
+    contents = {"data": runs.rows_digest(prompts), "model": models.digest(model)}
+    contents |= {"ref": models.digest(scorers["ref_logps"])} if a.ref else {}
+    before = json.loads(flags.read_text()).get("contents", contents) if a.resume else contents
+    changed = ", ".join(f"--{name}" for name in contents if before.get(name) != contents[name])
+    require(not changed, f"--resume: {out} was begun with other contents of {changed}: name another --out")
     ends, probe_rows = end_ids(model, tokenizer), probes(prompts, a.max_new_tokens)
     batching = Batching(a.layout, models.pad_id(tokenizer), torch.float32, a.micro_batch_tokens, a.device)
     layouts = {name: scoring.choose_layout(scorer, probe_rows, batching) for name, scorer in scorers.items()}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".args.json").write_text(json.dumps({"flags": asdict(a), **runs.environment()}, indent=1))
+        flags.write_text(json.dumps({"flags": asdict(a), **runs.environment(), "contents": contents}, indent=1))
         write(out, rows, "w")
     except OSError as error:
         raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
@@ -214,11 +225,13 @@ def main(a: Args) -> dict[str, float]:
         texts = [f"{row['prompt']} {text}" for row in rows for text in row["responses"]]
         stats["gold"] = ("gold reward", [reviews.gold_reward(text) for text in texts])
     of_prompt = [i for i in range(len(rows)) for _ in range(a.k)]
-    shown = [[title, interval(mean_interval(values, of_prompt))] for title, values in stats.values()]
+    of = {"ended": share_and_half}
+    shown = [[title, interval(of.get(n, mean_interval)(values, of_prompt))] for n, (title, values) in stats.items()]
     print("\n" + table([f"{len(rows)} prompts, {a.k} responses each", "mean"], shown))
     for row in rows[:3]:
         print(f"\nprompt  {str(row['prompt'])[-300:]}")
         print("\n".join(f"     {i}  {text}" for i, text in enumerate(row["responses"], 1)))
+    runs.unlock(flags)
     print(f"\nThe samples are in {out}." + (f"\nNext: python annotate.py {out}" if a.k > 1 else ""))
     return {name: mean_interval(values)[0] for name, (_, values) in stats.items()}
 

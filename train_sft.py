@@ -26,7 +26,16 @@ from support import models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer, answer_stats, end_ids
 from support.parallel import gather
-from support.report import ANSWER_STATS, interval, mean_interval, read, table, weighted_means
+from support.report import (
+    ANSWER_STATS,
+    SHARE_STATS,
+    interval,
+    mean_interval,
+    read,
+    share_and_half,
+    table,
+    weighted_means,
+)
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -157,7 +166,7 @@ def main(a: Args) -> dict[str, float]:
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
     answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, dtype=dtype)
     stats = answer_stats(answers, end_ids(policy, tokenizer), embedded) if answers else {}
-    intervals = {name: mean_interval(values) for name, values in stats.items()}
+    intervals = {n: (share_and_half if n in SHARE_STATS else mean_interval)(x) for n, x in stats.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
     rows += [[ANSWER_STATS[name], interval(x)] for name, x in intervals.items()]

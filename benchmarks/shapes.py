@@ -57,7 +57,7 @@ def folder_of(shape: str, device: str) -> Iterator[str]:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(from_pretrained)),
-        mock.patch.object(models, "weights_digest", lambda *_: "random"),
+        mock.patch.object(models, "digest", lambda *_: "random"),
     ):
         config_of(shape).save_pretrained(folder)
         yield compare.small_tokenizer(folder, 16)

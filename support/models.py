@@ -142,9 +142,12 @@ def has_reward_head(model) -> bool:
     return hasattr(model, "score")
 
 
-def weights_digest(model, start: str = "") -> str:
-    """SHA-256 of a text and all weights, by name. Of several processes that share the model all must call this."""
-    digest = hashlib.sha256(start.encode())
+def digest(model) -> str:
+    """SHA-256 of all that a model computes with: its config, what ends its answers, and all weights, by name. Of
+    several processes that share the model all must call this."""
+    config = model.config.to_dict() | {"dtype": None, "_name_or_path": None, "transformers_version": None}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    digest = hashlib.sha256(f"{config}{ends}".encode())
     for name, value in sorted(model.state_dict().items()):
         value = full_tensor(value)
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

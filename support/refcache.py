@@ -35,9 +35,8 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
     def digest(*parts) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    irrelevant = {"dtype": None, "_name_or_path": None, "transformers_version": None}
     return {
-        "weights": models.weights_digest(model, str(model.config.to_dict() | irrelevant))[:32],
+        "weights": models.digest(model)[:32],
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template),
         "rows": digest(*[(e.prompt, e.responses) for e in examples]),

@@ -36,6 +36,7 @@ ANSWER_STATS = {  # what is measured of sampled answers (generate.answer_stats),
     "length": "length, tokens",
     "ended": "share that ends with EOS",
 }
+SHARE_STATS = {"grammatical", "ended"}
 
 # after Okabe and Ito, so that colour-blind readers can tell them apart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C510A", "#7F7F7F")
@@ -102,6 +103,18 @@ def share_interval(sums: Sequence[float | int], counts: Sequence[float | int]) -
     n = p * (1 - p) / error**2
     half = math.sqrt(t2 * (p * (1 - p) / n + t2 / (4 * n * n)))
     return (p + t2 / (2 * n) - half) / (1 + t2 / n), (p + t2 / (2 * n) + half) / (1 + t2 / n)
+
+
+def share_and_half(values: Sequence[float], groups: Sequence | None = None) -> tuple[float, float]:
+    """As `mean_interval` for values in [0, 1]: their mean, and the longer side of its `share_interval`, so that a share
+    that is 0 or 1 in the sample is not said to be certain."""
+    sums, counts = defaultdict(float), defaultdict(int)
+    for value, group in zip(values, range(len(values)) if groups is None else groups, strict=True):
+        sums[group] += value
+        counts[group] += 1
+    mean = statistics.fmean(values)
+    low, high = share_interval([*sums.values()], [*counts.values()])
+    return mean, math.inf if math.isnan(low) else max(high - mean, mean - low)
 
 
 def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
@@ -204,7 +217,8 @@ def compare_stats(stats: dict[str, dict[str, list[float]]]) -> tuple[list[list[s
     """
     rows, results = [], {}
     for name in (n for n in ANSWER_STATS if stats["after"].get(n)):
-        intervals = {side: mean_interval(values[name]) for side, values in stats.items()}
+        of = share_and_half if name in SHARE_STATS else mean_interval
+        intervals = {side: of(values[name]) for side, values in stats.items()}
         results |= {f"{side}/{name}": mean for side, (mean, _) in intervals.items()}
         rows.append([ANSWER_STATS[name], *map(interval, intervals.values())])
     before = stats["before"].get("gold", [])

@@ -10,7 +10,7 @@ from torch import Tensor
 from support import reviews
 from support.examples import Example, group_of
 from support.preferences import ceiling, expected_accuracy, pair_tensors, pairs
-from support.report import interval, mean_interval, new_page
+from support.report import interval, new_page, share_and_half
 
 TIE = 1e-4  # in reward: rounding can cause margins up to this size, so they count as half correct
 
@@ -74,7 +74,7 @@ def held_out_report(held: Sequence[Example], rewards: Sequence[Tensor], split_by
         """Mean accuracy over the examples, and the half-width of its interval over groups."""
         accuracies = expected_accuracy(margins, label_probability, TIE) * weights
         sums = torch.zeros(len(held)).double().index_add(0, example, accuracies)
-        return mean_interval(sums.tolist(), groups)
+        return share_and_half(sums.tolist(), groups)
 
     accuracy, longer_wins = accuracy_interval(margins), accuracy_interval(length_margins)
     curve, error = calibration(margins, label_probability, weights)
@@ -102,7 +102,7 @@ def held_out_report(held: Sequence[Example], rewards: Sequence[Tensor], split_by
                 continue
             best = torch.maximum(label_probability, 1 - label_probability)[inside].mean().item()
             inside_groups = [groups[i] for i in example[inside].tolist()]
-            bars.append([low.item(), high.item(), *mean_interval(accuracies.tolist(), inside_groups), best])
+            bars.append([low.item(), high.item(), *share_and_half(accuracies.tolist(), inside_groups), best])
             results[f"accuracy/margin_{low:.3g}_{high:.3g}"] = bars[-1][2]
             rows.append([f"  where {unit} differs by {low:.3g} to {high:.3g}", interval(tuple(bars[-1][2:4]), 3)])
     rows.append(["calibration error (ECE)", f"{error:.3f}"])

@@ -387,13 +387,13 @@ class Run:
         there is no --eval-data. Their digests are kept in environment.json; a run that has none is not checked, which a
         line says."""
         path = self.out / "environment.json"
-        before = json.loads(path.read_text()).get("digests", {}) if self.args.resume and path.exists() else {}
+        before = json.loads(path.read_text()).get("contents", {}) if self.args.resume and path.exists() else {}
         changed, unknown = [], []
         for name, source in sources.items():
             if source is None:
                 continue
             is_model = isinstance(source, torch.nn.Module)
-            self.digests[name] = models.weights_digest(source) if is_model else rows_digest(source)
+            self.digests[name] = models.digest(source) if is_model else rows_digest(source)
             flag = f"--{name.replace('_', '-')}" if getattr(self.args, name, None) else "--data"
             if name not in before:
                 unknown.append(flag)
@@ -417,7 +417,7 @@ class Run:
             return
         if not self.args.resume:
             shutil.copy(self.script, self.out)
-            _write(self.out / "environment.json", json.dumps(environment() | {"digests": self.digests}, indent=1))
+            _write(self.out / "environment.json", json.dumps(environment() | {"contents": self.digests}, indent=1))
             _write(self.out / "args.json", json.dumps(self.flags, indent=1))
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
@@ -535,7 +535,7 @@ class Run:
         if path.exists():
             try:
                 by_one = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # damaged files raise almost anything
                 raise BadInput(f"--resume: {path} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
             if not parallel.several():
                 return by_one
@@ -615,7 +615,7 @@ def rows_digest(examples: Sequence) -> str:
     for e in examples:
         judged = [e.ranks, e.labels, e.margin, e.probability, e.rewards, e.noise]
         parts = [e.prompt, e.responses, e.trained, judged, e.row]
-        digest.update(json.dumps(parts, default=lambda x: type(x).__name__).encode())
+        digest.update(json.dumps(parts, default=lambda x: hashlib.sha256(pickle.dumps(x)).hexdigest()).encode())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ computes; its gradients are added up over the processes and cut again. The loss 
 step before that, so N processes give what one gives, up to rounding. In one process nothing here wraps anything.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -257,8 +258,19 @@ def load_checkpoint(folder: Path, by_one: dict | None, parts: dict[str, Any]) ->
     return state
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Gives the names in METADATA and torch's dtypes, and refuses all others."""
+class _MetadataUnpickler(pickle._Unpickler):  # the one in Python, whose instructions can be overridden
+    """Gives the names in METADATA and torch's dtypes, and refuses all others. Sets attributes of the metadata's own
+    objects only: those of a class or a function would outlive the file and change what the program does."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self):
+        target = self.stack[-2]
+        if isinstance(target, type) or not dataclasses.is_dataclass(target):
+            raise pickle.UnpicklingError(f"it changes {getattr(target, '__qualname__', type(target).__name__)}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -273,7 +285,8 @@ def _read_metadata(path: Path):
         with open(path, "rb") as f:
             metadata = _MetadataUnpickler(f).load()
     except Exception as error:  # damaged pickles raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = str(error) if isinstance(error, pickle.UnpicklingError) else repr(error)
+        reason = " ".join(reason.split())[:200]
         raise BadInput(f"--resume: {path} is no checkpoint's metadata, and is not loaded: {reason}") from None
     kind = type(metadata).__name__
     require(kind == "Metadata", f"--resume: {path} is no checkpoint's metadata, and is not loaded: it holds a {kind}")

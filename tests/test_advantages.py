@@ -324,6 +324,16 @@ def test_gradient_is_0_only_where_clipped(clip_range):
     assert torch.equal(logps.grad == 0, clipped | (A == 0))
 
 
+def test_a_ratio_at_the_end_of_the_range_is_not_clipped():
+    """2 and 1/2, which are exact: the gradient is all of -A ratio."""
+    for ratio, A, clip_range in ((2.0, 3.0, 1.0), (0.5, -3.0, 0.5)):
+        logps = f64(math.log(ratio)).requires_grad_()
+        assert logps.detach().exp().item() == ratio
+        losses.ppo_clip(logps, f64(0), f64(A), clip_range).sum().backward()
+        assert logps.grad.item() == -A * ratio
+        assert not losses.clipped(logps, f64(0), f64(A), clip_range).any()
+
+
 def test_at_the_first_update_it_is_the_policy_gradient():
     """At ratio 1, where both branches are equal, the gradient is all of -A, not half of it."""
     logps, A = f64(-1, -2, -0.5).requires_grad_(), f64(2, -3, 0)
@@ -351,12 +361,12 @@ def test_clipped_surrogate_of_extreme_ratios(dtype):
 
 def test_value_loss():
     """The golden table: clipped with the larger error, clipped with the smaller, inside."""
-    values, old, returns = f64(1, 0, 0.6).requires_grad_(), f64(0.5, 0.5, 0.5), f64(0.9, 0.9, 0.9).requires_grad_()
+    values, old, returns = (f64(*x).requires_grad_() for x in ((1, 0, 0.6), (0.5, 0.5, 0.5), (0.9, 0.9, 0.9)))
     loss = losses.value_loss(values, old, returns, E)
     close(loss.detach(), 0.02, 0.405, 0.045)
     loss.sum().backward()
     close(values.grad, 0, -0.9, -0.3)
-    assert returns.grad is None
+    assert old.grad is None and returns.grad is None
     plain = losses.value_loss(values, old, returns)
     close(plain.detach(), 0.005, 0.405, 0.045)
 

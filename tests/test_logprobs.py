@@ -40,6 +40,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("error")  # torch resizes a buffer of another size, and warns
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -61,6 +62,7 @@ def test_values_and_gradients_for_every_tile(dtype, bound, option, bias, keep_by
         )
         assert got.dtype == dtype and error(got, logps) < bound
         loss = (got * upstream).sum()
+        assert entropy or got_ent is None
         if entropy:
             assert error(got_ent, ent) < bound
             loss = loss + (got_ent * upstream.flip(0)).sum()
@@ -114,6 +116,22 @@ def test_a_kept_softmax_serves_one_backward_only():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="keep_bytes=0"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_keep_bytes_is_the_size_of_the_largest_softmax_that_is_kept(dtype):
+    size = N * V * dtype.itemsize
+    for keep_bytes, kept in ((size, True), (size - 1, False)):
+        hidden, weight, b, targets = problem(dtype)
+        loss = token_logps(hidden, Head(weight, b), targets, keep_bytes=keep_bytes)[0].sum()
+        loss.backward(retain_graph=True)
+        once = hidden.grad.clone()
+        if kept:
+            with pytest.raises(RuntimeError, match="keep_bytes=0"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert torch.equal(hidden.grad, 2 * once)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])

@@ -229,6 +229,7 @@ def test_reward_ranking_skips_tied_pairs_and_keeps_the_weight():
     want = (sigmoid_loss(0.7 - 1.2) + sigmoid_loss(-0.4 - 1.2)) / 3  # the first two are tied, the third is worst
     assert losses.reward_ranking(rewards, torch.tensor([[1, 1, 2]])).item() == pytest.approx(want, abs=1e-14)
     assert losses.reward_ranking(rewards, torch.tensor([[1, 1, 1]])).item() == 0
+    assert losses.reward_ranking(rewards, torch.tensor([[1, 0, 0]])).item() == 0  # one response has no pair
 
 
 def test_reward_ranking_with_margin_and_centring():
@@ -377,6 +378,15 @@ def test_orpo_log_odds_keep_their_digits_near_certainty():
     odds.sum().backward()
     assert odds.item() == pytest.approx(9 * log(10) - 5e-10, abs=1e-14)
     assert a.grad.item() == pytest.approx(1e9 + 0.5, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, 2.0**-52), (torch.float32, 2.0**-23)])
+def test_orpo_log_odds_of_a_certain_response_are_those_of_eps(dtype, eps):
+    """exp(a) / (1 - exp(a)) at a = -eps is 1 / eps - 1/2: 36.04 and 15.94 nats, and no gradient."""
+    a = torch.zeros(1, dtype=dtype, requires_grad=True)
+    odds = losses._log_odds(a)
+    odds.sum().backward()
+    assert odds.item() == pytest.approx(log(1 / eps), rel=1e-6) and a.grad.item() == 0
 
 
 @every(LOSSES)

@@ -69,12 +69,13 @@ def test_temperature_by_hand():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_for_every_tile(dtype, bound, name, bias, temperature):
-    """The two sides differ in width, scale and soft-cap; half precision is raised before the product."""
+    """The two sides differ in width, scale and soft-cap; half precision is raised before the product. A tile has at
+    least one row."""
     mine, ref = SIDES[name]
     sides = *side(0, 11, dtype, bias, **mine), *side(1, 7, dtype, bias, **ref)
     truth = plain_kl(*sides, temperature)
     assert truth.min() > 0.1
-    for tokens in (1, 5, N, 3 * N):
+    for tokens in (0, 1, 5, N, 3 * N):
         found = token_kl(*sides, temperature, tokens * V * max(dtype.itemsize, 4))
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(found.double(), truth, rtol=bound, atol=bound)
