@@ -287,7 +287,7 @@ def main(a: Args) -> dict[str, float]:
             (loss / count).backward()
             parts.append(totals)
             gaps.append(torch.stack([(logps - ref_logps).detach().abs(), batch.lengths], 1))
-        parts.append({"grad_norm": (sharding.clip_gradients(policy, a.max_grad_norm), 1.0)})
+        parts.append({"grad_norm": (sharding.clip_gradients(optimizer, a.max_grad_norm), 1.0)})
         metrics = means(gather(report.read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         if step == 0 and a.loss not in REFERENCE_FREE:

@@ -369,9 +369,9 @@ def main(a: Args) -> dict[str, float]:
                 if ptx:
                     rows = rng.sample(ptx, min(len(places), len(ptx)))
                     totals |= add_ptx_gradient(a, policy, rows, batching)
-                totals["grad_norm"] = sharding.clip_gradients(policy, a.max_grad_norm)
+                totals["grad_norm"] = sharding.clip_gradients(optimizer, a.max_grad_norm)
                 if critic:
-                    totals["critic_norm"] = sharding.clip_gradients(critic, a.max_grad_norm)
+                    totals["critic_norm"] = sharding.clip_gradients(critic_optimizer, a.max_grad_norm)
                 parts.append(numbers(totals))
                 if len(parts) == 1:
                     guard(a, policy, rollout, step, parts[0]["gap"], batching)

@@ -178,7 +178,7 @@ def main(a: Args) -> dict[str, float]:
             loss, totals = objective(a, members, scoring.response_rewards(model, batch, batching.dtype))
             (loss / len(examples)).backward()
             parts.append(totals)
-        parts.append({"grad_norm": (sharding.clip_gradients(model, a.max_grad_norm), 1.0)})
+        parts.append({"grad_norm": (sharding.clip_gradients(optimizer, a.max_grad_norm), 1.0)})
         metrics = weighted_means(gather(read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)

@@ -133,7 +133,7 @@ def main(a: Args) -> dict[str, float]:
             loss = losses.sft(logps).sum()
             (loss / count).backward()
             parts.append({"loss": (loss.detach(), float(len(batch.targets)))})
-        parts.append({"grad_norm": (sharding.clip_gradients(policy, a.max_grad_norm), 1.0)})
+        parts.append({"grad_norm": (sharding.clip_gradients(optimizer, a.max_grad_norm), 1.0)})
         metrics = weighted_means(gather(read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)

@@ -80,15 +80,32 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         gradient_dtype: torch.dtype = torch.float32,
     ):
-        for weight in low_bits:
-            weight.grad_dtype = gradient_dtype
-        self.low_bits = low_bits
+        self.low_bits, self.sums = low_bits, {}
+        for weight in low_bits if gradient_dtype == torch.float32 else ():
+            weight.grad_dtype = None  # any: that of the output head is float32
+            weight.register_post_accumulate_grad_hook(self._add_to_sums)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([weight for weight in weights if weight.requires_grad], defaults)
+
+    def _add_to_sums(self, weight: torch.nn.Parameter) -> None:
+        """Move a micro-batch's gradient to the sums. (A float32 `.grad` of a bfloat16 weight would keep torch.compile
+        from tracing the weight's layer.)"""
+        if weight in self.sums:
+            self.sums[weight] += weight.grad
+        else:
+            self.sums[weight] = weight.grad.float()
+        weight.grad = None
+
+    def collect_gradients(self) -> None:
+        """Put the sums over the micro-batches into `.grad`, where clipping and `step` look for them."""
+        for weight, total in self.sums.items():
+            weight.grad = total
+        self.sums.clear()
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every weight that has a gradient."""
+        self.collect_gradients()
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

@@ -25,7 +25,7 @@ from rlhf.logprobs import Head
 from rlhf.optim import AdamW, LowBits, dither, join, split
 from rlhf.tree import tree_attention
 from support import answer_at_once_offline, lazy_import
-from support.parallel import full_tensor
+from support.parallel import full_tensor, several
 
 modeling_layers = lazy_import("transformers.modeling_layers")
 peft = lazy_import("peft")
@@ -328,7 +328,7 @@ def prepare_training(model, low_bits: LowBits, a: Any, lora_rank: int = 0):
     """Apply the flags --lora-rank, --gradient-checkpointing and --compile; returns the handle on the adapters, whose
     low bits join `low_bits`."""
     lora = add_lora(model, lora_rank, a.seed) if lora_rank else None
-    if lora and a.dtype == "bfloat16":
+    if lora and a.dtype == "bfloat16" and not several():
         low_bits |= to_bfloat16(model, str(model.device), a.seed)
     if a.gradient_checkpointing:
         checkpoint_layers(model)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf import BadInput, require
-from rlhf.optim import LowBits
+from rlhf.optim import AdamW, LowBits
 from support import lazy_import, models
 from support.parallel import full_tensor, gather, is_main, several
 
@@ -140,18 +140,21 @@ def autocast(model, dtype: torch.dtype):
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def clip_gradients(model, max_norm: float) -> Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Scale gradients with a larger norm down to it; return the norm before, over all shards and all processes, on the
     device."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if isinstance(optimizer, AdamW):
+        optimizer.collect_gradients()
     if several():
-        _add_up_gradients(model)
-    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        _add_up_gradients(weights)
+    return full_tensor(torch.nn.utils.clip_grad_norm_(weights, max_norm))
 
 
-def _add_up_gradients(model) -> None:
+def _add_up_gradients(weights: list[torch.nn.Parameter]) -> None:
     """Add up gradients of weights that each process holds whole (adapters); FSDP has done it for shards. A process
     without a gradient adds zeros."""
-    for weight in model.parameters():
+    for weight in weights:
         if weight.requires_grad and not isinstance(weight, tensor.DTensor):
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             dist.all_reduce(weight.grad)

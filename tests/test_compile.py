@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import train_rm
 import train_sft
 from rlhf import BadInput
 from rlhf.tree import collate
-from support import models, scoring
+from support import models, scoring, sharding
 from support.generate import cached_logps, generate
 
 BATCHES = [  # of other numbers of prompts, responses and tokens; the last is longer than any before
@@ -125,10 +126,10 @@ def test_after_one_training_and_one_scoring_batch_other_lengths_add_at_most_two_
     name, what, dtype, layout, backend_eager
 ):
     """The first batch is as long as the model is wide."""
-    model = tiny(name)
-    if what == "checkpointed":
-        models.checkpoint_layers(model)
-    models.compile_layers(model)
+    model, low_bits = sharding.load_trained(lambda device: tiny(name), "cpu", dtype, 0)
+    flags = SimpleNamespace(gradient_dtype="float32", gradient_checkpointing=what == "checkpointed", compile=True)
+    models.prepare_training(model, low_bits, flags)
+    models.adamw(model, low_bits, flags, lr=0.0)
 
     def train_and_score(examples) -> int:
         measured(model, examples, layout, dtype)
