@@ -74,8 +74,8 @@ def answered(monkeypatch):
     """The answers of each model from here on, as token ids."""
     seen, original = [], evaluate.answer
 
-    def spy(*args):
-        seen.append(original(*args))
+    def spy(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
         return seen[-1]
 
     monkeypatch.setattr(evaluate, "answer", spy)

@@ -883,7 +883,7 @@ def test_stopped_and_continued_is_the_same_run(where, world, straight, tmp_path,
     owner, name = places[where]
     own = getattr(owner, name)
 
-    def stop(*args):
+    def stop(*args, **kwargs):
         if where != "log" or args[1] == STOPPED_AT:
             raise KeyboardInterrupt
         own(*args)

@@ -116,7 +116,7 @@ def garbled_reviews(n: int) -> list[dict]:
 def long_reviews(n: int, seed: int) -> list[dict]:
     """Reviews whose two sentences both have two clauses."""
     rng = random.Random(f"long {seed}")
-    long = lambda: reviews.expand(reviews.GRAMMAR, "LONG", rng)  # noqa: E731
+    long = lambda: reviews.expand("LONG", rng)  # noqa: E731
     return [{"text": " ".join(long() + long())} for _ in range(n)]
 
 
