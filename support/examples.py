@@ -14,16 +14,16 @@ The columns of a row decide its form. A prompt or response is a string or a list
     prompts     prompt | any form that has one
 
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
-The prompt and each response are tokenised separately (support/tokens.py) and joined as ids, so no token spans the
-boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must contain it. Messages
-are rendered with the tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model.
-Their other fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; a field
-that the template drops is refused. Columns that do not reach the model are listed in the report.
+The prompt is tokenised by itself, and a response has the ids that it has behind it (support/tokens.py), so that no
+token spans the boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must
+contain it. Messages are rendered with the tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then
+saved with the model. Their other fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the
+template too; a field that the template drops is refused. Columns that do not reach the model are listed in the report.
 
 A sampled response that was truncated (`ended` is false, from sample.py) is its own tokens behind the prompt's: no EOS
 and nothing of the template. Where a row has the sampled `token_ids` and the digest of this very `tokenizer`, they are
-the responses. For rankings by a simulated
-annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
+the responses. For rankings by a simulated annotator (annotate.py --by), `rewards` are the true rewards of the
+responses, and `noise` is the scale of the noise.
 """
 
 import hashlib
@@ -543,7 +543,7 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
 
 
-def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[tokens.Context, str]]]:
+def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[str, str]]]:
     """The pieces of each response, each behind the context that decides its ids."""
     responses = []
     for texts in draft.responses:
@@ -554,7 +554,7 @@ def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[tokens.
 
 def _make_example(
     draft: _Draft,
-    ids: dict[tuple[tokens.Context, str], list[int]],
+    ids: dict[tuple[str, str], list[int]],
     pieces: tokens.Pieces,
     bos: int | None,
     max_prompt_length: int,
