@@ -306,11 +306,11 @@ def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) 
 def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[list[int]] | None:
     """The field `token_ids`, checked: the tokenizer has them, and they spell the responses."""
     valid = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < size for i in x)  # noqa: E731
-    size, context = len(pieces.tokenizer), pieces.context(draft.prompt)
+    size = len(pieces.tokenizer)
     ids = optional_list(draft.row, "token_ids", valid, "lists of token ids")
     for i, value in enumerate(values):
         text = value if isinstance(value, str) else value[-1]["content"]
-        if pieces.decode(context, ids[i]) != text:
+        if not pieces.spells(ids[i], text):
             raise BadInput(
                 f"field 'token_ids[{i}]' does not spell 'responses[{i}]': leave token_ids out, or mend the text"
             )

@@ -135,6 +135,10 @@ class Pieces:
         joined = self.tokenizer.decode([*anchor, *ids], skip_special_tokens=True)
         return joined[len(start) :] if joined.startswith(start) else plain
 
+    def spells(self, ids: Sequence[int], text: str) -> bool:
+        """Whether these ids are the text, whatever precedes them."""
+        return text in (self.decode(context, ids) for context in ("", ANCHORS[0]))
+
 
 def digest(tokenizer) -> str:
     """16 hexadecimal digits of the vocabulary, added tokens included: token ids mean the same under the same digest."""

@@ -558,6 +558,9 @@ def test_token_ids_that_are_not_the_texts_are_refused():
     ]:
         with pytest.raises(BadInput, match=f"^f.jsonl:1: {message}"):
             one(tokenizer, "preference", row | {field: value})
+    ids = [tokenizer.convert_tokens_to_ids(["▁four"]), row["token_ids"][1]]
+    e, _ = one(tokenizer, "preference", row | {"token_ids": ids})  # sampled where its ▁ is no space
+    assert e.responses == ids
     e, report = one(tokenizer, "preference", row | {"tokenizer": "another"})
     assert [raw(tokenizer, ids) for ids in e.responses] == [["four"], ["▁five", "</s>"]]
     assert (report.sampled, report.foreign) == (0, 2)
