@@ -29,6 +29,7 @@ responses, and `noise` is the scale of the noise.
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,8 @@ OPTIONAL += tuple(itertools.chain(*SCORES))
 METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
 METADATA += ("token_ids", "tokenizer", "annotator", "order", "seconds", "note", "time")  # like what our scripts write
 ANSWER = "answer-to-this"  # stands for an answer where a template is tried
-MORE = {"role": "user", "content": "more"}
+MORE = {"role": "user", "content": "question-after-it"}
+WORDS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\w+|[^\w\s]")  # of a template: marks such as <|user|> and [INST], and words
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
 
@@ -264,23 +266,44 @@ def _turn(tokenizer, messages: list[Message], before: str, tools: list[dict] | N
 
 
 def _closing(tokenizer, prompt: list[Message], tools: list[dict] | None) -> str:
-    """The text that the template writes after an answer to `prompt`, up to its EOS. BadInput if it is not what stands
-    there when a user turn follows, because the template then opens another turn. It may be that and EOS."""
+    """The text that the template writes after an answer to `prompt`, up to its EOS. BadInput if it opens another turn
+    there, be it the user's or the assistant's."""
     answered = [*prompt, {"role": "assistant", "content": ANSWER}]
-    _, found, last = _render(tokenizer, answered, tools).rpartition(ANSWER)
+    before, found, last = _render(tokenizer, answered, tools).rpartition(ANSWER)
     if not found:
         raise BadInput("the chat template leaves out or rewrites an answer: give the row as strings")
-    try:
-        _, found, inner = _render(tokenizer, [*answered, MORE], tools).rpartition(ANSWER)
-    except BadInput:  # a template of one turn only
-        return _until_eos(tokenizer, last)
-    closing = _until_eos(tokenizer, last)
-    if found and not inner.startswith((last, closing.removesuffix(tokenizer.eos_token or ""))):
+    if _opens_turn(tokenizer, answered, tools, before, last):
         raise BadInput(
             f"the chat template opens another turn after an answer ({last[-60:]!r}): mend it to do so for "
             "add_generation_prompt only, or give the row as strings"
         )
-    return closing
+    return _until_eos(tokenizer, last)
+
+
+def _opens_turn(tokenizer, answered: list[Message], tools: list[dict] | None, before: str, last: str) -> bool:
+    """Whether `last`, the text after the last answer, opens another turn. Then there is text behind EOS; or it is not
+    what stands there when a user turn follows (which may be without EOS); or, if it has no EOS, it is all that stands
+    in front of the text of this user turn, although the template marks what users say."""
+    eos, closing = tokenizer.eos_token or "", _until_eos(tokenizer, last)
+    if eos and eos in closing:
+        if not closing.endswith(eos):
+            return True
+        mark, closing = "", closing.removesuffix(eos)
+    else:
+        try:
+            mark = _render(tokenizer, [MORE], None).partition(MORE["content"])[0]
+        except BadInput:
+            mark = ""
+        mark = mark.removeprefix(tokenizer.bos_token or "").strip()
+    try:
+        _, found, inner = _render(tokenizer, [*answered, MORE], tools).rpartition(ANSWER)
+    except BadInput:  # a template of one turn only: a turn that it opens has the mark of a user or of an assistant
+        ends = [WORDS.findall(text)[-1:] for text in (mark, before)]
+        return closing == last and WORDS.findall(last)[-1:] in filter(None, ends)
+    if not found:
+        return False
+    gap, found, _ = inner.partition(MORE["content"])
+    return not inner.startswith((last, closing)) or bool(mark and found) and gap.rstrip() == last.rstrip()
 
 
 def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:

@@ -613,6 +613,68 @@ def test_templates_that_end_an_answer_are_accepted(name):
     one(tokenizer, "sft", {"messages": CHATS[0]})
 
 
+TURNS = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+ASSISTANT = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+NAMES = "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}"
+ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+
+
+def ending(text: str) -> str:
+    """The part of a template that writes a text if the last message is an answer."""
+    return "{% if messages[-1]['role'] == 'assistant' %}{{ '" + text + "' }}{% endif %}"
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|end|>"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS + ASSISTANT,
+        ONE_TURN + TURNS + ASSISTANT,
+        NAMES,
+        ONE_TURN + NAMES,
+        "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}",  # without a mark of who speaks
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}",
+        (TURNS + ASSISTANT).replace("|>", "_TOKEN|>"),
+        (ONE_TURN + TURNS + ASSISTANT).replace("|>", "_TOKEN|>"),
+    ],
+)
+def test_an_end_of_turn_is_no_other_turn(template, eos):
+    tokenizer = byte_level(template=template, eos=eos)
+    for row in ({"prompt": [said("user", "u")], "completion": "four"}, {"messages": [said("user", "u"), CHATS[0][1]]}):
+        e, _ = one(tokenizer, "sft", row)
+        assert e.response_texts[0].strip().startswith(("four", "ASSISTANT: four"))
+
+
+OPENING = {
+    "the user's turn": ("<|end|>", TURNS + ending("<|user|>")),
+    "the user's turn, no EOS": ("</s>", TURNS + ending("<|user|>")),
+    "of one turn, the user's": ("<|end|>", ONE_TURN + TURNS + ending("<|user|>")),
+    "of one turn, the user's, no EOS": ("</s>", ONE_TURN + TURNS + ending("<|user|>")),
+    "of one turn, always the assistant's": ("<|end|>", ONE_TURN + TURNS + "{{ '<|assistant|>' }}"),
+    "of one turn, always the assistant's, no EOS": ("</s>", ONE_TURN + TURNS + "{{ '<|assistant|>' }}"),
+    "the user's name": ("</s>", NAMES + ending("USER: ")),
+    "the user's name, no space": ("</s>", NAMES + ending("USER:")),
+    "of one turn, the user's name": ("</s>", ONE_TURN + NAMES + ending("USER:")),
+    "the user's name after EOS": ("</s>", ZEPHYR + ending("USER: ")),
+    "chatml": ("<|im_end|>", SMOLLM2 + ending("<|im_start|>user\\n")),
+    "chatml, no EOS": ("</s>", SMOLLM2 + ending("<|im_start|>user\\n")),
+    "a mark after EOS that no turn has": ("<|end|>", TURNS + ending("<|next|>")),
+}
+
+
+@pytest.mark.parametrize("name", OPENING)
+def test_a_template_that_opens_a_turn_is_refused(name):
+    eos, template = OPENING[name]
+    tokenizer = byte_level(template=template, eos=eos)
+    for kind, row in {
+        "preference": {"prompt": [said("user", "u")], "chosen": "four", "rejected": "five"},
+        "sft": {"messages": CHATS[0]},
+        "responses": {"prompt": [said("user", "u")], "responses": ["four", "five"]},
+    }.items():
+        with pytest.raises(BadInput, match="^f.jsonl:1: the chat template opens another turn after an answer"):
+            one(tokenizer, kind, row)
+
+
 @pytest.mark.parametrize("eos", ["<|eot_id|>", "<|end_of_text|>"])
 def test_a_template_that_opens_another_turn_is_refused(eos):
     tokenizer = byte_level(template=LLAMA3_FIRST, eos=eos)
