@@ -125,7 +125,7 @@ def sample_of(where: str, row: dict) -> Sample:
 
 def check_row(where: str, row: dict) -> None:
     """Raise BadInput if the page cannot show the row."""
-    prompt, responses, ended = (row.get(name) for name in ("prompt", "responses", "ended"))
+    prompt, responses, ended, token_ids = (row.get(x) for x in ("prompt", "responses", "ended", "token_ids"))
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     texts = [turn.get(name) if isinstance(turn, dict) else None for turn in turns for name in ("role", "content")]
     valid = bool(prompt) and all(isinstance(text, str) for text in texts)
@@ -136,6 +136,8 @@ def check_row(where: str, row: dict) -> None:
     require(valid, f"{where}: field 'responses' has {len(responses)} entries: 2 to 9 can be ranked")
     valid = ended is None or isinstance(ended, list) and list(map(type, ended)) == [bool] * len(responses)
     require(valid, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
+    valid = not token_ids or isinstance(token_ids, list) and len(token_ids) == len(responses)
+    require(valid, f"{where}: field 'token_ids' is not a list for each response: mend it or leave it out")
     valid = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
     require(valid, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
 
@@ -495,7 +497,12 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
             group = todo[start : start + 64]
             sequences = [(samples[key].row, i) for key in group for i in range(len(samples[key].first))]
             prompts, responses = [row["prompt"] for row, _ in sequences], [row["responses"][i] for row, i in sequences]
-            rows = [row | {"ended": row["ended"][i]} if row.get("ended") else row for row, i in sequences]
+            rows = [
+                row
+                | ({"ended": row["ended"][i]} if row.get("ended") else {})
+                | ({"response_ids": row["token_ids"][i]} if row.get("token_ids") else {})
+                for row, i in sequences
+            ]
             try:
                 values = iter(reward(prompts, responses, rows))
             except BadInput:
@@ -506,6 +513,7 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
             for key in group:
                 sample = samples[key]
                 scores = [next(values) for _ in sample.first]
+                scores = [scores[i] for i in sample.first]  # identical texts count once, whatever their token ids
                 row = {n: sample.row[n] for n in CARRIED if n in sample.row}
                 row |= {"ranks": ranks_of(key, scores), "annotator": a.by, "rewards": scores, "noise": noise}
                 done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -31,13 +31,13 @@ import train_sft
 from rlhf import require
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.tree import collate, micro_batches
-from support import lazy_import, models, reviews, runs, scoring, sharding
+from support import lazy_import, models, reviews, runs, scoring, sharding, tokens
 from support.examples import Example, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
 from support.report import bootstrap, new_page, share_interval, standard_error, table
 from support.rewards import checked, load_function, load_reward
-from support.rows import prompt_of, texts_of
+from support.rows import for_each_response, prompt_of, texts_of
 from support.scoring import Batching
 
 bleu = lazy_import("sacrebleu.metrics")
@@ -330,9 +330,14 @@ def main(a: Args) -> dict:
         ref_logps = scoring.score_logps(reference, preferences, chosen, "reference")
     if preferences and reward:
         sequences = [
-            (prompt_of(e.row), text, e.row | {"ended": ended})
+            (prompt_of(e.row), text, e.row | {"ended": ended} | ({"response_ids": ids} if ids else {}))
             for e in preferences
-            for text, ended in zip(texts_of(e.row), e.row.get("ended") or [True] * len(e.ranks), strict=True)
+            for text, ended, ids in zip(
+                texts_of(e.row),
+                for_each_response(e.row, "ended", len(e.ranks), True),
+                for_each_response(e.row, "token_ids", len(e.ranks)),
+                strict=True,
+            )
         ]
         rewards = torch.tensor(reward(*map(list, zip(*sequences, strict=True))), dtype=torch.float64)
         rewards = rewards.split([len(e.ranks) for e in preferences])
@@ -344,7 +349,7 @@ def main(a: Args) -> dict:
     state = run.load_checkpoint() or {"step": 0, "models": {}, "answers": {}}
     results["models"], samples = state["models"], state["answers"]
     run.start(state["step"], len(a.models))
-    asked = [e for e in prompts for _ in range(a.k)]
+    asked, digest = [e for e in prompts for _ in range(a.k)], tokens.digest(tokenizer)
     questions = [prompt_of(e.row) for e in asked]
     places = [range(i * a.k, (i + 1) * a.k) for i in range(len(prompts))]
     for step, name in list(enumerate(a.models))[state["step"] :]:
@@ -364,7 +369,10 @@ def main(a: Args) -> dict:
         del policy
 
         texts, ids = [e.response_texts[0] for e in answers], [e.responses[0] for e in answers]
-        rows = [e.row | {"ended": bool(ended)} for e, ended in zip(asked, stats["ended"], strict=True)]
+        rows = [
+            e.row | {"ended": bool(ended), "response_ids": response, "tokenizer": digest}
+            for e, ended, response in zip(asked, stats["ended"], ids, strict=True)
+        ]
         if reward:
             stats["reward"] = reward(questions, texts, rows)
         if a.reward == "gold":

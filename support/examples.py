@@ -14,21 +14,22 @@ The columns of a row decide its form. A prompt or response is a string or a list
     prompts     prompt | any form that has one
 
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
-The prompt and each response are tokenised separately (support/tokens.py) and joined as ids, so no token spans the
-boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must contain it. Messages
-are rendered with the tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then saved with the model.
-Their other fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the template too; a field
-that the template drops is refused. Columns that do not reach the model are listed in the report.
+The prompt is tokenised by itself, and a response has the ids that it has behind it (support/tokens.py), so that no
+token spans the boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must
+contain it. Messages are rendered with the tokenizer's chat template, or with HH_TEMPLATE if it has none, which is then
+saved with the model. Their other fields (tool_calls, reasoning_content) and the columns `tools` and `system` go to the
+template too; a field that the template drops is refused. Columns that do not reach the model are listed in the report.
 
 A sampled response that was truncated (`ended` is false, from sample.py) is its own tokens behind the prompt's: no EOS
 and nothing of the template. Where a row has the sampled `token_ids` and the digest of this very `tokenizer`, they are
-the responses. For rankings by a simulated
-annotator (annotate.py --by), `rewards` are the true rewards of the responses, and `noise` is the scale of the noise.
+the responses. For rankings by a simulated annotator (annotate.py --by), `rewards` are the true rewards of the
+responses, and `noise` is the scale of the noise.
 """
 
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,8 @@ OPTIONAL += tuple(itertools.chain(*SCORES))
 METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
 METADATA += ("token_ids", "tokenizer", "annotator", "order", "seconds", "note", "time")  # like what our scripts write
 ANSWER = "answer-to-this"  # stands for an answer where a template is tried
-MORE = {"role": "user", "content": "more"}
+MORE = {"role": "user", "content": "question-after-it"}
+WORDS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\w+|[^\w\s]")  # of a template: marks such as <|user|> and [INST], and words
 SCRIPTS = {"sft": "train_sft.py", "preference": "train_dpo.py", "unpaired": "train_dpo.py --loss kto"}
 
 
@@ -264,23 +266,44 @@ def _turn(tokenizer, messages: list[Message], before: str, tools: list[dict] | N
 
 
 def _closing(tokenizer, prompt: list[Message], tools: list[dict] | None) -> str:
-    """The text that the template writes after an answer to `prompt`, up to its EOS. BadInput if it is not what stands
-    there when a user turn follows, because the template then opens another turn. It may be that and EOS."""
+    """The text that the template writes after an answer to `prompt`, up to its EOS. BadInput if it opens another turn
+    there, be it the user's or the assistant's."""
     answered = [*prompt, {"role": "assistant", "content": ANSWER}]
-    _, found, last = _render(tokenizer, answered, tools).rpartition(ANSWER)
+    before, found, last = _render(tokenizer, answered, tools).rpartition(ANSWER)
     if not found:
         raise BadInput("the chat template leaves out or rewrites an answer: give the row as strings")
-    try:
-        _, found, inner = _render(tokenizer, [*answered, MORE], tools).rpartition(ANSWER)
-    except BadInput:  # a template of one turn only
-        return _until_eos(tokenizer, last)
-    closing = _until_eos(tokenizer, last)
-    if found and not inner.startswith((last, closing.removesuffix(tokenizer.eos_token or ""))):
+    if _opens_turn(tokenizer, answered, tools, before, last):
         raise BadInput(
             f"the chat template opens another turn after an answer ({last[-60:]!r}): mend it to do so for "
             "add_generation_prompt only, or give the row as strings"
         )
-    return closing
+    return _until_eos(tokenizer, last)
+
+
+def _opens_turn(tokenizer, answered: list[Message], tools: list[dict] | None, before: str, last: str) -> bool:
+    """Whether `last`, the text after the last answer, opens another turn. Then there is text behind EOS; or it is not
+    what stands there when a user turn follows (which may be without EOS); or, if it has no EOS, it is all that stands
+    in front of the text of this user turn, although the template marks what users say."""
+    eos, closing = tokenizer.eos_token or "", _until_eos(tokenizer, last)
+    if eos and eos in closing:
+        if not closing.endswith(eos):
+            return True
+        mark, closing = "", closing.removesuffix(eos)
+    else:
+        try:
+            mark = _render(tokenizer, [MORE], None).partition(MORE["content"])[0]
+        except BadInput:
+            mark = ""
+        mark = mark.removeprefix(tokenizer.bos_token or "").strip()
+    try:
+        _, found, inner = _render(tokenizer, [*answered, MORE], tools).rpartition(ANSWER)
+    except BadInput:  # a template of one turn only: a turn that it opens has the mark of a user or of an assistant
+        ends = [WORDS.findall(text)[-1:] for text in (mark, before)]
+        return closing == last and WORDS.findall(last)[-1:] in filter(None, ends)
+    if not found:
+        return False
+    gap, found, _ = inner.partition(MORE["content"])
+    return not inner.startswith((last, closing)) or bool(mark and found) and gap.rstrip() == last.rstrip()
 
 
 def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
@@ -306,11 +329,11 @@ def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) 
 def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[list[int]] | None:
     """The field `token_ids`, checked: the tokenizer has them, and they spell the responses."""
     valid = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < size for i in x)  # noqa: E731
-    size, context = len(pieces.tokenizer), pieces.context(draft.prompt)
+    size = len(pieces.tokenizer)
     ids = optional_list(draft.row, "token_ids", valid, "lists of token ids")
     for i, value in enumerate(values):
         text = value if isinstance(value, str) else value[-1]["content"]
-        if pieces.decode(context, ids[i]) != text:
+        if not pieces.spells(ids[i], text):
             raise BadInput(
                 f"field 'token_ids[{i}]' does not spell 'responses[{i}]': leave token_ids out, or mend the text"
             )
@@ -547,7 +570,7 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
 
 
-def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[tokens.Context, str]]]:
+def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[str, str]]]:
     """The pieces of each response, each behind the context that decides its ids."""
     responses = []
     for texts in draft.responses:
@@ -558,7 +581,7 @@ def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[tokens.
 
 def _make_example(
     draft: _Draft,
-    ids: dict[tuple[tokens.Context, str], list[int]],
+    ids: dict[tuple[str, str], list[int]],
     pieces: tokens.Pieces,
     bos: int | None,
     max_prompt_length: int,

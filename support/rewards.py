@@ -5,7 +5,9 @@
     module:function    function(prompts, responses, rows) -> floats, imported from the working directory
 
 All are called in the same way. Each argument has one entry per sequence: the prompt (a text or messages), the response
-(a text), and the row of the data set, in which `ended` is false if the response was truncated.
+(a text), and the row of the data set, in which `ended` is false if the response was truncated. If it was sampled, the
+row also has its token ids as `response_ids`, and the digest of their `tokenizer`. A reward model with this tokenizer
+scores the ids, because a text can be tokenised in more than one way.
 """
 
 import importlib
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from rlhf import BadInput, require
-from support import models, parallel, reviews, scoring, sharding
+from support import models, parallel, reviews, scoring, sharding, tokens
 from support.examples import build
 from support.rows import Message
 from support.scoring import Batching
@@ -58,18 +60,24 @@ def load_reward(
     model = sharding.load(make, device, torch.float32)
     batching = Batching("auto", models.pad_id(tokenizer), torch.float32, micro_batch_tokens, device)
 
+    digest = tokens.digest(tokenizer)
+    has_ids = lambda row: bool(row.get("response_ids")) and row.get("tokenizer") == digest  # noqa: E731
+
     def reward(prompts, responses, rows) -> list[float]:
         rankings = []
         for prompt, response, row in zip(prompts, responses, rows, strict=True):
-            empty = row.get("ended") is False and not tokenizer(response, add_special_tokens=False)["input_ids"]
+            empty = row.get("ended") is False and not has_ids(row)
+            empty = empty and not tokenizer(response, add_special_tokens=False)["input_ids"]
             require(not empty, f"{flag} {source}: a response without a token has no reward ({place(prompt, response)})")
         if not responses:
             return []
         located = zip(prompts, responses, rows, strict=True)
-        for (prompt, tools), sequences in itertools.groupby(located, key=lambda x: (x[0], x[2].get("tools"))):
+        key = lambda sequence: (sequence[0], sequence[2].get("tools"), has_ids(sequence[2]))  # noqa: E731
+        for (prompt, tools, sampled), sequences in itertools.groupby(located, key):
             _, answers, answer_rows = zip(*sequences, strict=True)
             ended = [row.get("ended") is not False for row in answer_rows]
-            rankings.append({"prompt": prompt, "responses": [*answers], "ended": ended, "tools": tools})
+            ids = {"token_ids": [row["response_ids"] for row in answer_rows], "tokenizer": digest} if sampled else {}
+            rankings.append({"prompt": prompt, "responses": [*answers], "ended": ended, "tools": tools} | ids)
         located = [(f"response {i}", ranking) for i, ranking in enumerate(rankings, 1)]
         examples, _ = build(located, tokenizer, "responses", max_prompt_length, max_length)
         layout = scoring.choose_layout(model, examples, batching)

@@ -5,6 +5,7 @@
     with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
     texts_of    the responses of a preference or ranking row
+    for_each_response   a column of a ranking row that has a value for each of them
 
 Each problem with a row is reported in one line that says how to fix it. The caller adds the file and the row number.
 
@@ -454,3 +455,9 @@ def texts_of(row: dict) -> list[str]:
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
     return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]
+
+
+def for_each_response(row: dict, name: str, n: int, default: Any = None) -> list:
+    """The values of a column that has one for each of the n responses of a ranking row; else the default for each."""
+    values = row.get(name) if row.get("responses") is not None else None
+    return values if isinstance(values, list) and len(values) == n else [default] * n

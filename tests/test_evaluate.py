@@ -21,10 +21,10 @@ import evaluate
 import train_dpo
 import train_sft
 from rlhf import BadInput
-from support import models, report, reviews, runs
+from support import models, report, reviews, runs, tokens
 from support.examples import build
 from support.report import student
-from support.rows import prompt_of, texts_of
+from support.rows import prompt_of, read_rows, texts_of
 
 ZEROS = pytest.approx(0, abs=1e-9)
 
@@ -209,13 +209,23 @@ def test_rankings_and_a_reward_of_ones_own(go, world, module):
     name = module(
         "seen = []\n"
         "def words(prompts, responses, rows):\n"
-        "    seen.extend(zip(prompts, responses, [row['ended'] for row in rows]))\n"
+        "    seen.extend(zip(prompts, responses, rows))\n"
         "    return [-len(x.split()) for x in responses]\n",
         "words",
     )
-    results = go("first", data=str(world / "rankings.jsonl"), reward=name)
+    rows = [row for _, row in read_rows(str(world / "rankings.jsonl"))[0]]
+    ids = reviews.tokenizer()([f"{text} <eos>" for text in rows[1]["responses"]], add_special_tokens=False)["input_ids"]
+    rows[1] |= {"token_ids": ids, "tokenizer": tokens.digest(reviews.tokenizer()), "ended": [True, True, False]}
+    results = go("first", data=str(write_rows(world / "sampled.jsonl", rows)), reward=name)
     seen = __import__(name.split(":")[0]).seen
-    assert seen[:3] == [(pairs(10)[0]["prompt"], x, True) for x in ("good .", "bad and weak .", "fine .")]
+    first = [(prompt, text, row["ended"]) for prompt, text, row in seen[:3]]
+    assert first == [(pairs(10)[0]["prompt"], x, True) for x in ("good .", "bad and weak .", "fine .")]
+    assert [row.get("response_ids") for _, _, row in seen[:6]] == [None] * 3 + ids
+    assert [row["ended"] for _, _, row in seen[:6]] == [True] * 5 + [False]
+    for _, text, row in seen[6:]:  # the sampled answers, with their ids
+        assert row["tokenizer"] == tokens.digest(reviews.tokenizer())
+        assert reviews.tokenizer().decode(row["response_ids"], skip_special_tokens=True) == text
+        assert row["ended"] == (row["response_ids"][-1] == 2)
     # good 1, bad 3, fine 1: both pairs right. good 2, bad 3, fine 1: fine > good is a tie of the reward
     assert results["explicit_accuracy"]["value"] == pytest.approx((1 + (1 + 1 + 0.5) / 3) / 2)
     assert results["reward"] == name and results["models"]["first"]["reward"]["value"] < 0
@@ -232,11 +242,10 @@ def test_a_reward_model(go, world, tmp_path, answered):
     results = go(reward=str(tmp_path / "rm"))
 
     @torch.no_grad()
-    def score(prompt: str, text: str, ended: bool = True) -> float:
-        ids = tokenizer(f"{prompt} {text}")["input_ids"] + [2] * ended
+    def score(ids: list[int]) -> float:
         return classifier(torch.tensor([ids])).logits.item() - 0.3
 
-    rewards = [[score(e.prompt_text, e.response_texts[0], e.responses[0][-1] == 2) for e in x] for x in answered]
+    rewards = [[score(e.prompt + e.responses[0]) for e in x] for x in answered]  # the ids, special tokens among them
     assert len({len(e.responses[0]) for e in answered[1]}) > 1  # some ended, some were cut
     for name, values in zip(("first", "second"), rewards, strict=True):
         found = results["models"][name]["reward"]["value"]
@@ -245,7 +254,7 @@ def test_a_reward_model(go, world, tmp_path, answered):
     assert results["models"]["second"]["win"]["value"] == pytest.approx(wins)
     right = []
     for e in examples(world / "pairs.jsonl"):
-        chosen, rejected = (score(e.prompt_text, text) for text in e.response_texts)
+        chosen, rejected = (score(tokenizer(f"{e.prompt_text} {text}")["input_ids"] + [2]) for text in e.response_texts)
         right.append(e.probability if chosen > rejected else 1 - e.probability)
     assert results["explicit_accuracy"]["value"] == pytest.approx(statistics.fmean(right))
 

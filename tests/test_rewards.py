@@ -16,8 +16,9 @@ from test_resume import write_model
 from test_sample import words
 from tiny import example, tiny
 
+import annotate
 from rlhf import BadInput
-from support import models, reviews, scoring
+from support import models, reviews, scoring, tokens
 from support.examples import Example, build, held_out
 from support.preferences import ceiling, pairs, without_ties
 from support.rewards import load_reward
@@ -155,6 +156,63 @@ def test_a_reward_model_sees_the_tools_of_its_prompt(rm, tmp_path):
     found = reward([prompt("the plot")] * 3, ["was ."] * 3, rows)
     want = reward([prompt(f"{text}the plot") for text in ("superb ", "dull ", "")], ["was ."] * 3, [{}] * 3)
     assert found == pytest.approx(want, abs=1e-5) and len({round(x, 3) for x in want}) == 3
+
+
+@pytest.fixture(scope="module")
+def byte_rm(folder):
+    """A reward model whose tokenizer has the token "ab", so that this text can be two ids or one."""
+    tokenizer = byte_level(merges=[("a", "b")])
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= {"vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    config = transformers.LlamaConfig(**sizes)
+    model = transformers.LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight)
+    model.config.reward_mean, model.config.reward_std = MEAN, 1.0
+    models.save(model, tokenizer, folder / "byte_rm")
+    return str(folder / "byte_rm"), tokenizer
+
+
+def test_sampled_ids_are_scored(byte_rm):
+    """With the same tokenizer the ids of the row, cut or ended; else, or where a row has none, those of the text."""
+    source, tokenizer = byte_rm
+    a, b, ab, p, c = tokenizer.convert_tokens_to_ids(["a", "b", "ab", "p", "c"])
+    bos, eos, digest = tokenizer.bos_token_id, tokenizer.eos_token_id, tokens.digest(tokenizer)
+    rows = [
+        {"ended": True, "response_ids": [a, b, eos], "tokenizer": digest},
+        {"ended": False, "response_ids": [a, b], "tokenizer": digest},
+        {"ended": True, "response_ids": [a, b, eos], "tokenizer": "another"},
+        {"ended": False, "token_ids": [[a, b], [c]], "tokenizer": digest},  # those of other responses
+        {},
+        {"ended": False, "response_ids": [c, a, b], "tokenizer": digest},
+    ]
+    texts = ["ab"] * 5 + ["cab"]
+    ids = [[a, b, eos], [a, b], [ab, eos], [ab], [ab, eos], [c, a, b]]
+    want = library(source, [[bos, p, *x] for x in ids])
+    assert load_reward(source)(["p"] * 6, texts, rows) == pytest.approx(want, abs=1e-5)
+    assert len({round(x, 3) for x in want}) == 5
+    with pytest.raises(BadInput, match=r"field 'token_ids\[0\]' does not spell 'responses\[0\]'"):
+        load_reward(source)(["p"], ["ba"], rows[:1])
+
+
+def test_rankings_by_a_reward_model_are_of_the_sampled_ids(byte_rm, tmp_path, monkeypatch):
+    """Identical texts count once, with the first one's ids."""
+    monkeypatch.chdir(tmp_path)
+    source, tokenizer = byte_rm
+    a, b, ab, p, c = tokenizer.convert_tokens_to_ids(["a", "b", "ab", "p", "c"])
+    sampled = [[a, b], [c], [ab]]
+    row = {"prompt": "p", "responses": ["ab", "c", "ab"], "ended": [False] * 3, "token_ids": sampled}
+    for digest, ids in ((tokens.digest(tokenizer), sampled), ("another", [[ab], [c], [ab]])):
+        (tmp_path / "s.jsonl").write_text(json.dumps(row | {"tokenizer": digest}))
+        annotate.main(annotate.Args("s.jsonl", f"{digest}.jsonl", by=source, device="cpu"))
+        [ranked] = [row for _, row in read_rows(f"{digest}.jsonl")[0]]
+        first, second = library(source, [[tokenizer.bos_token_id, p, *x] for x in ids[:2]])
+        assert ranked["rewards"] == pytest.approx([first, second, first], abs=1e-5)
+        assert ranked["ranks"] == ([1, 2, 1] if first > second else [2, 1, 2])
+        assert ranked["token_ids"] == sampled
+    (tmp_path / "s.jsonl").write_text(json.dumps(row | {"token_ids": [[a, b]]}))
+    with pytest.raises(BadInput, match="^s.jsonl:1: field 'token_ids' is not a list for each response"):
+        annotate.main(annotate.Args("s.jsonl", "o.jsonl", by=source, device="cpu"))
 
 
 def test_long_sequences_are_cut_as_told(rm):

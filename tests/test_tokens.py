@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_data import byte_level, one, said
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -209,19 +211,150 @@ def test_a_byte_level_tokenizer_with_a_space_in_front():
     assert raw(tokenizer, e.responses[0]) == ["f", "ab", "</s>"]
 
 
-@pytest.mark.parametrize("make", [byte_level, reviews.tokenizer, lambda: sentencepiece("never")])
-def test_where_the_place_in_the_text_does_not_matter_nothing_changes(make):
-    tokenizer = make()
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Tekken's
+
+
+def patterned():
+    """A byte-level BPE whose words may begin with one mark of punctuation, if no other is in front of it."""
+    tokenizer = byte_level(merges=[("(", "f"), ("_", "f"), (".", "f"), ("'", "s"), (":", "("), ("Ġ", "f"), ("Ċ", "Ċ")])
+    split, to_bytes = pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "prompt, response, ids",
+    [
+        ("is :", "_fe", "_ f e"),
+        ("is :", ".fe", ". f e"),
+        ("is :", "'s", "' s"),
+        ("is =", "(fe)", "( f e )"),
+        ("is", "_fe", "_f e"),
+        ("is :", " fe", "Ġf e"),
+        ("is (", "fe", "f e"),
+        ("is\n", "(fe", "(f e"),
+        ("<s>", "(fe", "(f e"),
+        ("is :", "(fe)", "(f e )"),  # the token :( would cross the boundary, which stays
+        ("is ", "(fe", "( f e"),  # the word " (" crosses it, but not its tokens
+        ("is\n", "\nfe", "Ċ f e"),
+    ],
+)
+def test_a_pattern_that_looks_back(prompt, response, ids):
+    tokenizer = patterned()
+    together = raw(tokenizer, tokenizer(prompt + response, add_special_tokens=False)["input_ids"])
+    e, _ = one(tokenizer, "preference", {"prompt": prompt, "chosen": response, "rejected": "other"})
+    assert raw(tokenizer, e.responses[0]) == [*ids.split(), "</s>"]
+    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if together[: len(alone)] == raw(tokenizer, alone):
+        assert together[len(alone) :] == ids.split()
+
+
+def by_spaces(name: str):
+    """The library's T5 or XLNet tokenizer, which splits texts at whitespace and puts ▁ in front of every word."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -5.0), *((c, -9.0) for c in ":?()<>|\n")]
+    pieces += [(mark + word, -3.0) for word in WORDS for mark in ("▁", "")] + [("<pad>", 0.0)]
+    pieces += [(c, -9.0) for c in "".join(sorted({*"".join(WORDS), *"usera"})) if c not in WORDS]
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "extra_ids": 0}
+    return getattr(transformers, name)(vocab=pieces, **names)
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "XLNetTokenizer"])
+def test_words_that_begin_with_their_space(name):
+    tokenizer = by_spaces(name)
+    for prompt, response, want in [
+        ("the answer is :", "five", ["five"]),
+        ("the answer is :", " five", ["▁five"]),
+        ("the answer is : ", "five", ["▁five"]),
+        ("the answer is :\n", "five five", ["▁five", "▁five"]),
+        ("the answer", "five", ["five"]),
+        ("the answer </s>", "five", ["▁five"]),
+    ]:
+        e, _ = one(tokenizer, "sft", {"prompt": prompt, "completion": response})
+        assert raw(tokenizer, e.responses[0]) == [*want, "</s>"], (prompt, response)
+    tokenizer.chat_template = ZEPHYR
+    chat = [said("user", "what is the answer ?"), said("assistant", "four")]
+    e, _ = one(tokenizer, "sft", {"messages": chat})
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert raw(tokenizer, e.responses[0]) == ["▁four", "</s>"]
+    assert e.prompt + e.responses[0] == ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("prompt", ["<|assistant|>", "<|assistant|>\n", "<|assistant|> \n "])
+def test_an_added_token_swallows_the_whitespace_of_an_answer(style, prompt):
+    """The ids are the library's, with a space in front of every text (prepend, always) or not."""
+    tokenizer = sentencepiece(style, marks=MARKS, rstrip=True)
+    for response in ("four", " four", "\n four"):
+        e, _ = one(tokenizer, "sft", {"prompt": prompt, "completion": response})
+        want = "▁four" if style in ("prepend", "always") else "four"
+        assert raw(tokenizer, e.responses[0]) == [want, "</s>"]
+        assert tokenizer(prompt + response)["input_ids"] == e.prompt + e.responses[0][:-1]
+
+
+JOINING = [patterned(), with_space(), by_spaces("T5Tokenizer"), sentencepiece("prepend"), sentencepiece("never")]
+JOINING += [unigram("first"), unigram("always")]
+PARTS = ["the", "answer", "four", " ", "\n", "  ", ":", "(", "</s>", "?", "f", "_f", "'s", "(f", "="]
+TEXTS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("tokenizer", JOINING)
+@settings(max_examples=100, deadline=None)
+@given(before=TEXTS, after=TEXTS)
+def test_ids_are_those_of_the_joined_text(tokenizer, before, after):
+    """The context is short, and yet the ids are those behind the whole prompt, unless a token crosses the boundary."""
+    prompt, response = "".join(before), "".join(after)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    both = tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
+    joined, n, place = both["input_ids"], len(ids), len(prompt)
+    ends, starts = ([span[i] for span in both["offset_mapping"]] for i in (1, 0))
+    if ids and joined[:n] == ids and ends[n - 1] <= place and (n == len(joined) or starts[n] >= place):
+        pieces = Pieces(tokenizer)
+        context = pieces.context(prompt)
+        assert pieces.encode([(context, response)]) == {(context, response): joined[n:]}
+
+
+def test_the_context_of_a_piece():
+    """Its last word, or what follows an added token."""
+    pieces = Pieces(sentencepiece("prepend", marks=MARKS))
+    for before, context in {
+        "": "",
+        "the answer is :": " :",
+        "the answer is :\n\n": " :\n\n",
+        "the answer": " answer",
+        "what </s>": "</s>",
+        "what </s>\n": "</s>\n",
+        "what </s> is": "</s> is",
+        "what </s> is the": " the",
+        "what</s>is": "</s>is",
+        "a" * 99: "a" * 32,
+        "a" * 99 + "\n": "a" * 32 + "\n",
+        "a" * 99 + "</s>" + "a" * 30: "</s>" + "a" * 30,
+        "</s>" + "a" * 33: "a" * 32,
+        " \n": " \n",
+    }.items():
+        assert pieces.context(before) == context, before
+    assert pieces.context("is\n<|assistant|>\n") == "<|assistant|>\n"
+
+
+@pytest.mark.parametrize("tokenizer", [reviews.tokenizer()])
+def test_words_of_a_word_level_tokenizer_have_the_same_ids_anywhere(tokenizer):
     pieces = Pieces(tokenizer)
-    assert not pieces.by_context
     for before in ("", "the plot :", "</s>", "the plot was "):
         assert pieces.context(before) == ""
     texts = ["was superb .", " four", "!", "\n\n", "'s", "four"]
     alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
     encoded = pieces.encode([("", text) for text in texts])
     assert [encoded["", text] for text in texts] == alone
-    ids = alone[0]
-    assert pieces.decode("", ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("make", [byte_level, reviews.tokenizer, lambda: sentencepiece("never")])
+def test_where_texts_begin_like_any_words_ids_have_one_text(make):
+    tokenizer = make()
+    pieces = Pieces(tokenizer)
+    assert not pieces.marks_beginnings
+    ids = tokenizer("was superb .", add_special_tokens=False)["input_ids"]
+    for before in ("", "the plot :", "</s>", "the plot was "):
+        assert pieces.decode(pieces.context(before), ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # -------------------------------------------------------------------------------------------------- real tokenizers
@@ -313,8 +446,19 @@ def test_a_real_tekken_model():
     backend.add_special_tokens([AddedToken(x, normalized=False) for x in ("<s>", "</s>", "[INST]", "[/INST]")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = MISTRAL
-    assert not Pieces(tokenizer).by_context
+    assert not Pieces(tokenizer).marks_beginnings
     assert_as_in_the_whole(tokenizer)
+    for prompt, response, want in [
+        ("the answer is :", "(five)", "( f ive )"),
+        ("the answer is :", "_name", "_ name"),
+        ("the answer is:", ".get", ". get"),
+        ("x =", "'s", "' s"),
+        ("the answer is", "(five)", "(f ive )"),
+    ]:
+        e, _ = one(tokenizer, "sft", {"prompt": prompt, "completion": response})
+        joined = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+        assert raw(tokenizer, e.responses[0]) == [*want.split(), "</s>"]
+        assert joined == [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *e.responses[0][:-1]]
 
 
 SMOLLM2_FOLDER = Path(os.environ.get("RLHF_TEST_SMOLLM2", "/nowhere"))  # made by ../shared/tools/smollm2.py
@@ -323,7 +467,9 @@ SMOLLM2_FOLDER = Path(os.environ.get("RLHF_TEST_SMOLLM2", "/nowhere"))  # made b
 @pytest.mark.skipif(not SMOLLM2_FOLDER.is_dir(), reason="RLHF_TEST_SMOLLM2 names no folder of the model")
 def test_real_smollm2():
     tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2_FOLDER)
-    assert not Pieces(tokenizer).by_context
+    assert not Pieces(tokenizer).marks_beginnings
+    e, _ = one(tokenizer, "sft", {"prompt": "the answer is :", "completion": "'s"})
+    assert raw(tokenizer, e.responses[0]) == ["'", "s", "<|im_end|>"]
     for chat in CHATS:
         e, _ = one(tokenizer, "sft", {"messages": chat})
         ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
@@ -412,6 +558,9 @@ def test_token_ids_that_are_not_the_texts_are_refused():
     ]:
         with pytest.raises(BadInput, match=f"^f.jsonl:1: {message}"):
             one(tokenizer, "preference", row | {field: value})
+    ids = [tokenizer.convert_tokens_to_ids(["▁four"]), row["token_ids"][1]]
+    e, _ = one(tokenizer, "preference", row | {"token_ids": ids})  # sampled where its ▁ is no space
+    assert e.responses == ids
     e, report = one(tokenizer, "preference", row | {"tokenizer": "another"})
     assert [raw(tokenizer, ids) for ids in e.responses] == [["four"], ["▁five", "</s>"]]
     assert (report.sampled, report.foreign) == (0, 2)
@@ -462,6 +611,68 @@ def test_templates_that_end_an_answer_are_accepted(name):
     e, _ = one(tokenizer, "preference", {"prompt": [said("user", "u")], "chosen": "four", "rejected": "five"})
     assert e.response_texts[0].rstrip().endswith(EOS.get(name, ("<end_of_turn>" if name == "gemma" else "</s>")))
     one(tokenizer, "sft", {"messages": CHATS[0]})
+
+
+TURNS = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+ASSISTANT = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+NAMES = "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}"
+ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+
+
+def ending(text: str) -> str:
+    """The part of a template that writes a text if the last message is an answer."""
+    return "{% if messages[-1]['role'] == 'assistant' %}{{ '" + text + "' }}{% endif %}"
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|end|>"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS + ASSISTANT,
+        ONE_TURN + TURNS + ASSISTANT,
+        NAMES,
+        ONE_TURN + NAMES,
+        "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}",  # without a mark of who speaks
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}",
+        (TURNS + ASSISTANT).replace("|>", "_TOKEN|>"),
+        (ONE_TURN + TURNS + ASSISTANT).replace("|>", "_TOKEN|>"),
+    ],
+)
+def test_an_end_of_turn_is_no_other_turn(template, eos):
+    tokenizer = byte_level(template=template, eos=eos)
+    for row in ({"prompt": [said("user", "u")], "completion": "four"}, {"messages": [said("user", "u"), CHATS[0][1]]}):
+        e, _ = one(tokenizer, "sft", row)
+        assert e.response_texts[0].strip().startswith(("four", "ASSISTANT: four"))
+
+
+OPENING = {
+    "the user's turn": ("<|end|>", TURNS + ending("<|user|>")),
+    "the user's turn, no EOS": ("</s>", TURNS + ending("<|user|>")),
+    "of one turn, the user's": ("<|end|>", ONE_TURN + TURNS + ending("<|user|>")),
+    "of one turn, the user's, no EOS": ("</s>", ONE_TURN + TURNS + ending("<|user|>")),
+    "of one turn, always the assistant's": ("<|end|>", ONE_TURN + TURNS + "{{ '<|assistant|>' }}"),
+    "of one turn, always the assistant's, no EOS": ("</s>", ONE_TURN + TURNS + "{{ '<|assistant|>' }}"),
+    "the user's name": ("</s>", NAMES + ending("USER: ")),
+    "the user's name, no space": ("</s>", NAMES + ending("USER:")),
+    "of one turn, the user's name": ("</s>", ONE_TURN + NAMES + ending("USER:")),
+    "the user's name after EOS": ("</s>", ZEPHYR + ending("USER: ")),
+    "chatml": ("<|im_end|>", SMOLLM2 + ending("<|im_start|>user\\n")),
+    "chatml, no EOS": ("</s>", SMOLLM2 + ending("<|im_start|>user\\n")),
+    "a mark after EOS that no turn has": ("<|end|>", TURNS + ending("<|next|>")),
+}
+
+
+@pytest.mark.parametrize("name", OPENING)
+def test_a_template_that_opens_a_turn_is_refused(name):
+    eos, template = OPENING[name]
+    tokenizer = byte_level(template=template, eos=eos)
+    for kind, row in {
+        "preference": {"prompt": [said("user", "u")], "chosen": "four", "rejected": "five"},
+        "sft": {"messages": CHATS[0]},
+        "responses": {"prompt": [said("user", "u")], "responses": ["four", "five"]},
+    }.items():
+        with pytest.raises(BadInput, match="^f.jsonl:1: the chat template opens another turn after an answer"):
+            one(tokenizer, kind, row)
 
 
 @pytest.mark.parametrize("eos", ["<|eot_id|>", "<|end_of_text|>"])
