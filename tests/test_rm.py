@@ -682,6 +682,13 @@ def made_up():
     return examples, rewards
 
 
+def longer_side(p: float, error: float, t: float) -> float:
+    """Of the interval by Wilson 1927, with n = p (1 - p) / error^2 values."""
+    n = p * (1 - p) / error**2
+    centre, half = p + t * t / (2 * n), t * math.sqrt(p * (1 - p) / n + t * t / (4 * n * n))
+    return max(abs((centre + side * half) / (1 + t * t / n) - p) for side in (-1, 1))
+
+
 def test_what_is_said_of_held_out_rankings_by_hand():
     """Margins +1 and -1 of weight 1/2, +1 of weight 1, +2 of weight 1 and P = 0.8."""
     examples, rewards = made_up()
@@ -689,7 +696,8 @@ def test_what_is_said_of_held_out_rankings_by_hand():
     accuracy = [0.5, 1.0, 0.8]
     assert results["accuracy"] == pytest.approx(mean(accuracy))
     deviation = math.sqrt(sum((x - mean(accuracy)) ** 2 for x in accuracy) / 2)
-    assert results["accuracy_interval"] == pytest.approx(4.303 * deviation / math.sqrt(3))  # t(2)
+    wanted = longer_side(mean(accuracy), deviation / math.sqrt(3), 4.303)  # t(2)
+    assert results["accuracy_interval"] == pytest.approx(wanted, rel=1e-3)
     # the longer one: loses both pairs of the first, wins the second, loses the third, whose label may be wrong
     assert results["longer_wins"] == pytest.approx((0.0 + 1.0 + 0.2) / 3)
     assert results["ceiling"] == pytest.approx((1.0 + 1.0 + 0.8) / 3)
@@ -713,7 +721,8 @@ def test_intervals_are_over_prompts_or_over_the_values_split_by():
     examples, rewards = made_up()
     alike = [dataclasses.replace(e, prompt_text="aab"[i]) for i, e in enumerate(examples)]
     _, results, _ = held_out_report(alike, rewards, None, embedded=False)
-    assert results["accuracy_interval"] == pytest.approx(12.706 * math.sqrt(2 * 2 * (1 / 30) ** 2) / 3)  # t(1)
+    wanted = longer_side(2.3 / 3, math.sqrt(2 * 2 * (1 / 30) ** 2) / 3, 12.706)  # t(1)
+    assert results["accuracy_interval"] == pytest.approx(wanted, rel=1e-3)
     topics = [dataclasses.replace(e, row={"meta": {"topic": "t"}}) for e in examples]
     rows, results, _ = held_out_report(topics, rewards, "meta.topic", embedded=False)
     assert results["accuracy_interval"] == math.inf  # one group gives none
