@@ -37,6 +37,7 @@ from tiny import ARCHITECTURES, example, tiny
 import evaluate
 import train_ppo
 from rlhf import BadInput
+from rlhf.tree import collate
 from support import models, report, reviews, runs, scoring
 from support.generate import answer, cached_logps, generate
 from support.report import ANSWER_STATS
@@ -459,6 +460,20 @@ def test_what_coefficients_of_kl_and_entropy_multiply():
         assert two.tolist() == pytest.approx(expected[:3]), name
         total = {"rloo": 2, "remax": 2, "drgrpo": 2 / 8}.get(name, 1)
         assert sum(expected) == pytest.approx(total), name
+
+
+def test_the_kl_in_the_loss_has_the_coefficient_of_its_rollout(world):
+    """Which --kl-target moves, and not the flag's: with advantages of 0 the loss is 2 times the mean of the tokens' k2,
+    (1 + 4 + 0 + 9 + 1 + 1) / 2 / 6."""
+    policy, batching = load(world / "model"), scoring.Batching("padded")
+    examples = [example([1, 5, 6], [[7, 8, 9], [10]]), example([1, 7], [[11, 12]])]
+    with torch.no_grad():
+        logps, _ = scoring.response_logps(policy, collate(examples, "padded", 0))
+    ref_logps, none = logps - torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0, 1.0]), torch.zeros(6)
+    rollout = train_ppo.Rollout(examples, logps, ref_logps, None, none, None)
+    a = train_ppo.Args(device="cpu", advantage="reinforce++", kl_in="loss", kl_estimator="k2", kl_coef=0.3)
+    found = train_ppo.update(a, policy, None, None, rollout, [0, 1], 2.0, batching)
+    assert found["loss/policy"] == pytest.approx(2 * 16 / 2 / 6, rel=1e-4)
 
 
 @pytest.mark.parametrize("most", [0.01, 1e3])
@@ -937,6 +952,7 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
         if isinstance(value, float) or name in ("gamma", "kl_coef", "lr"):
             refused(f"--{name.replace('_', '-')} must be", **{name: math.nan})
     refused("--minibatches must be", minibatches=0)
+    refused("--kl-target: a --kl-coef of 0 stays 0", kl_target=5.0, kl_coef=0.0)
     refused("--kl-horizon must be", kl_horizon=0.0)
     refused("12 prompts are fewer than --batch-size", batch_size=13)
     refused("--value-init reward", "use --value-init policy", reward="gold")
@@ -947,6 +963,14 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
     refused("no such file or folder", data=f"{world}/none.jsonl")
     models.save(tiny("llama"), words(), tmp_path / "words")
     refused("--ref", "its tokenizer is not the one of --model", ref=f"{tmp_path}/words")
+
+
+def test_flags_at_the_ends_of_their_ranges_are_accepted():
+    a = train_ppo.Args(kl_coef=0.0, missing_eos="subtract", missing_eos_value=0.0, minibatches=4, batch_size=4, k=2)
+    for advantage in train_ppo.COUNTS:
+        train_ppo.check_flags(dataclasses.replace(a, advantage=advantage))
+    train_ppo.check_flags(dataclasses.replace(a, k=1))
+    train_ppo.check_flags(dataclasses.replace(a, minibatches=1))
 
 
 @pytest.mark.parametrize(

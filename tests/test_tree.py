@@ -164,16 +164,63 @@ def test_collate_by_hand():
     assert tree.targets.tolist() == [14, 15, 16, 17, 18, 21, 22]
     assert tree.sequence.tolist() == [0, 0, 1, 1, 1, 2, 2] and tree.lengths.tolist() == [2, 3, 1 + 1]
     assert [tuple(s) for s in tree.segments.parts] == [(0, 5, 0, 0), (5, 8, 0, 3), (8, 12, 8, 8)]
+    assert [x.tolist() for x in tree.segments.offsets] == [[0, 5, 8, 12], [0, 5, 5 + 6, 5 + 6 + 4]]
+    assert tree.ends.tolist() == [4, 7, 11]
     padded = collate(examples, "padded", 7)
     assert padded.input_ids.tolist() == [[11, 12, 13, 14, 15, 7], [11, 12, 13, 16, 17, 18], [19, 20, 21, 22, 7, 7]]
     assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     assert padded.sources.tolist() == [2, 3, 8, 9, 10, 13, 14] and padded.targets.tolist() == tree.targets.tolist()
+    assert padded.ends.tolist() == [4, 11, 15]
+
+
+@pytest.mark.parametrize("layout, ends", [("tree", [3, 4, 1, 6, 6]), ("padded", [3, 6, 9, 13, 17])])
+def test_an_empty_response_ends_with_its_prompt(layout, ends):
+    """11 12 with 13 14, 15 and nothing; then 16 17 with nothing, twice: rows of 4 tokens in the padded layout."""
+    examples = [example([11, 12], [[13, 14], [15], []]), example([16, 17], [[], []])]
+    assert collate(examples, layout, 0).ends.tolist() == ends
+
+
+def test_attention_for_every_window_is_that_of_one_mask():
+    """A token sees its prompt and its own branch up to itself, and with a window w the tokens at distances below w."""
+    examples = random_examples([*SHAPES, (100, [40, 30])])  # the last one's segments are not in a call with others
+    batch = collate(examples, "tree", 0)
+    t, position = batch.input_ids.shape[1], batch.position_ids[0]
+    visible = torch.zeros(t, t, dtype=torch.bool)
+    for start, stop, prefix, prefix_stop in batch.segments.parts:
+        visible[start:stop, prefix:prefix_stop] = True
+        visible[start:stop, start:stop] = True
+    distance = position[:, None] - position
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, t, 4, generator=g, dtype=torch.float64) for h in (4, 2, 2))
+    for window in (None, *range(1, 40), 129, 130, 139, 140, 141):
+        mask = visible & (distance >= 0) & (distance < (window or t))
+        want = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+        got, _ = tree_attention(None, query, key, value, None, 0.3, sliding_window=window, segments=batch.segments)
+        torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 
 def test_untrained_tokens_are_not_scored():
     turns = example([5, 6], [[7, 8, 9, 10]], trained=[[True, False, False, True]])
     batch = collate([turns], "tree", 0)
     assert batch.sources.tolist() == [1, 4] and batch.targets.tolist() == [7, 10] and batch.lengths.tolist() == [2]
+
+
+def test_micro_batches_by_hand():
+    """The longest first, each into the first group with room: 5 + 2 and 4 + 3 tokens; padded, 2 and 2 rows of 5."""
+    examples = random_examples([(3, [2]), (1, [2]), (1, [3]), (1, [1])])
+    assert micro_batches(examples, 7, "tree") == [[0, 3], [2, 1]]
+    assert micro_batches(examples, 6, "tree") == [[0], [2, 3], [1]]
+    assert micro_batches(examples, 10, "padded") == [[0, 2], [1, 3]]
+    assert micro_batches(examples, 4, "tree") == [[0], [2], [1], [3]]
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"segments": None}])
+def test_attention_that_would_differ_is_refused(option):
+    segments = collate([example([5], [[6], [7]])], "tree", 0).segments
+    query = torch.zeros(1, 2, 3, 4)
+    tree_attention(None, query, query, query, None, segments=segments, softcap=None, s_aux=None)
+    with pytest.raises(NotImplementedError):
+        tree_attention(None, query, query, query, None, **{"segments": segments} | option)
 
 
 @given(
