@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import train_dpo
 import train_sft
-from rlhf import require
+from rlhf import BadInput, require
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.tree import collate, micro_batches
 from support import lazy_import, models, reviews, runs, scoring, sharding, tokens
@@ -235,6 +235,13 @@ def at_equal_length(
     return {name: x if math.isfinite(x) else None for name, x in {"value": value, "low": low, "high": high}.items()}
 
 
+def answer_texts(e: Example) -> list[str]:
+    try:
+        return texts_of(e.row)
+    except BadInput as error:
+        raise BadInput(f"{e.where}: {error}") from error
+
+
 def win(reward: float, other: float) -> float:
     """1 if the reward is larger, 0 if it is smaller, 1/2 if the two are the same up to rounding."""
     return 0.5 if abs(reward - other) <= SAME_REWARD else float(reward > other)
@@ -333,7 +340,7 @@ def main(a: Args) -> dict:
             (prompt_of(e.row), text, e.row | {"ended": ended} | ({"response_ids": ids} if ids else {}))
             for e in preferences
             for text, ended, ids in zip(
-                texts_of(e.row),
+                answer_texts(e),
                 for_each_response(e.row, "ended", len(e.ranks), True),
                 for_each_response(e.row, "token_ids", len(e.ranks)),
                 strict=True,

@@ -40,6 +40,7 @@ from rlhf import BadInput, require
 from support import reviews, tokens
 from support.rows import (
     EMPTY,
+    SCORES,
     Dropped,
     Message,
     Row,
@@ -47,6 +48,8 @@ from support.rows import (
     check_messages,
     check_prompt,
     check_text,
+    content_text,
+    fields_of,
     implicit,
     one_line,
     optional_list,
@@ -78,11 +81,14 @@ HH_TEMPLATE = (  # "\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf
     r"{{ '\n\n' + ('Human' if m['role'] == 'user' else m['role'] | capitalize) + ': ' + m['content'] }}{% endfor %}"
     r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-OPTIONAL = ("system", "tools", "margin", "probability", "ended", "rewards", "noise")  # read where the form has a use
-OPTIONAL += tuple(itertools.chain(*SCORES))
-METADATA = ("where", "id", "prompt_id", "source", "meta", "metadata", "tokens", "logps", "ref_logps")  # never listed,
-METADATA += ("token_ids", "tokenizer", "annotator", "order", "seconds", "note", "time")  # like what our scripts write
+OF_RANKINGS = ("ended", "rewards", "noise", "token_ids", "tokenizer")  # columns beside responses and ranks
+ANNOTATIONS = ("annotator", "order", "seconds", "note", "time")  # what annotate.py writes beside these
+OF_PAIRS = {  # kind -> columns that are read beside chosen and rejected, in addition to SCORES
+    "preference": ("margin", "probability"),
+    "unpaired": ("probability",),
+}
+OF_ANSWERS = ("completion", "label", "chosen", "rejected", "responses", "ranks", *OF_RANKINGS, *OF_PAIRS["preference"])
+OF_ANSWERS += ("tokens", "logps", "ref_logps")
 ANSWER = "answer-to-this"  # stands for an answer where a template is tried
 MORE = {"role": "user", "content": "question-after-it"}
 WORDS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\w+|[^\w\s]")  # of a template: marks such as <|user|> and [INST], and words
@@ -126,10 +132,11 @@ class Report:
     prompt_columns: Counter[str] = field(default_factory=Counter)  # column read as the prompt -> rows
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
-    unused: list[str] = field(default_factory=list)  # columns that do not reach the model, without METADATA
-    untemplated: int = 0  # rows of strings under a tokenizer with a chat template
+    unused: set[str] = field(default_factory=set)  # columns that do not reach the model
+    systems: int = 0  # rows of strings that are rendered because they have a system text
+    untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
-    repeats: int = 0  # rows of strings whose responses all begin with the prompt
+    repeats: int = 0  # rows of strings with a response that begins with the prompt
     negative_margins: int = 0
     against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
@@ -154,19 +161,19 @@ class Report:
             return out
         prompts, responses = self.prompt_lengths, self.response_lengths
         if self.unused:
-            names = ", ".join(repr(name[:40]) for name in self.unused[:20])
+            names = ", ".join(repr(name[:40]) for name in sorted(map(str, self.unused))[:20])
             out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
         for name, n in self.prompt_columns.items():
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
+        if self.systems:
+            out.append(f"system     {self.systems} rows of strings have one: they are read as messages")
         if self.untemplated:
             out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
         if self.hh_template:
             form = "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
             out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
         if self.repeats:
-            out.append(
-                f"repeats    the responses of {self.repeats} rows begin with their prompt, which is read twice so"
-            )
+            out.append(f"repeats    responses of {self.repeats} rows begin with their prompt, which is read twice so")
         for problem, n in self.against_scores.items():
             out.append(f"scores     {problem} in {n} rows, against the preference")
         if self.negative_margins:
@@ -216,6 +223,7 @@ class _Draft:
     rewards: list[float] | None = None
     noise: float | None = None
     rendered: bool = False  # by a chat template; else the strings of the row
+    turned: bool = False  # rendered only because it has a system text
 
 
 def _render(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool = False) -> str:
@@ -229,23 +237,23 @@ def _render(tokenizer, messages: list[Message], tools: list[dict] | None, genera
 
 
 def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool) -> None:
-    """BadInput if the text is the same without the tools, or without a field that messages have beside role and
+    """BadInput if the text is the same without the tools, or without a field that a message has beside role and
     content: the chat template would drop it."""
-    names = {name for m in messages for name, value in m.items() if value not in EMPTY} - {"role", "content"}
-    if not names and not tools:
+    others: list[tuple] = [("'tools'", messages, None)] if tools else []
+    for i, message in enumerate(messages):  # one at a time: a field of one message may be used, and another's dropped
+        for name in fields_of(message):
+            without = {k: v for k, v in message.items() if k != name}
+            others.append((f"{name[:40]!r} of message {i + 1}", [*messages[:i], without, *messages[i + 1 :]], tools))
+    if not others:
         return
     text = check_text(_render(tokenizer, messages, tools, generate), "messages")
-    others = [(name, [{k: v for k, v in m.items() if k != name} for m in messages], tools) for name in sorted(names)]
-    others += [("tools", messages, None)] if tools else []
     for name, *other in others:
         try:
             same = _render(tokenizer, *other, generate) == text
         except BadInput:  # the template needs it
             continue
         if same:
-            raise BadInput(
-                f"the chat template does not use {name[:40]!r}: leave it out, or use a model whose template does"
-            )
+            raise BadInput(f"the chat template does not use {name}: leave it out, or use a model whose template does")
 
 
 def _until_eos(tokenizer, text: str) -> str:
@@ -303,7 +311,9 @@ def _opens_turn(tokenizer, answered: list[Message], tools: list[dict] | None, be
     if not found:
         return False
     gap, found, _ = inner.partition(MORE["content"])
-    return not inner.startswith((last, closing)) or bool(mark and found) and gap.rstrip() == last.rstrip()
+    return (
+        not inner.startswith((last, closing)) or bool(mark and found and last.strip()) and gap.strip() == last.strip()
+    )
 
 
 def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
@@ -332,8 +342,9 @@ def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[lis
     size = len(pieces.tokenizer)
     ids = optional_list(draft.row, "token_ids", valid, "lists of token ids")
     for i, value in enumerate(values):
-        text = value if isinstance(value, str) else value[-1]["content"]
-        if not pieces.spells(ids[i], text):
+        if not isinstance(value, str) and (fields := fields_of(value[-1])):
+            raise BadInput(f"field 'responses[{i}]' has {fields[0][:40]!r}, and 'token_ids' spell texts: leave one out")
+        if not pieces.spells(ids[i], value if isinstance(value, str) else content_text(value[-1]["content"])):
             raise BadInput(
                 f"field 'token_ids[{i}]' does not spell 'responses[{i}]': leave token_ids out, or mend the text"
             )
@@ -346,7 +357,14 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
     for name in form:
         if row.get(name) is None:
             raise BadInput(f"field {name!r} is {'null' if name in row else 'missing'}: give it to every row")
-    row, tools = with_system(row, form), tools_of(row)
+    cut = False in row["ended"] if isinstance(row.get("ended"), list) else row.get("ended") is False
+    if cut and kind != "prompts" and "responses" not in form:
+        raise BadInput(
+            "field 'ended' goes with 'responses' and 'ranks': give a cut answer in such a row, or not at all"
+        )
+    as_written, row = row, with_system(row, form, bool(tokenizer.chat_template))
+    turned = row is not as_written and "prompt" in form and isinstance(prompt_of(as_written), str)
+    tools = tools_of(row)
 
     if form == ["text"]:
         require(not tools, STRINGS_AND_TOOLS)
@@ -361,7 +379,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         _require_used(tokenizer, messages, tools, generate=True)
         return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [], rendered=True)
 
-    draft = _Draft(where, row, "", [], [1])
+    draft = _Draft(where, row, "", [], [1], turned=turned)
     pair = "chosen" in form
     if pair and ("prompt" not in form or implicit(row)):
         prompt, values = shared_beginning(row)
@@ -424,12 +442,18 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         for i, (value, name) in enumerate(zip(values, names, strict=True)):
             answer = check_answer(value, name, draft.ended is not None)
             _require_used(tokenizer, [*prompt, answer], tools, generate=False)
+            fields = fields_of(answer)
             if draft.ended and not draft.ended[i]:
+                if fields:
+                    raise BadInput(
+                        f"field {name!r} was cut ('ended' is false) and has {fields[0][:40]!r}: write that into its "
+                        "content, as the model did"
+                    )
                 turn = answer["content"]
             else:
                 turn = _turn(tokenizer, [*prompt, answer], draft.prompt, tools)
                 added = turn.removesuffix(closing).strip() != answer["content"].strip()
-                if draft.ended and added:  # the template inserts what was not sampled, such as the end of a thought
+                if draft.ended and added and not fields:  # what was not sampled, such as the end of a thought
                     turn = answer["content"] + closing
             draft.responses.append([(turn, True)])
     if "responses" in form and row.get("token_ids") is not None and row.get("tokenizer") == digest:
@@ -503,13 +527,20 @@ def build(
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+    used = {*form, "system", "tools", "where"}
     if "prompt" in form:
-        report.prompt_columns.update(names[0] for _, row in rows if len(names := prompt_columns(row)) == 1)
-    used = {"prompt", *form, *report.prompt_columns, *METADATA, *OPTIONAL}
+        other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]
+        report.prompt_columns.update(name for name, row in other if not implicit(row | {"prompt": row[name]}))
+        used.update(name for name, _ in other)
     if kind == "prompts":  # the answers are not meant to be used
-        used.update(*itertools.chain(*KINDS.values()))
-    filled = {name for _, row in rows for name, value in row.items() if value not in EMPTY}
-    report.unused = sorted(map(str, filled - used))
+        used.update(OF_ANSWERS, ANNOTATIONS, *SCORES)
+    elif "responses" in form:
+        used.update(OF_RANKINGS)
+    elif "chosen" in form:
+        used.update(OF_PAIRS.get(kind, ()), *SCORES)
+    for _, row in rows:
+        ours = ANNOTATIONS if "responses" in form and row.get("annotator") else ()
+        report.unused.update(name for name, value in row.items() if value not in EMPTY and name not in {*used, *ours})
 
     def attempt(where: str, step: Callable, *args):
         try:
@@ -525,7 +556,7 @@ def build(
     digest = tokens.digest(tokenizer) if any(row.get("token_ids") for _, row in rows) else None
     drafts = [attempt(where, _make_draft, where, row, form, kind, pieces, digest) for where, row in rows]
     drafts = [draft for draft in drafts if draft is not None]
-    rendered = sum(draft.rendered for draft in drafts)
+    rendered, report.systems = sum(draft.rendered for draft in drafts), sum(draft.turned for draft in drafts)
     if tokenizer.chat_template:
         report.untemplated = len(drafts) - rendered
     else:
@@ -543,6 +574,8 @@ def build(
         name = rows[0][0].rpartition(":")[0]
         raise BadInput(f"{name}: nothing is left of its {len(rows)} rows ({'; '.join(reasons)}): give other data")
     _fill_report(report, examples, tokenizer)
+    if "chosen" in form and kind != "prompts":
+        _compare_scores(report, examples)
     return examples, report
 
 
@@ -660,16 +693,30 @@ def _make_example(
 
 
 def _repeats_prompt(draft: _Draft) -> bool:
-    """Whether all responses begin with the prompt, perhaps after the mark of a dialogue."""
+    """Whether a response begins with the prompt, perhaps after the mark of a dialogue."""
 
     def bare(text: str) -> str:
         return text.strip().removeprefix("Human:").lstrip()
 
     prompt = bare(draft.prompt)
     rests = [bare("".join(text for text, _ in pieces)) for pieces in draft.responses]
-    if not prompt or not rests or not all(rest.startswith(prompt) for rest in rests):
-        return False
-    return not any(prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum() for rest in rests)  # a longer word
+    longer_word = lambda rest: prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum()  # noqa: E731
+    return bool(prompt) and any(rest.startswith(prompt) and not longer_word(rest) for rest in rests)
+
+
+def _compare_scores(report: Report, examples: list[Example]) -> None:
+    """Count pairs whose scores or margins say that the rejected response is better."""
+
+    def number(value: object) -> float:  # a score may be a number as text
+        try:
+            return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
+            return math.nan
+
+    report.negative_margins = sum(number(e.row.get("margin")) < 0 for e in examples)
+    for better, worse in SCORES:
+        if n := sum(number(e.row.get(better)) < number(e.row.get(worse)) for e in examples):
+            report.against_scores[f"{better!r} is below {worse!r}"] = n
 
 
 def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
@@ -685,12 +732,6 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
         report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
     labels = [label for example in examples for label in example.labels or ()]
     report.desirable = sum(labels) / len(labels) if labels else None
-    report.negative_margins = sum((example.margin or 0) < 0 for example in examples)
-    for better, worse in SCORES:
-        pairs = [(e.row.get(better), e.row.get(worse)) for e in examples if len(e.responses) == 2]
-        n = sum(x < y for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float))
-        if n:
-            report.against_scores[f"{better!r} is below {worse!r}"] = n
 
     differences, longer_wins = [], []  # of each pair: expectations under the label's probability
     for example in examples:

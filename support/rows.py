@@ -18,6 +18,7 @@ harmless test rows of hh-rlhf). Two texts of another form need a prompt beside t
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -41,6 +42,7 @@ ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
 PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
@@ -197,6 +199,7 @@ def _parse_cell(column: str, cell: str | None) -> object:
         "token_ids",
         "rewards",
         "noise",
+        *itertools.chain(*SCORES),
     )
     if not never_text and not MESSAGES_CELL.match(cell or ""):
         return cell
@@ -272,6 +275,11 @@ def content_text(content: object, place: str = "the message") -> object:
             raise BadInput(f"{place} has a part {kind[:60]}: only parts {{'type': 'text', 'text': ...}} can be read")
         texts.append(fields["text"])
     return "".join(texts)
+
+
+def fields_of(message: Message) -> list[str]:
+    """The names of the filled fields that a message has beside role and content, such as tool_calls."""
+    return sorted(name for name, value in message.items() if name not in ("role", "content") and value not in EMPTY)
 
 
 def check_messages(value: object, name: str) -> list[Message]:
@@ -352,9 +360,10 @@ def standard(row: dict) -> dict:
     return row | {"prompt": row[names[0]]}
 
 
-def with_system(row: dict, form: list[str]) -> dict:
-    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none.
-    BadInput if the row is of strings, or has another system message."""
+def with_system(row: dict, form: list[str], template: bool) -> dict:
+    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none. If
+    there is a chat template, a prompt that is a text becomes the user's message. BadInput for other rows of strings,
+    and if there is another system message."""
     system = row.get("system")
     if system in EMPTY:
         return row
@@ -364,6 +373,8 @@ def with_system(row: dict, form: list[str]) -> dict:
         names = ["chosen", "rejected"]
     for name in names:
         messages = prompt_of(row) if name == "prompt" else row[name]
+        if name == "prompt" and template and isinstance(messages, str) and not DIALOGUE.match(messages):
+            messages = [{"role": "user", "content": check_text(messages, "prompt")}]
         if not isinstance(messages, list):
             raise BadInput(
                 f"field 'system' goes with messages, and {name!r} is a text: write it there, or give messages"
@@ -420,6 +431,10 @@ def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
         raise Dropped("dialogues that differ before the last turn")
     if isinstance(prompt, str) and not all(response.strip() for response in responses):
         raise Dropped("blank last turns")
+    asked = row.get("prompt")
+    if isinstance(asked, str) and isinstance(prompt, list) and not any(asked.strip() in m["content"] for m in prompt):
+        name = next((name for name in PROMPT_COLUMNS if row.get(name) is asked), "prompt")
+        raise BadInput(f"field {name!r} is not in the dialogues, which are read instead: leave it out, or mend them")
     return prompt, responses
 
 
@@ -454,6 +469,9 @@ def texts_of(row: dict) -> list[str]:
         responses = row["responses"]
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
+    for message in (x[-1] for x in responses if not isinstance(x, str)):
+        if fields := fields_of(message):
+            raise BadInput(f"an answer has {fields[0][:40]!r}, and rewards are of texts: leave it out, or --reward")
     return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]
 
 

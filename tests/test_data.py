@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_dpo
 from rlhf import BadInput
-from support import reviews
+from support import reviews, tokens
 from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
 from support.rows import prompt_of, read_rows, texts_of
@@ -198,6 +198,7 @@ def test_one_response_token_always_stays():
         one(PLAIN, "sft", {"prompt": "p", "completion": "r"}, prompt=0)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 30),
     st.integers(2, 30),
@@ -512,9 +513,12 @@ def test_strings_under_a_chat_template_are_counted():
     "prompt, chosen, rejected, n",
     [
         ("Why?", "Why? So.", " Why? No.", 1),
-        ("Why?", "Why? So.", "No.", 0),  # an answer may quote it
+        ("Why?", "Why? So.", "No.", 1),
+        ("Why?", "No.", "Why? So.", 1),
+        ("Why?", "So: Why?", "No.", 0),
         ("a", "a", "a b", 1),
         ("a", "ab", "ac", 0),  # another word
+        ("a", "ab", "a c", 1),
         ("one", HH[:14] + "\n\nAssistant: a", HH[:14] + "\n\nAssistant: b", 1),
         (HH, HH + " a", HH + " b", 1),
         (HH, " a", " b", 0),
@@ -523,20 +527,38 @@ def test_strings_under_a_chat_template_are_counted():
 def test_responses_that_repeat_their_prompt_are_counted(prompt, chosen, rejected, n):
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     _, report = build([("f:1", row), ("f:2", PAIR)], PLAIN, "preference", 99, 199)
-    assert ("repeats    the responses of 1 rows begin with their prompt" in str(report)) == n and report.repeats == n
+    assert ("repeats    responses of 1 rows begin with their prompt" in str(report)) == n and report.repeats == n
+    row = {"prompt": prompt, "responses": [rejected, "c", chosen], "ranks": [1, 2, 3]}
+    assert one(PLAIN, "preference", row)[1].repeats == n
 
 
 def test_scores_and_margins_against_the_preference_are_counted():
-    scores = [(1, 2), (2, 1), (3, 3), (None, 1), ("1", 2), (0.5, 0.75)]
+    scores = [(1, 2), (2, 1), (3, 3), (None, 1), ("1", "10"), (0.5, 0.75), ("4/5", 9), (True, 2), ("", 1)]
     rows = [(f"f:{i}", PAIR | {"score_chosen": x, "score_rejected": y}) for i, (x, y) in enumerate(scores)]
     rows += [("f:9", PAIR | {"margin": margin}) for margin in (-1, 0, 1, -0.5, None, -2)]
     rows += [("f:9", PAIR | {"chosen_rating": 1, "rejected_rating": 5})]
-    shown = str(build(rows, PLAIN, "preference", 99, 199)[1])
-    assert "scores     'score_chosen' is below 'score_rejected' in 2 rows, against the preference\n" in shown
-    assert "scores     'chosen_rating' is below 'rejected_rating' in 1 rows, against the preference\n" in shown
-    assert "margins    below 0 in 3 rows, against the preference\n" in shown and "unused" not in shown
+    for kind in ("preference", "sft", "unpaired"):
+        shown = str(build(rows, PLAIN, kind, 99, 199)[1])
+        assert "scores     'score_chosen' is below 'score_rejected' in 3 rows, against the preference\n" in shown
+        assert "scores     'chosen_rating' is below 'rejected_rating' in 1 rows, against the preference\n" in shown
+        assert "margins    below 0 in 3 rows, against the preference\n" in shown
+        unused = "unused     columns that the model does not see: 'margin'\n"
+        assert (unused in shown) == (kind != "preference") and ("unused" in shown) == (kind != "preference")
+    shown = str(build(rows, PLAIN, "prompts", 99, 199)[1])
+    assert "scores" not in shown and "margins" not in shown and "unused" not in shown
     shown = str(build(rows[1:3], PLAIN, "preference", 99, 199)[1])
     assert "scores" not in shown and "margins" not in shown
+
+
+def test_scores_in_a_csv(tmp_path):
+    lines = ["prompt,chosen,rejected,score_chosen,score_rejected,chosen_rating", "p,a,b,9,10,x", "q,a,b,1.5,1,"]
+    rows, _ = read_rows(file(tmp_path, *lines, name="s.csv"))
+    assert [(row["score_chosen"], row["score_rejected"], row["chosen_rating"]) for _, row in rows] == [
+        (9, 10, "x"),
+        (1.5, 1, None),
+    ]
+    shown = str(build(rows, PLAIN, "preference", 99, 199)[1])
+    assert "scores     'score_chosen' is below 'score_rejected' in 1 rows" in shown
 
 
 # ------------------------------------------------------------------------- fields of messages, system, tools, unused
@@ -560,7 +582,58 @@ def test_fields_of_messages_reach_the_template():
         "<call>add</call><|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
     )
     assert example.response_texts == [FOUR.replace("\n\n", "\nthink\n"), FOUR.replace("four", "no")]
-    assert texts_of(example.row) == ["four", "no"]
+    with pytest.raises(BadInput, match="an answer has 'reasoning_content', and rewards are of texts"):
+        texts_of(example.row)
+
+
+def test_fields_of_a_ranked_answer_reach_the_template():
+    """With `ended` too. An answer that was cut has nothing but its text, and so have token ids."""
+    thought = said("assistant", "four") | {"reasoning_content": "think"}
+    row = {"prompt": ASKED, "responses": [[thought], "five", [CALL]], "ranks": [1, 2, 3]}
+    want = [
+        FOUR.replace("\n\n", "\nthink\n"),
+        FOUR.replace("four", "five"),
+        "<think>\n\n</think>\n<call>add</call><|im_end|>",
+    ]
+    assert one(THINKING, "preference", row)[0].response_texts == want
+    want[1] = "five<|im_end|>"  # the model wrote no thought
+    assert one(THINKING, "preference", row | {"ended": [True, True, True]})[0].response_texts == want
+    want[1] = "five"
+    assert one(THINKING, "preference", row | {"ended": [True, False, True]})[0].response_texts == want
+    for i, name in ((0, "reasoning_content"), (2, "tool_calls")):
+        ended = [j != i for j in range(3)]
+        with pytest.raises(BadInput, match=rf"field 'responses\[{i}\]' was cut \('ended' is false\) and has '{name}'"):
+            one(THINKING, "preference", row | {"ended": ended})
+    ids = THINKING(["four", "five", "six"], add_special_tokens=False)["input_ids"]
+    row |= {"token_ids": ids, "tokenizer": tokens.digest(THINKING)}
+    with pytest.raises(BadInput, match=r"field 'responses\[0\]' has 'reasoning_content', and 'token_ids' spell texts"):
+        one(THINKING, "preference", row)
+
+
+def test_a_field_of_one_message_does_not_hide_that_of_another():
+    """The template shows the thought of the last answer only, calls of answers and no names of users."""
+    first, last = (said("assistant", x) | {"reasoning_content": f"thought of {x}"} for x in ("4", "5"))
+    for message, kind, row in [
+        (
+            "'reasoning_content' of message 2",
+            "preference",
+            {"prompt": [*ASKED, first, *ASKED], "chosen": [last], "rejected": "no"},
+        ),
+        (
+            "'reasoning_content' of message 1",
+            "sft",
+            {"prompt": [ASKED[0] | {"reasoning_content": "x"}], "completion": [last]},
+        ),
+        ("'name' of message 3", "sft", {"messages": [*ASKED, CALL, said("tool", "4") | {"name": "add"}, first]}),
+        ("'tools'", "sft", {"messages": [*ASKED, CALL], "tools": TOOLS}),
+    ]:
+        template = QWEN.replace("{% if tools %}", "{% if false %}")
+        template = template.replace("{{ m.content }}", "{{ (m.name or '') * (m.role == 'user') + m.content }}")
+        tokenizer = byte_level(bos=None, eos="<|im_end|>", template=template, specials=["<|im_start|>"])
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use {message}: leave it out"):
+            one(tokenizer, kind, row)
+    named = {"prompt": [ASKED[0] | {"name": "Ann: "}], "completion": [last]}
+    assert "<|im_start|>user\nAnn: 2 + 2?" in one(tokenizer, "sft", named)[0].prompt_text
 
 
 @pytest.mark.parametrize("tokenizer", [CHAT, PLAIN])
@@ -582,7 +655,7 @@ def test_fields_that_the_template_drops_are_refused(tokenizer):
         ("prompts", "tools", {"messages": ASKED, "tools": TOOLS}),
         ("sft", "tools", {"messages": [*ASKED, said("assistant", "4")], "tools": TOOLS}),
     ]:
-        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use '{name}': leave it out"):
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use '{name}'.*: leave it out"):
             one(tokenizer, kind, row)
     rows = [("f:1", {"messages": [*ASKED, weight]}), ("f:2", {"messages": [*ASKED, said("assistant", "4")]})]
     examples, report = build(rows, tokenizer, "sft", 99, 199, skip_bad_rows=True)
@@ -610,6 +683,15 @@ def test_content_in_parts():
 
 def test_a_system_column():
     plain = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+    strings = [
+        ("preference", plain),
+        ("preference", {"prompt": "2 + 2?", "responses": ["4", "5"], "ranks": [1, 2]}),
+        ("preference", {"question": "2 + 2?", "chosen": "4", "rejected": "5"}),
+        ("unpaired", {"prompt": "2 + 2?", "completion": "4", "label": True}),
+        ("sft", {"prompt": "2 + 2?", "completion": "4"}),
+        ("prompts", {"prompt": "2 + 2?"}),
+        ("prompts", {"instruction": "2 + 2?", "output": "4"}),
+    ]
     answers = {name: [said("assistant", name)] for name in ("chosen", "rejected")}
     dialogues = {name: ASKED + answer for name, answer in answers.items()}
     with_system = [said("system", "Be brief."), *ASKED]
@@ -626,26 +708,47 @@ def test_a_system_column():
         ("prompts", {"messages": ASKED}),
         ("sft", {"prompt": "2 + 2?", "messages": dialogues["chosen"]}),
         ("sft", {"prompt": ASKED, "completion": "4"}),
+        *strings,
     ]:
         example, report = one(CHAT, kind, row | {"system": "Be brief."})
         assert example.prompt_text == expected and "'system'" not in str(report)
+        line = "system     1 rows of strings have one: they are read as messages\n"
+        assert (line in str(report)) == ((kind, row) in strings)
         if kind != "sft":
             assert prompt_of(example.row) == with_system
         assert one(CHAT, kind, row | {"system": ""})[0].prompt_text.count("Be brief") == (
             row.get("prompt") == with_system
         )
     for kind, row in [
-        ("preference", plain),
         ("preference", {"chosen": HH + " a", "rejected": HH + " b"}),
+        ("preference", {"prompt": HH, "chosen": " a", "rejected": " b"}),
+        ("prompts", {"prompt": HH}),
         ("sft", {"text": "t"}),
-        ("prompts", {"prompt": "p"}),
     ]:
         with pytest.raises(BadInput, match="^f.jsonl:1: field 'system' goes with messages, and '.*' is a text"):
             one(CHAT, kind, row | {"system": "Be brief."})
+    for kind, row in strings:  # there is no template to render them with
+        with pytest.raises(BadInput, match="^f.jsonl:1: field 'system' goes with messages, and 'prompt' is a text"):
+            one(PLAIN, kind, row | {"system": "Be brief."})
     with pytest.raises(BadInput, match="fields 'system' and 'prompt' hold two system messages"):
         one(CHAT, "prompts", {"prompt": with_system, "system": "Be verbose."})
     with pytest.raises(BadInput, match="field 'system' is not text but int"):
         one(CHAT, "prompts", {"prompt": ASKED, "system": 3})
+
+
+def test_the_row_of_the_issue_with_a_system_text():
+    row = {"system": "s", "question": "Name a fruit.", **FRUIT}
+    example, report = one(CHAT, "preference", row)
+    assert text(CHAT, example.prompt) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [text(CHAT, ids) for ids in example.responses] == [f"{x}<|im_end|>" for x in FRUIT.values()]
+    assert prompt_of(example.row) == [said("system", "s"), said("user", "Name a fruit.")]
+    assert "prompt     the column 'question' of 1 rows" in str(report)
+    assert "system     1 rows of strings have one" in str(report) and report.untemplated == 0
+    rows = [("f:1", row), ("f:2", FRUIT | {"prompt": "p"})]
+    _, report = build(rows, CHAT, "preference", 99, 199)
+    assert (report.systems, report.untemplated) == (1, 1)
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
@@ -669,15 +772,87 @@ def test_a_tools_column(tools):
 
 
 def test_columns_that_nothing_uses_are_listed():
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "where": "x:1", "meta": {"a": 1}, "margin": 1.0}
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "where": "x:1", "margin": 1.0, "probability": 0.5}
     assert "unused" not in str(one(PLAIN, "preference", row)[1])
-    row |= {"images": ["x.png"], "question": "q", "messages": ASKED, "context": None, "hint": ""}
-    unused = "unused     columns that the model does not see: 'images', 'messages', 'question'\n"
-    assert unused in str(one(PLAIN, "preference", row)[1])
-    unused = "unused     columns that the model does not see: 'images', 'question'\n"
-    assert unused in str(one(PLAIN, "prompts", row)[1])
-    row = {"prompt": "p", "completion": "a", "label": True}  # as rows for SFT
-    assert "does not see: 'label'" in str(one(PLAIN, "sft", row)[1])
+    row |= {"images": ["x.png"], "question": "q", "messages": ASKED, "context": None, "hint": "", "meta": {"a": 1}}
+    unused = "unused     columns that the model does not see: 'images', 'messages', 'meta', 'question'\n"
+    assert unused in str(one(PLAIN, "preference", row)[1]) and unused in str(one(PLAIN, "prompts", row)[1])
+
+
+OURS = {"token_ids": [[1], [2]], "tokenizer": "x", "ended": [True, True], "rewards": [1.0, 0.0], "noise": 0.5}
+WRITTEN = {"annotator": "ana", "order": [0, 1], "seconds": 2.5, "note": "n", "time": "2026", "where": "p.jsonl:1"}
+THEIRS = {name: "x" for name in ("id", "prompt_id", "source", "meta", "metadata")}
+
+
+@pytest.mark.parametrize(
+    "kind, row, unused",
+    [
+        ("sft", {"prompt": "Translate", "completion": "b", **THEIRS}, THEIRS),
+        ("sft", {"prompt": "p", "completion": "b", **WRITTEN}, WRITTEN.keys() - {"where"}),
+        ("sft", {"prompt": "p", "completion": "a", "label": True}, ["label"]),
+        ("sft", {"prompt": "p", "completion": "a", "margin": 2, "score_chosen": 1}, ["margin", "score_chosen"]),
+        ("sft", {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.5}, ["probability"]),
+        ("sft", {"prompt": "OTHER", "messages": [*ASKED, said("assistant", "4")]}, ["prompt"]),
+        ("sft", {"text": "t", "prompt": "p", "question": "q"}, ["prompt", "question"]),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", **OURS, **WRITTEN},
+            {*OURS, *WRITTEN} - {"where"},
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], **OURS, **WRITTEN}, []),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "margin": 1, "probability": 0.7, "note": "n"},
+            ["margin", "note", "probability"],
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], **THEIRS}, THEIRS),
+        ("unpaired", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1, "probability": 0.7}, ["margin"]),
+        ("unpaired", {"prompt": "p", "completion": "a", "label": 1, "probability": 0.7}, ["probability"]),
+        ("prompts", {"prompt": "p", "responses": ["a", "b"], "ended": [False, True], "logps": [1, 2], **WRITTEN}, []),
+        ("prompts", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1, **THEIRS}, THEIRS),
+    ],
+)
+def test_each_column_is_read_or_listed(kind, row, unused):
+    _, report = one(PLAIN, kind, row)
+    assert report.unused == {*unused}
+    line = "unused     columns that the model does not see: " + ", ".join(map(repr, sorted(unused))) + "\n"
+    assert line in str(report) if unused else "unused" not in str(report)
+
+
+def test_a_cut_answer_is_one_of_a_ranking():
+    """Elsewhere it would be trained with an end of turn that the model did not write."""
+    for kind, row in [
+        ("preference", PAIR | {"ended": [False, True]}),
+        ("unpaired", PAIR | {"ended": [True, False]}),
+        ("unpaired", UNPAIRED | {"ended": False}),
+        ("sft", {"prompt": "p", "completion": "a", "ended": False}),
+        ("sft", SFT | {"ended": [False]}),
+        ("sft", {"text": "t", "ended": False}),
+    ]:
+        with pytest.raises(BadInput, match="^f.jsonl:1: field 'ended' goes with 'responses' and 'ranks': give a cut"):
+            one(PLAIN, kind, row)
+    assert one(PLAIN, "prompts", PAIR | {"ended": [False, True]})[1].unused == set()
+    assert one(PLAIN, "preference", PAIR | {"ended": [True, True]})[1].unused == {"ended"}
+
+
+def test_a_prompt_beside_dialogues_is_in_them():
+    """They are what is read; what is nowhere in them would not be seen."""
+    before = [
+        said("system", "Be kind."),
+        said("user", "Name a fruit."),
+        said("assistant", "An apple."),
+        said("user", "More?"),
+    ]
+    sides = {name: [*before, said("assistant", name)] for name in ("chosen", "rejected")}
+    for name in ("prompt", "question"):
+        for asked in ("Name a fruit.", " More?\n", "Be kind."):
+            for kind in ("preference", "sft", "unpaired", "prompts"):
+                example, report = one(CHAT, kind, sides | {name: asked})
+                assert example.prompt_text == one(CHAT, "prompts", {"prompt": before})[0].prompt_text
+                assert "prompt     the column" not in str(report) and "unused" not in str(report)
+        for kind in ("preference", "sft", "unpaired", "prompts"):
+            with pytest.raises(BadInput, match=f"^f.jsonl:1: field '{name}' is not in the dialogues, which are read"):
+                one(CHAT, kind, sides | {name: "Name a tool."})
 
 
 # ------------------------------------------------------------------------------------------------- bad input
