@@ -693,15 +693,20 @@ def _make_example(
 
 
 def _repeats_prompt(draft: _Draft) -> bool:
-    """Whether a response begins with the prompt, perhaps after the mark of a dialogue."""
+    """Whether a response is the prompt and more, or all begin with it, perhaps after the mark of a dialogue. A single
+    response that is the prompt and nothing else is just an answer."""
 
     def bare(text: str) -> str:
         return text.strip().removeprefix("Human:").lstrip()
 
     prompt = bare(draft.prompt)
     rests = [bare("".join(text for text, _ in pieces)) for pieces in draft.responses]
-    longer_word = lambda rest: prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum()  # noqa: E731
-    return bool(prompt) and any(rest.startswith(prompt) and not longer_word(rest) for rest in rests)
+    if not prompt or not rests:
+        return False
+    begins = [  # and not with a longer word
+        rest.startswith(prompt) and not (prompt[-1].isalnum() and rest[len(prompt) :][:1].isalnum()) for rest in rests
+    ]
+    return all(begins) or any(begin and rest != prompt for begin, rest in zip(begins, rests, strict=True))
 
 
 def _compare_scores(report: Report, examples: list[Example]) -> None:

@@ -516,6 +516,7 @@ def test_strings_under_a_chat_template_are_counted():
         ("Why?", "Why? So.", "No.", 1),
         ("Why?", "No.", "Why? So.", 1),
         ("Why?", "So: Why?", "No.", 0),
+        ("Why?", "Why? ", "No.", 0),  # an answer, if a poor one
         ("a", "a", "a b", 1),
         ("a", "ab", "ac", 0),  # another word
         ("a", "ab", "a c", 1),
