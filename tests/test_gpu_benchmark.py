@@ -218,7 +218,7 @@ def test_quick_goes_through_every_part(tmp_path, monkeypatch):
     gpu.main(["--quick", "--device", "cpu"])
     positive = {
         "tests": ["s"],
-        "steps": ["s/step", "real tokens/s", "TF/s", "of products", "of square", "of 989", "reserved GiB", "reads"],
+        "steps": ["s/step", "real tokens/s", "TF/s", "of products", "of square", "of 989", "reserved GiB"],
         "kernel": ["ms", "forward ms"],
         "memory": ["s/step", "real tokens/s", "TF/s", "reserved GiB"],
         "sampling": ["s", "tokens/s", "reserved GiB"],
@@ -231,6 +231,8 @@ def test_quick_goes_through_every_part(tmp_path, monkeypatch):
             assert row["outcome"] == "ok"
             assert all(0 < float(row[name]) < math.inf for name in columns)
             assert f"torch {torch.__version__}" in row["versions"] and row["date"] and row["hardware"]
+            if part == "steps" and row["side"] == "ours":  # compiled or padded, the library reads some, too
+                assert float(row["reads"]) == 0  # of single values: a step reads its metrics as one list
 
 
 @pytest.mark.slow
