@@ -62,9 +62,14 @@ def load_reward(
 
     digest = tokens.digest(tokenizer)
     has_ids = lambda row: bool(row.get("response_ids")) and row.get("tokenizer") == digest  # noqa: E731
+    told = False
 
     def reward(prompts, responses, rows) -> list[float]:
+        nonlocal told
         rankings = []
+        if not told and any(row.get("response_ids") and not has_ids(row) for row in rows):
+            print(f"{flag} {source}: has another tokenizer than what was sampled, whose texts are tokenised anew")
+            told = True
         for prompt, response, row in zip(prompts, responses, rows, strict=True):
             empty = row.get("ended") is False and not has_ids(row)
             empty = empty and not tokenizer(response, add_special_tokens=False)["input_ids"]

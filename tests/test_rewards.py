@@ -173,7 +173,7 @@ def byte_rm(folder):
     return str(folder / "byte_rm"), tokenizer
 
 
-def test_sampled_ids_are_scored(byte_rm):
+def test_sampled_ids_are_scored(byte_rm, capsys):
     """With the same tokenizer the ids of the row, cut or ended; else, or where a row has none, those of the text."""
     source, tokenizer = byte_rm
     a, b, ab, p, c = tokenizer.convert_tokens_to_ids(["a", "b", "ab", "p", "c"])
@@ -188,8 +188,10 @@ def test_sampled_ids_are_scored(byte_rm):
     ]
     texts = ["ab"] * 5 + ["cab"]
     ids = [[a, b, eos], [a, b], [ab, eos], [ab], [ab, eos], [c, a, b]]
-    want = library(source, [[bos, p, *x] for x in ids])
-    assert load_reward(source)(["p"] * 6, texts, rows) == pytest.approx(want, abs=1e-5)
+    want, reward = library(source, [[bos, p, *x] for x in ids]), load_reward(source)
+    for _ in range(2):
+        assert reward(["p"] * 6, texts, rows) == pytest.approx(want, abs=1e-5)
+    assert capsys.readouterr().out.count(f"--reward {source}: has another tokenizer than what was sampled") == 1
     assert len({round(x, 3) for x in want}) == 5
     with pytest.raises(BadInput, match=r"field 'token_ids\[0\]' does not spell 'responses\[0\]'"):
         load_reward(source)(["p"], ["ba"], rows[:1])
