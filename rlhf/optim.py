@@ -14,16 +14,20 @@ way, loss, margins and KL see only a part of what was learned. `dither` draws th
 changes, but when a master moves by a share s of a grid step, its weight moves by a whole one with probability s: the
 forward pass sees every update on average. (We know of no earlier use of a dither of the masters. Stochastic rounding,
 arXiv 2010.06192, draws anew at every step.)
+
+`compress` keeps both moments of AdamW in 8 bits each, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from jaxtyping import BFloat16, Float32, Int16
+from einops import rearrange
+from jaxtyping import BFloat16, Float32, Int8, Int16, UInt8
 from torch import Tensor
 
 CHUNK = 1 << 24  # elements that are updated at once: this bounds the temporary float32 memory
+BLOCK = 256  # elements whose 8-bit moments share their scales
 LowBits = dict[torch.nn.Parameter, Int16[Tensor, "..."]]  # of the masters, by their bfloat16 weight
 
 
@@ -57,6 +61,51 @@ def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Te
     return low.view(weight.shape)
 
 
+def compress(
+    m: Float32[Tensor, " n"], v: Float32[Tensor, " n"], step: int
+) -> tuple[Int8[Tensor, " n"], UInt8[Tensor, " n"], Float32[Tensor, "blocks 3"]]:
+    """Both moments of AdamW in 8 bits an element, with three float32 scales for every block of 256 elements.
+
+        code_v = 1 + floor(254 (log2 v - low) / (high - low) + u),     low, high: the smallest and largest log2 v > 0
+        code_m = sign(m) floor(127 sqrt(|m| / (top sqrt(v'))) + u),    top: the largest |m| / sqrt(v'), v' = decoded v
+
+    n is a multiple of 256; v = 0 has code 0. What is coded is m / sqrt(v), which the update consists of: the error of
+    an update is small whatever the gradients' sizes in a block, and no update explodes where v is rounded. `low` is at
+    least high - 40, which raises a v that is more than 2^40 times smaller than its block's largest.
+
+    u in [0, 1) is the fractional part of 0.7549 i + 0.618 step for element i of a block. Rounding to nearest would
+    lose every change of v, which is about 0.1 % a step where codes are up to 10 % apart; with u, v changes as it should
+    on average.
+    """
+    m, v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (m, v))
+    index = torch.arange(BLOCK, device=v.device, dtype=torch.float64)
+    u = ((0.7548776662466927 * index + 0.6180339887498949 * step) % 1).float()
+    log_v = v.log2()
+    high = log_v.amax(1, keepdim=True).clamp_min(-126)
+    low = torch.where(v > 0, log_v, high).amin(1, keepdim=True).maximum(high - 40)
+    share = (log_v - low).clamp_min(0) / (high - low).clamp_min(1e-30)
+    code_v = torch.where(v > 0, 1 + (254 * share + u).floor(), 0).to(torch.uint8)
+    ratio = torch.where(v > 0, m / _decode_v(code_v, low, high).sqrt(), 0)
+    top = ratio.abs().amax(1, keepdim=True)
+    code_m = ratio.sign() * (127 * (ratio.abs() / top.clamp_min(1e-30)).sqrt() + u).floor()
+    return code_m.to(torch.int8).view(-1), code_v.view(-1), torch.cat([top, low, high], dim=1)
+
+
+def decompress(
+    code_m: Int8[Tensor, " n"], code_v: UInt8[Tensor, " n"], scales: Float32[Tensor, "blocks 3"]
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+    """The moments m and v of `compress`, up to rounding."""
+    top, low, high = scales.split(1, dim=1)
+    code_m, code_v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (code_m, code_v))
+    v = _decode_v(code_v, low, high)
+    code_m = code_m.float() / 127
+    return (code_m * code_m.abs() * top * v.sqrt()).view(-1), v.view(-1)
+
+
+def _decode_v(code: UInt8[Tensor, "blocks 256"], low: Float32[Tensor, "blocks 1"], high: Float32[Tensor, "blocks 1"]):
+    return torch.where(code > 0, (low + (code.float() - 1) / 254 * (high - low)).exp2(), 0)
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, Algorithm 2) on exact float32 masters.
 
@@ -64,10 +113,11 @@ class AdamW(torch.optim.Optimizer):
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         master -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. The
-    moments m and v are float32. On a CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in
-    float32 bit for bit; on CUDA one kernel (rlhf/kernels.py) updates a weight, which is equal up to rounding. The
-    gradients of a step's micro-batches add up in `gradient_dtype`.
+    `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. On a
+    CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in float32 bit for bit; on CUDA one
+    kernel (rlhf/kernels.py) updates a weight, which is equal up to rounding. The gradients of a step's micro-batches
+    add up in `gradient_dtype`. The moments m and v are float32, or with `eight_bits` those of matrices are
+    stored by `compress`, in 2.05 bytes an element instead of 8.
     """
 
     def __init__(
@@ -79,8 +129,9 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         gradient_dtype: torch.dtype = torch.float32,
+        eight_bits: bool = False,
     ):
-        self.low_bits, self.sums = low_bits, {}
+        self.low_bits, self.sums, self.eight_bits = low_bits, {}, eight_bits
         for weight in low_bits if gradient_dtype == torch.float32 else ():
             weight.grad_dtype = None  # any: that of the output head is float32
             weight.register_post_accumulate_grad_hook(self._add_to_sums)
@@ -110,24 +161,28 @@ class AdamW(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
+                eight_bits = self.eight_bits and weight.ndim > 1
                 state = self.state[weight]
                 if not state:
-                    moments = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
-                    state |= zip(("step", "exp_avg", "exp_avg_sq"), (0, *moments), strict=True)
+                    state |= {"step": 0} | _zero_moments(weight, eight_bits)
                 state["step"] += 1
                 t, (beta1, beta2) = state["step"], group["betas"]
                 scalars = 1 - group["lr"] * group["weight_decay"], 1 - beta1, beta2, 1 - beta2
                 scalars += (1 - beta2**t) ** 0.5, group["eps"], group["lr"] / (1 - beta1**t)
-                in_place = weight.data, self.low_bits.get(weight), state["exp_avg"], state["exp_avg_sq"]
-                flat = [None if x is None else x.view(-1) for x in in_place]
-                flat.insert(2, weight.grad.reshape(-1))
-                if weight.is_cuda and weight in self.low_bits:
+                low = self.low_bits.get(weight)
+                flat = [None if x is None else x.view(-1) for x in (weight.data, low)] + [weight.grad.reshape(-1)]
+                moments = [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
+                if weight.is_cuda and low is not None and not eight_bits:
                     from rlhf import kernels
 
-                    kernels.adamw(*flat, *scalars)
+                    kernels.adamw(*flat, *moments, *scalars)
                     continue
                 for part in _chunks(weight.numel()):
-                    _update(*(None if x is None else x[part] for x in flat), *scalars)
+                    pieces = [None if x is None else x[part] for x in flat]
+                    if eight_bits:
+                        _update_compressed(*pieces, *moments, state["scales"], part, t, *scalars)
+                    else:
+                        _update(*pieces, *(x[part] for x in moments), *scalars)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from the `state_dict` of an optimizer of the same weights. (The base class would round each moment
@@ -151,6 +206,25 @@ def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction,
     if low is not None:
         for place, half in zip((weight, low), split(master), strict=True):
             place.copy_(half)
+
+
+def _zero_moments(weight: torch.nn.Parameter, eight_bits: bool) -> dict[str, Tensor]:
+    """AdamW's state before its first step; in 8 bits, of whole blocks."""
+    if not eight_bits:
+        return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+    blocks = -(-weight.numel() // BLOCK)
+    m, v = (weight.new_zeros(blocks * BLOCK, dtype=dtype) for dtype in (torch.int8, torch.uint8))
+    return {"exp_avg": m, "exp_avg_sq": v, "scales": weight.new_zeros(blocks, 3, dtype=torch.float32)}
+
+
+def _update_compressed(weight, low, gradient, code_m, code_v, scales, part: slice, step: int, *scalars) -> None:
+    """`_update` on the slice `part` of a weight whose moments are compressed, in place."""
+    blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+    padded = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
+    m, v = decompress(code_m[padded], code_v[padded], scales[blocks])
+    elements = part.stop - part.start
+    _update(weight, low, gradient, m[:elements], v[:elements], *scalars)
+    code_m[padded], code_v[padded], scales[blocks] = compress(m, v, step)
 
 
 def _chunks(elements: int) -> Iterator[slice]:

@@ -318,9 +318,11 @@ def raise_embeddings(model) -> None:
 
 
 def adamw(model, low_bits: LowBits, a: Any, **settings: float):
-    """AdamW of the weights that are trained: torch's own, or rlhf/optim.py's for bfloat16 weights."""
-    if low_bits:
-        return AdamW(model.parameters(), low_bits, gradient_dtype=DTYPES[a.gradient_dtype], **settings)
+    """AdamW of the weights that are trained: torch's own, or rlhf/optim.py's for bfloat16 weights and 8-bit moments."""
+    eight_bits = a.optimizer_state == "8bit"
+    if low_bits or eight_bits:
+        settings |= {"gradient_dtype": DTYPES[a.gradient_dtype], "eight_bits": eight_bits}
+        return AdamW(model.parameters(), low_bits, **settings)
     return torch.optim.AdamW(model.parameters(), fused=True, **settings)
 
 

@@ -130,6 +130,8 @@ class TrainingFlags(Flags):
     """of the matrices and their products; the optimizer's copy of the weights and log-probs are always float32"""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """in which the gradients of a step's micro-batches add up; bfloat16 saves 2 bytes a weight (one process)"""
+    optimizer_state: Literal["float32", "8bit"] = "float32"
+    """AdamW's two moments; 8bit takes 2 bytes a weight instead of 8 (one process)"""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     """of the saved model; bfloat16 rounds the weights of a float32 run"""
 
@@ -193,6 +195,8 @@ def check(args: Any) -> None:
         args.dtype == "bfloat16" and not parallel.several()
     )
     require(low, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
+    eight_bits = getattr(args, "optimizer_state", "float32") == "8bit" and parallel.several()
+    require(not eight_bits, "--optimizer-state 8bit needs a single process")
     merged = getattr(args, "lora_merge", False) and not args.lora_rank
     require(not merged, "--lora-merge: there are no adapters to merge without --lora-rank")
     if hasattr(args, "max_length"):

@@ -19,7 +19,7 @@ from rlhf import losses, optim
 from rlhf.tree import collate
 from support import models, reviews, scoring, sharding
 
-FLAGS = SimpleNamespace(dtype="bfloat16", gradient_dtype="float32", lora_rank=0, seed=0)
+FLAGS = SimpleNamespace(dtype="bfloat16", gradient_dtype="float32", optimizer_state="float32", lora_rank=0, seed=0)
 FLAGS.gradient_checkpointing = FLAGS.compile = False
 
 

@@ -127,7 +127,8 @@ def test_after_one_training_and_one_scoring_batch_other_lengths_add_at_most_two_
 ):
     """The first batch is as long as the model is wide."""
     model, low_bits = sharding.load_trained(lambda device: tiny(name), "cpu", dtype, 0)
-    flags = SimpleNamespace(gradient_dtype="float32", gradient_checkpointing=what == "checkpointed", compile=True)
+    flags = SimpleNamespace(gradient_dtype="float32", optimizer_state="float32", compile=True)
+    flags.gradient_checkpointing = what == "checkpointed"
     models.prepare_training(model, low_bits, flags)
     models.adamw(model, low_bits, flags, lr=0.0)
 

@@ -231,11 +231,17 @@ def test_kto_and_rankings_too(name, world, straight, stop, tmp_path):
     assert_same(tmp_path / "run", straight(name))
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_bfloat16_weights_and_their_low_bits_too(rank, world, stop, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer_state": "8bit"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"lora_rank": 4, "lora_merge": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_weights_and_their_low_bits_too(flags, world, stop, tmp_path):
     straight, a = (
-        arguments(world, tmp_path / name, "dpo dpo", dtype="bfloat16", lora_rank=rank, lora_merge=rank > 0)
-        for name in ("straight", "run")
+        arguments(world, tmp_path / name, "dpo dpo", dtype="bfloat16", **flags) for name in ("straight", "run")
     )
     train(straight)
     stop(a, signal.SIGKILL)

@@ -1,0 +1,127 @@
+"""AdamW's moments in 8 bits: the code, the optimizer that uses it against float32 moments, and resuming."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf import optim
+
+GRADIENTS = {  # of 64 blocks of 256: each element's deviation
+    "blocks that differ": (torch.logspace(-7, -3, 64).repeat_interleave(256), 0.999),
+    "mixed blocks": (torch.logspace(-7, -3, 64 * 256)[torch.randperm(64 * 256, generator=torch.manual_seed(0))], 0.995),
+}
+
+
+def block(*values: float) -> torch.Tensor:
+    """A block that begins with `values` and continues with the last of them."""
+    return torch.tensor([*values, *[values[-1]] * (256 - len(values))])
+
+
+def test_codes_by_hand():
+    """Step 0: u is 0 for the first element, 0.7549 for the second, 0.5098 for the third. log2 v spans -20 to 0."""
+    v = block(1.0, 2**-20, 2**-5, 0.0)
+    m = block(0.5, -(2**-10) * 2, 0.0, 0.0)  # m / sqrt(v): 0.5, -2, 0
+    code_m, code_v, scales = optim.compress(m, v, 0)
+    assert code_v[:4].tolist() == [255, 1, 1 + 191, 0]  # 254 * 0.75 + 0.5098 = 191.01
+    assert code_m[:4].tolist() == [63, -127, 0, 0]  # 127 sqrt(0.5 / 2) = 63.5
+    assert scales.tolist() == [[2.0, -20.0, 0.0]]
+    m2, v2 = optim.decompress(code_m, code_v, scales)
+    assert v2[:4].tolist() == pytest.approx([1.0, 2**-20, 2 ** (-20 + 191 / 254 * 20), 0.0])
+    assert m2[:4].tolist() == pytest.approx([2 * (63 / 127) ** 2, -(2**-9), 0.0, 0.0])
+
+
+def test_an_empty_block_and_one_of_equal_elements():
+    zero = torch.zeros(256)
+    assert all(not x.any() for x in optim.decompress(*optim.compress(zero, zero, 3)))
+    m, v = optim.decompress(*optim.compress(zero - 1e-3, zero + 1e-6, 3))
+    assert torch.allclose(m, zero - 1e-3) and torch.allclose(v, zero + 1e-6)
+
+
+def test_a_v_far_below_its_block_is_raised_and_its_update_shrinks():
+    m, v = optim.decompress(*optim.compress(block(1.0, 2**-30), block(1.0, 2**-60), 0))
+    assert v[1].item() == pytest.approx(2**-40) and (m / v.sqrt())[1].item() == pytest.approx(2**-10, rel=0.1)
+
+
+def test_rounding_has_no_bias_over_the_steps():
+    """A v between two codes: the mean of its decoded logarithms over 10,000 steps; each alone is off by up to 0.08."""
+    v = block(1.0, 2**-20, *torch.logspace(-5, 0, 253).tolist(), 0.5)
+    logs = [optim.decompress(*optim.compress(v, v, step))[1].log2() for step in range(10_000)]
+    assert (torch.stack(logs).mean(0) - v.log2()).abs().max() < 1e-3
+    assert (logs[0] - v.log2()).abs().max() > 0.05
+
+
+def both(size: int, **settings):
+    """A weight with float32 moments and its copy with 8-bit ones."""
+    weights = [torch.nn.Parameter(torch.zeros(1, size)) for _ in range(2)]
+    sides = zip(weights, (False, True), strict=True)
+    return weights, [optim.AdamW([weight], {}, eight_bits=eight_bits, **settings) for weight, eight_bits in sides]
+
+
+@pytest.mark.parametrize("kind", ["noise", "drift", "constant"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_200_steps_against_float32_moments(name, kind):
+    """Gradients that span four decades, with and without a constant part: every step's update, and their sum."""
+    scale, bound = GRADIENTS[name]
+    generator = torch.manual_seed(1)
+    drift = torch.randn(len(scale), generator=generator) * (kind != "noise")
+    weights, optimizers = both(len(scale), lr=1.0)
+    largest = 0.0
+    for _ in range(200):
+        gradient = (drift + torch.randn(len(scale), generator=generator) * (kind != "constant")) * scale
+        before = [weight.detach().clone() for weight in weights]
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient[None].clone()
+            optimizer.step()
+        true, ours = (w.detach()[0] - x[0] for w, x in zip(weights, before, strict=True))
+        assert torch.cosine_similarity(true, ours, dim=0) > bound
+        largest = max(largest, true.abs().max())
+        assert ours.abs().max() < 1.5 * largest
+    true, ours = (weight.detach()[0] for weight in weights)
+    assert torch.cosine_similarity(true, ours, dim=0) > bound
+    assert (ours.norm() / true.norm()).item() == pytest.approx(1, abs=0.01)
+
+
+def test_padding_chunks_and_vectors(monkeypatch):
+    """A size that is no multiple of a block gives the same in one piece and in several; a vector is exact."""
+    gradients = [torch.randn(5001, generator=torch.manual_seed(i)) for i in range(5)]
+
+    def train(eight_bits: bool, *shape: int) -> tuple[torch.Tensor, dict]:
+        weight = torch.nn.Parameter(torch.ones(shape))
+        optimizer = optim.AdamW([weight], {}, lr=1e-2, eight_bits=eight_bits)
+        for gradient in gradients:
+            weight.grad = gradient.view(shape).clone()
+            optimizer.step()
+        return weight.detach(), optimizer.state[weight]
+
+    whole, state = train(True, 3, 1667)
+    assert sum(x.nbytes for x in (state["exp_avg"], state["exp_avg_sq"], state["scales"])) == 20 * (2 * 256 + 12)
+    monkeypatch.setattr(optim, "CHUNK", 1024)
+    assert torch.equal(train(True, 3, 1667)[0], whole)
+    assert not torch.equal(train(False, 3, 1667)[0], whole)
+    assert torch.equal(train(True, 5001)[0], train(False, 5001)[0])
+
+
+def test_continues_from_a_state_dict_bit_for_bit():
+    """A bfloat16 weight with float32 masters, as a checkpoint of a run has them."""
+    master = torch.randn(64, 100, generator=torch.manual_seed(0))
+    gradients = [torch.randn(64, 100, generator=torch.manual_seed(i)) for i in range(6)]
+
+    def begin(weight, low, state=None):
+        weight = torch.nn.Parameter(weight.clone())
+        optimizer = optim.AdamW([weight], {weight: low.clone()}, lr=1e-3, eight_bits=True)
+        if state:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        return weight, optimizer
+
+    def train(weight, optimizer, part):
+        for gradient in part:
+            weight.grad = gradient.bfloat16()
+            optimizer.step()
+        return weight.data, optimizer.low_bits[weight], optimizer.state_dict()
+
+    straight = train(*begin(*optim.split(master)), gradients)
+    half = train(*begin(*optim.split(master)), gradients[:3])
+    resumed = train(*begin(*half), gradients[3:])
+    assert all(torch.equal(x, y) for x, y in zip(straight[:2], resumed[:2], strict=True))
+    assert not torch.equal(straight[0], half[0])
