@@ -18,6 +18,7 @@ arXiv 2010.06192, draws anew at every step.)
 `compress` keeps both moments of AdamW in 8 bits each, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -116,8 +117,8 @@ class AdamW(torch.optim.Optimizer):
     `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. On a
     CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in float32 bit for bit; on CUDA one
     kernel (rlhf/kernels.py) updates a weight, which is equal up to rounding. The gradients of a step's micro-batches
-    add up in `gradient_dtype`. The moments m and v are float32, or with `eight_bits` those of matrices are
-    stored by `compress`, in 2.05 bytes an element instead of 8.
+    add up in `gradient_dtype`. The moments m and v are float32; with `eight_bits` those of matrices are stored by
+    `compress`, in 2.05 bytes an element instead of 8.
     """
 
     def __init__(
@@ -134,18 +135,9 @@ class AdamW(torch.optim.Optimizer):
         self.low_bits, self.sums, self.eight_bits = low_bits, {}, eight_bits
         for weight in low_bits if gradient_dtype == torch.float32 else ():
             weight.grad_dtype = None  # any: that of the output head is float32
-            weight.register_post_accumulate_grad_hook(self._add_to_sums)
+            weight.register_post_accumulate_grad_hook(functools.partial(_add_to, self.sums))
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([weight for weight in weights if weight.requires_grad], defaults)
-
-    def _add_to_sums(self, weight: torch.nn.Parameter) -> None:
-        """Move a micro-batch's gradient to the sums. (A float32 `.grad` of a bfloat16 weight would keep torch.compile
-        from tracing the weight's layer.)"""
-        if weight in self.sums:
-            self.sums[weight] += weight.grad
-        else:
-            self.sums[weight] = weight.grad.float()
-        weight.grad = None
 
     def collect_gradients(self) -> None:
         """Put the sums over the micro-batches into `.grad`, where clipping and `step` look for them."""
@@ -206,6 +198,16 @@ def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction,
     if low is not None:
         for place, half in zip((weight, low), split(master), strict=True):
             place.copy_(half)
+
+
+def _add_to(sums: dict[torch.nn.Parameter, Tensor], weight: torch.nn.Parameter) -> None:
+    """Move a micro-batch's gradient to the sums. (A float32 `.grad` of a bfloat16 weight would keep torch.compile from
+    tracing the weight's layer. The weight keeps this hook, so the hook must not keep the optimizer.)"""
+    if weight in sums:
+        sums[weight] += weight.grad
+    else:
+        sums[weight] = weight.grad.float()
+    weight.grad = None
 
 
 def _zero_moments(weight: torch.nn.Parameter, eight_bits: bool) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """Training in bfloat16: exact float32 masters, a forward pass that sees them move, and what is saved."""
 
 import copy
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -231,6 +233,20 @@ def test_gradients_of_16_micro_batches_add_up(dtype, bound):
     added, truth = (torch.cat([x.double().flatten() for x in xs]) for xs in ([w.grad for w in truth], truth.values()))
     cosine = torch.nn.functional.cosine_similarity(added, truth, dim=0)
     assert bound < cosine and (dtype == torch.float32 or cosine < 1 - 1e-7)
+
+
+def test_the_moments_are_freed_with_the_optimizer():
+    """They would be most of the memory while the final answers are sampled."""
+    policy, low_bits = sharding.load_trained(lambda device: tiny("llama"), "cpu", torch.bfloat16, 0)
+    optimizer = models.adamw(policy, low_bits, FLAGS, lr=1e-3)
+    batch = collate(random_examples([(5, [4, 9])]), "tree", 0)
+    scoring.response_logps(policy, batch, torch.bfloat16)[1].sum().backward()
+    optimizer.step()
+    moments = [weakref.ref(state["exp_avg"]) for state in optimizer.state.values()]
+    assert moments and all(x() is not None for x in moments)
+    del optimizer
+    gc.collect()
+    assert all(x() is None for x in moments)
 
 
 class Casts(TorchDispatchMode):
