@@ -254,7 +254,7 @@ def main(a: Args) -> dict[str, float]:
     # -------------------------------------------------------------------------------------------------------- training
     lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
     optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
-    first, delta, weights, final = 0, 0.0, None, {}
+    first, delta, final = 0, 0.0, {}
     keep_bytes = a.keep_softmax_mib and a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first, delta = state["step"], state["delta"]
@@ -311,14 +311,15 @@ def main(a: Args) -> dict[str, float]:
             final = evaluate(scoring.score_logps(policy, held, batching), delta, z0_of(held_places))
             run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
-            run.save_checkpoint(step + 1, {**weights, "step": step + 1, "delta": delta})
+            state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(step + 1, {**state, "step": step + 1, "delta": delta})
+            del state
         if run.interrupted:
             run.leave(step + 1)
     run.end()
 
     # ------------------------------------------------------------------------------------------------ before and after
-    del optimizer, weights
+    del optimizer
     if held:
         final = final or evaluate(scoring.score_logps(policy, held, batching), delta, z0_of(held_places))
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)

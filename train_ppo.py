@@ -306,7 +306,7 @@ def main(a: Args) -> dict[str, float]:
     adam = {"eps": a.adam_eps, "weight_decay": 0.0}
     optimizer = models.adamw(policy, low_bits, a, lr=a.lr, **adam)
     critic_optimizer = models.adamw(critic, critic_low_bits, a, lr=a.critic_lr, **adam) if critic else None
-    first, kl_coef, weights = 0, a.kl_coef, None
+    first, kl_coef = 0, a.kl_coef
     parts = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     if state := run.load_checkpoint(**parts):
         first, kl_coef = state["step"], state["kl_coef"]
@@ -422,17 +422,18 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
+            state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             if critic:
-                weights["critic"] = models.trained(critic, critic_low_bits)
-                weights["critic_optimizer"] = critic_optimizer.state_dict()
-            run.save_checkpoint(step + 1, {**weights, "step": step + 1, "kl_coef": kl_coef})
+                state["critic"] = models.trained(critic, critic_low_bits)
+                state["critic_optimizer"] = critic_optimizer.state_dict()
+            run.save_checkpoint(step + 1, {**state, "step": step + 1, "kl_coef": kl_coef})
+            del state
         if run.interrupted:
             run.leave(step + 1)
     run.end()
 
     # ------------------------------------------------------------------------------------------------ before and after
-    del optimizer, critic_optimizer, weights
+    del optimizer, critic_optimizer
     start = policy if lora else load_sharded(models.load_model, a.model) if a.ref else reference
     asked = (held or prompts)[: a.eval_prompts]
     rows, results, samples = report.before_and_after(

@@ -197,11 +197,13 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(model, low_bits), "optimizer": optimizer.state_dict()}
-            run.save_checkpoint(step + 1, {**weights, "step": step + 1})
+            state = {"model": models.trained(model, low_bits), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(step + 1, {**state, "step": step + 1})
+            del state
         if run.interrupted:
             run.leave(step + 1)
     run.end()
+    del optimizer
     model, low_bits, _ = sharding.unshard(model, low_bits, make_model, a)
     if not model:  # this process's work is done: the main process measures and writes
         return {}

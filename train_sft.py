@@ -152,13 +152,15 @@ def main(a: Args) -> dict[str, float]:
         if held and ((step + 1) % a.eval_every == 0 or last):
             run.log(step + 1, evaluate())
         if run.interrupted or last or (step + 1) % a.save_every == 0:
-            weights = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
-            run.save_checkpoint(step + 1, {**weights, "step": step + 1})
+            state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
+            run.save_checkpoint(step + 1, {**state, "step": step + 1})
+            del state
         if run.interrupted:
             run.leave(step + 1)
     run.end()
 
     # --------------------------------------------------------------------------------------------------------- samples
+    del optimizer
     results = evaluate() if held else {}
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
