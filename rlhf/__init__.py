@@ -37,7 +37,10 @@ def ranges(groups: dict[str, tuple[Callable[[float], bool], str]]) -> dict[str, 
 
 RANGES = ranges(  # the settings of losses.py and advantages.py; the scripts' flags have the same names
     {
-        "above 0 and finite": (lambda x: 0 < x < math.inf, "beta clip clip_range value_clip kl_target"),
+        "above 0 and finite": (
+            lambda x: 0 < x < math.inf,
+            "beta clip clip_range clip_high value_clip kl_target sampler_cap",
+        ),
         "at least 0 and finite": (
             lambda x: 0 <= x < math.inf,
             "length_penalty nll_coef dpop_lambda gamma_beta_ratio orpo_lambda desirable_weight undesirable_weight"

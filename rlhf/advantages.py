@@ -33,6 +33,11 @@ def sequence_sums(per_token: Float[Tensor, " n"], lengths: Int[Tensor, " b"]) ->
     return torch.segment_reduce(per_token.double(), "sum", lengths=lengths).to(per_token.dtype)
 
 
+def sequence_means(per_token: Float[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Float[Tensor, " n"]:
+    """Each sequence's mean, at each of its tokens. Gradient flows to per_token."""
+    return (sequence_sums(per_token, lengths) / lengths).repeat_interleave(lengths)
+
+
 # ---------------------------------------------------------------------------------------------------------- rewards
 
 
@@ -218,7 +223,33 @@ def remax(R: Float[Tensor, "p k"], greedy: Float[Tensor, " p"]) -> Float[Tensor,
     return R.detach() - rearrange(greedy.detach(), "p -> p 1")
 
 
-# ------------------------------------------------------------------------------------------------------ diagnostics
+# ------------------------------------------------------------------------------------------- samplers, diagnostics
+
+
+def sampler_weights(
+    logps: Float[Tensor, " n"],
+    sampler_logps: Float[Tensor, " n"],
+    lengths: Int[Tensor, " b"],
+    correction: str,
+    sampler_cap: float,
+) -> Float[Tensor, " n"]:
+    """Importance weights of tokens whose sampler computed other log-probs than the policy that is trained:
+
+        token      min(w_t, cap) with w_t = exp(logps - sampler_logps) at that token
+        sequence   w, or 0 if w > cap, with w = the product of w_t over the sequence
+
+    Yao et al. 2025 (fengyao.notion.site/off-policy-rl) and TRL's `sequence_mask`. A loss whose terms are multiplied by
+    the sequence weight has, without a cap, exactly the expected gradient of samples from the policy; its variance grows
+    with the length. The token weight corrects the choice of its own token, but neither how often the prefix was sampled
+    nor what followed, and so leaves a bias. No gradient. Raises BadInput for another correction.
+    """
+    check_ranges(sampler_cap=sampler_cap)
+    log_weights = (logps - sampler_logps).detach()
+    if correction == "token":
+        return log_weights.exp().clamp(max=sampler_cap)
+    require(correction == "sequence", f"correction must be token or sequence, not {correction}")
+    weights = sequence_sums(log_weights, lengths).exp()
+    return torch.where(weights > sampler_cap, 0, weights).repeat_interleave(lengths)
 
 
 def explained_variance(values: Float[Tensor, " n"], returns: Float[Tensor, " n"]) -> Float[Tensor, ""]:

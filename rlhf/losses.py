@@ -440,31 +440,59 @@ def _ratio(logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"]) -> Float[
 
 
 def ppo_clip(
-    logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"], advantages: Float[Tensor, " n"], clip_range: float
+    logps: Float[Tensor, " n"],
+    old_logps: Float[Tensor, " n"],
+    advantages: Float[Tensor, " n"],
+    clip_range: float,
+    clip_high: float | None = None,
 ) -> Float[Tensor, " n"]:
-    """Clipped surrogate objective: max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range)), A = advantages.
+    """Clipped surrogate objective: max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_high)), A = advantages.
 
-    Schulman et al. 2017, Eq. 7, arXiv 1707.06347, with clip_range 0.2. Gradient to logps: -A ratio, the policy gradient
-    at ratio = 1, and exactly 0 for a token that is `clipped`. Above exp(MAX_EXPONENT) the ratio continues as a straight
-    line, so loss and gradient stay finite for log-ratios up to 1e4. The loss is -A at ratio = 1. Range
-    [-A (1 + clip_range), 0) for A > 0; at least -A (1 - clip_range) and unbounded above for A < 0.
+    Schulman et al. 2017, Eq. 7, arXiv 1707.06347, with 0.2 on both sides; clip_high is clip_range by default, and 0.28
+    in DAPO (Yu et al. 2025, arXiv 2503.14476), so that an unlikely token can grow further. Gradient to logps: -A ratio,
+    the policy gradient at ratio = 1, and exactly 0 for a token that is `clipped`. Above exp(MAX_EXPONENT) the ratio
+    continues as a straight line, so loss and gradient stay finite for log-ratios up to 1e4. The loss is -A at ratio =
+    1. Range [-A (1 + clip_high), 0) for A > 0; at least -A (1 - clip_range) and unbounded above for A < 0.
+
+    Given each response's `sequence_means` (rlhf/advantages.py) in place of logps and old_logps it is GSPO (Zheng et
+    al. 2025, section 4, arXiv 2507.18071, clipped at 3e-4 and 4e-4): the ratio is exp(mean log-ratio of the response),
+    and a token's gradient that of its response divided by the length. So even at ratio = 1 it is not the policy
+    gradient unless all responses are equally long.
     """
-    check_ranges(clip_range=clip_range)
+    check_ranges(clip_range=clip_range, clip_high=clip_high)
     A, ratio = advantages.detach(), _ratio(logps, old_logps)
-    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range))
+    high = clip_range if clip_high is None else clip_high
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip_range, 1 + high))
 
 
 def clipped(
-    logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"], advantages: Float[Tensor, " n"], clip_range: float
+    logps: Float[Tensor, " n"],
+    old_logps: Float[Tensor, " n"],
+    advantages: Float[Tensor, " n"],
+    clip_range: float,
+    clip_high: float | None = None,
 ) -> Bool[Tensor, " n"]:
-    """Which tokens `ppo_clip` clips: ratio > 1 + clip_range with A > 0, or ratio < 1 - clip_range with A < 0.
+    """Which tokens `ppo_clip` clips: ratio > 1 + clip_high with A > 0, or ratio < 1 - clip_range with A < 0.
 
     Such a token has already moved as far as its advantage allows, so its gradient is 0. The mean is the metric
     `policy/clipfrac`.
     """
-    check_ranges(clip_range=clip_range)
-    ratio = _ratio(logps.detach(), old_logps)
-    return (advantages > 0) & (ratio > 1 + clip_range) | (advantages < 0) & (ratio < 1 - clip_range)
+    check_ranges(clip_range=clip_range, clip_high=clip_high)
+    ratio, high = _ratio(logps.detach(), old_logps), clip_range if clip_high is None else clip_high
+    return (advantages > 0) & (ratio > 1 + high) | (advantages < 0) & (ratio < 1 - clip_range)
+
+
+def cispo(
+    logps: Float[Tensor, " n"], old_logps: Float[Tensor, " n"], advantages: Float[Tensor, " n"], clip_high: float
+) -> Float[Tensor, " n"]:
+    """CISPO: -A min(ratio, 1 + clip_high) logps, in which the ratio is a weight without gradient.
+
+    Chen et al. 2025 (MiniMax-M1), arXiv 2506.13585; without a lower bound, as there. Gradient to logps:
+    -A min(ratio, 1 + clip_high), which is that of the unclipped surrogate except where the ratio is capped. No token's
+    gradient is cut to 0, not even that of a rare token that turns a response. At ratio = 1 it is the policy gradient.
+    """
+    check_ranges(clip_high=clip_high)
+    return -advantages.detach() * _ratio(logps.detach(), old_logps).clamp(max=1 + clip_high) * logps
 
 
 def value_loss(

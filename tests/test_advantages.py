@@ -21,6 +21,8 @@ from rlhf.advantages import (
     reinforce_pp,
     remax,
     rloo,
+    sampler_weights,
+    sequence_means,
     sequence_sums,
     shape_rewards,
     whiten,
@@ -309,6 +311,53 @@ def test_clipped_surrogate():
     assert losses.clipped(logps, old, A, E).tolist() == [True, False, False, True, False]
 
 
+def test_an_upper_bound_of_its_own():
+    """DAPO's: 0.2 below and 0.28 above, the golden values of the second and of the fourth row unchanged."""
+    ratio, A = f64(1.5, 1.25, 0.5, 1.5), f64(1, 1, -1, -1)
+    logps = ratio.log().requires_grad_()
+    loss = losses.ppo_clip(logps, f64(0, 0, 0, 0), A, 0.2, 0.28)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), f64(-1.28, -1.25, 0.8, 1.5), rtol=1e-14, atol=0)
+    torch.testing.assert_close(logps.grad, f64(0, -1.25, 0, 1.5), rtol=1e-14, atol=0)
+    assert losses.clipped(logps, f64(0, 0, 0, 0), A, 0.2, 0.28).tolist() == [True, False, True, False]
+
+
+def test_cispo_by_hand():
+    """-A min(ratio, 1.2) log pi: the capped token keeps a gradient, and nothing bounds the ratio from below."""
+    ratio, A, old = f64(2, 2, 0.5), f64(1, -3, -1), f64(0.1, 0.1, 0.1).log()
+    logps = (old + ratio.log()).requires_grad_()
+    loss = losses.cispo(logps, old, A, 0.2)
+    loss.sum().backward()
+    wanted = f64(-1.2 * math.log(0.2), 3.6 * math.log(0.2), 0.5 * math.log(0.05))
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(logps.grad, f64(-1.2, 3.6, 0.5), rtol=1e-14, atol=0)
+
+
+def test_gspo_by_hand():
+    """Answers of 2 and 1 tokens with token ratios 2, 1.125 and 0.5: the first answer's is their geometric mean, 1.5."""
+    lengths, logps = torch.tensor([2, 1]), f64(2, 1.125, 0.5).log().requires_grad_()
+    close(sequence_means(logps, lengths).exp().detach(), 1.5, 1.5, 0.5)
+    for A, wanted, gradient in ((1.0, (-1.2, -1.2, -0.5), (0, 0, -0.5)), (-1.0, (1.5, 1.5, 0.8), (1.5, 1.5, 0))):
+        logps.grad = None
+        means = sequence_means(logps, lengths)
+        loss = losses.ppo_clip(means, f64(0, 0, 0), A * f64(1, 1, 1), 0.2)
+        loss.sum().backward()
+        close(loss.detach(), *wanted)
+        close(logps.grad, *gradient)
+
+
+def test_sampler_weights_by_hand():
+    """Token ratios 2, 1.5 and 0.5 of answers of 2 and 1 tokens; the products are 3 and 0.5."""
+    lengths, sampled = torch.tensor([2, 1]), f64(-1, -2, -3)
+    logps = (sampled + f64(2, 1.5, 0.5).log()).requires_grad_()
+    close(sampler_weights(logps, sampled, lengths, "token", 1.75), 1.75, 1.5, 0.5)
+    close(sampler_weights(logps, sampled, lengths, "sequence", 3.1), 3, 3, 0.5)
+    close(sampler_weights(logps, sampled, lengths, "sequence", 2.9), 0, 0, 0.5)
+    assert not sampler_weights(logps, sampled, lengths, "token", 2.0).requires_grad
+    with pytest.raises(BadInput, match="correction must be token or sequence, not none"):
+        sampler_weights(logps, sampled, lengths, "none", 2.0)
+
+
 @pytest.mark.parametrize("clip_range", [0.05, 0.2, 0.9, 1.5])
 def test_gradient_is_0_only_where_clipped(clip_range):
     """On a grid of ratios and advantages: 0 where `clipped` says so and where A is 0, else -A ratio, and not 0."""
@@ -420,6 +469,9 @@ YES = torch.tensor([True])
         ("drgrpo needs at least 2 responses a prompt, not 1", lambda: drgrpo(f64(1, 2, 3)[:, None])),
         ("clip_range must be above 0", lambda: losses.ppo_clip(ONE, ONE, ONE, 0.0)),
         ("clip_range must be above 0", lambda: losses.clipped(ONE, ONE, ONE, -0.2)),
+        ("clip_high must be above 0", lambda: losses.ppo_clip(ONE, ONE, ONE, 0.2, 0.0)),
+        ("clip_high must be above 0", lambda: losses.cispo(ONE, ONE, ONE, -0.2)),
+        ("sampler_cap must be above 0", lambda: sampler_weights(ONE, ONE, N, "token", 0.0)),
         ("value_clip must be above 0", lambda: losses.value_loss(ONE, ONE, ONE, math.inf)),
     ],
 )

@@ -98,8 +98,8 @@ def test_rlhf_is_mathematics(path):
 def test_rlhf_is_small():
     names = {"__init__", "advantages", "kernels", "logprobs", "losses", "optim", "tree"}
     lines = {path.stem: len(path.read_text().splitlines()) for path in RLHF}
-    assert lines.keys() == names and sum(lines.values()) <= 1630
-    assert sum(lines.values()) - lines["optim"] - lines["kernels"] <= 1360
+    assert lines.keys() == names and sum(lines.values()) <= 1690
+    assert sum(lines.values()) - lines["optim"] - lines["kernels"] <= 1420
 
 
 @pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.name)
