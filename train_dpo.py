@@ -378,7 +378,7 @@ def means(parts: Sequence[report.Totals]) -> dict[str, float]:
 
 def guard(a: Args, gaps: Tensor, loss: float) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
-    With --ref they need not, and a line says so.
+    With --ref they need not agree, and a line says so.
 
     `gaps` [b 2] has |log pi - log ref| of each response and its length in tokens; rounding grows with the length's
     root. The guard catches a reference that was scored with other weights or in another dtype, dropout, and attention

@@ -234,10 +234,10 @@ def tree_attention(
 ):
     """Attention over a packed row, as the transformers library calls it; query, key, value are (1 heads t d_head).
 
-    In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its prefix and itself.
-    Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A sliding
-    window is respected. Raises NotImplementedError if the result would differ from the model's own attention: no
-    segments, a soft-cap on the scores, or attention sinks.
+    In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
+    its prefix. Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A
+    sliding window is respected. Raises NotImplementedError if the result would differ from the model's own attention:
+    no segments, a soft-cap on the scores, or attention sinks.
     """
     if segments is None:
         raise NotImplementedError(
