@@ -54,7 +54,7 @@ SELF_BLEU_ANSWERS = 100  # at most, because each is compared with all the others
 NUMBERS = {  # each model's numbers in results.json -> their names in the table
     "reward": "reward ({reward})",
     "gold": "gold reward",
-    "kl": "KL to the reference, nats an answer",
+    "kl": "KL to the reference, nats per answer",
     "win": "win rate by {reward}",
     "win_at_equal_length": "  at equal length",
     "judge/win": "win rate by {judge}",
@@ -471,7 +471,7 @@ def plot(results: dict, path: Path) -> None:
         side, shift = ("right", -6) if x["value"] > middle else ("left", 6)
         axes.annotate(short(name), at, (shift, 6), textcoords="offset points", ha=side, fontsize=9)
     axes.margins(y=0.1)
-    axes.set_xlabel(f"KL to {results['reference']}, nats an answer")
+    axes.set_xlabel(f"KL to {results['reference']}, nats per answer")
     axes.set_ylabel(f"reward ({results['reward']})")
     page.savefig(path, dpi=120)
 

@@ -2,15 +2,15 @@
 
     python train_dpo.py                                         the embedded task, film reviews; makes its SFT model
     python train_dpo.py --model DIR --data prefs.jsonl --out runs/my-dpo    your own model and pairs
-    python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another member of the family
+    python train_dpo.py --loss ipo --beta 0.05 --out runs/ipo   another loss of the family
 
 A preference says that response w to a prompt x is better than response l. DPO (Rafailov et al. 2023, Eq. 7) raises
 the probability of w over that of l, both relative to a frozen reference model, by logistic regression:
 
     loss = -log sigmoid( beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ] )
 
-beta * log(pi / ref) is the implicit reward: the policy is its own reward model, and beta sets how close it
-stays to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, results.
+beta * log(pi / ref) is the implicit reward: the policy is its own reward model. A larger beta keeps the policy closer
+to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, results.
 """
 
 import math
@@ -55,10 +55,10 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
     "orpo": lambda a, x: losses.orpo(x.chosen_logps, x.rejected_logps, *x.lengths, a.orpo_lambda),
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
-PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # losses and metrics use the mean over tokens
-LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # for reverse_kl only: check_flags
-TIE = 1e-4  # nats: a margin this small is rounding, and counts as half right
-LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # their value is ln 2 while policy and reference agree
+PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these losses, and their metrics, use means over tokens
+LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # reverse_kl only; see check_flags
+TIE = 1e-4  # nats: a margin this close to 0 may be rounding, so its pair counts as half right
+LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # these losses are ln 2 while policy and reference agree
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
     "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512},
@@ -72,54 +72,57 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """reference model (frozen), same tokenizer; default: the starting weights"""
     out: str = "runs/dpo"
     loss: Loss = "dpo"
-    """which loss (rlhf/losses.py has each equation); if a prompt has k > 2 responses, its pairs are averaged"""
+    """which loss (rlhf/losses.py has each equation); a loss of pairs is averaged over the pairs of each prompt"""
     beta: float | None = None
-    """reward per nat of log-ratio, > 0: the larger, the closer to the reference (simpo has none, and orpo no beta);
-    papers' values differ by loss (simpo 2, dpo_norm 5); default 0.1 (embedded: 0.6)"""
+    """reward per nat of log(pi / ref), > 0: a larger beta keeps the policy closer to the reference (simpo and orpo have
+    no reference, and orpo has no beta). Papers use other values for other losses (simpo 2, dpo_norm 5); default 0.1
+    (embedded: 0.6)"""
     label_smoothing: float = 0.0
-    """assumed share of flipped labels, in [0, 0.5), for dpo (then conservative), robust and exo (which needs > 0)"""
+    """assumed share of flipped labels, in [0, 0.5), for dpo (which it makes conservative DPO), robust and exo (where it
+    must be > 0)"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
-    """the f-divergence whose implicit reward replaces log(pi / ref); others than reverse_kl work only with dpo, robust,
-    ipo, r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce"""
+    """the f-divergence whose implicit reward replaces log(pi / ref). reverse_kl works with every loss, the others only
+    with dpo, robust, ipo, r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce"""
     divergence_alpha: float = 0.5
     """exponent of --divergence alpha, >= 0 and not 1"""
     clip: float | None = None
-    """--loss dpo: largest |beta * margin|, > 0 (chi-PO: twice the largest reward); default: none"""
+    """--loss dpo: the sigmoid's argument, beta times the margin of log-ratios, is clipped to +- this value, > 0 (the
+    chi-PO paper takes twice the largest reward); default: no clipping"""
     length_penalty: float = 0.01
     """r_dpo: reward subtracted for each token of a response, >= 0"""
     nll_coef: float = 1.0
     """dpo_nll: weight of the chosen response's NLL per token, >= 0"""
     dpop_lambda: float = 50.0
-    """dpop: weight on a fall of the chosen log-prob, >= 0"""
+    """dpop: weight of the penalty on a chosen response that is less likely than under the reference, >= 0"""
     discopop_tau: float = 0.05
     """discopop: temperature of the mixture, in (0, 1]"""
     gamma_beta_ratio: float = 0.5
     """simpo: target margin divided by beta, in nats per token, >= 0"""
     orpo_lambda: float = 0.1
-    """orpo: weight of the odds ratio, >= 0"""
+    """orpo: weight of the odds-ratio term, >= 0"""
     desirable_weight: float = 1.0
     """kto: weight of desirable responses, >= 0"""
     undesirable_weight: float = 1.0
     """kto: weight of undesirable responses, >= 0"""
     ties: Literal["refuse", "drop", "random"] = "refuse"
-    """plackett_luce: what to do with a ranking that has ties; random breaks them, in training only"""
+    """plackett_luce: what to do with a ranking that has ties; random breaks them at random, in training only"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     keep_softmax_mib: int | None = None
-    """MiB: a softmax up to this size is kept for the backward pass, a larger one is recomputed; >= 0; default 10240 on
-    CUDA, else 1024"""
+    """MiB, >= 0: a softmax of up to this size is kept for the backward pass, and a larger one is recomputed; default
+    10240 on CUDA, else 1024"""
     ref_cache: str = "runs/ref_cache"
-    """cache of the reference's log-probs, shared by runs on the same data"""
+    """where the reference's log-probs are cached; runs on the same data share them"""
 
 
 def check_flags(a: Args) -> None:
     """Raise BadInput if flags conflict; support/runs.py has the range of each.
 
-    The reward of any divergence but reverse_kl is no log-ratio, and is known only up to a constant per prompt. So it
-    fits losses in which only its margin counts, and bco, which bounds dpo's loss from above for any reward and delta.
-    The others need the log-ratio itself: for a mean over tokens (*_norm), the KL as reference point (kto), the
-    normaliser of a tilted pi_ref (sppo), a density ratio (nca), or the reference's own probability as anchor (apo_zero,
-    apo_down, dpop). simpo and orpo have no reference.
+    An implicit reward is known only up to a constant per prompt, and only that of reverse_kl is a log-ratio. So the
+    other divergences fit the losses of a margin, in which the constant cancels, and bco, which is never below dpo's
+    loss, whatever rewards and delta are. The remaining losses need the log-ratio itself: they average it over tokens
+    (*_norm), subtract a KL (kto), take it as a density ratio (nca), fit it to (win rate - 1/2) / beta (sppo), or
+    compare it with 0, where pi = ref (apo_zero, apo_down, dpop). simpo and orpo have no reference.
     """
     require(a.loss != "exo" or a.label_smoothing > 0, "--loss exo needs a --label-smoothing above 0, say 0.001")
     fits = a.divergence == "reverse_kl" or a.loss not in LOG_RATIO_ALONE
@@ -221,7 +224,7 @@ def main(a: Args) -> dict[str, float]:
     # ------------------------------------------------------------ reference: score once, then free it
     everything = train + held
     others: list[Example] = []
-    if a.loss == "kto":  # each prompt with a response of another prompt: these estimate the KL term z0
+    if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
         matched = zip(everything, mismatched(everything, a.seed), strict=True)
         others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in matched]
     if a.loss in REFERENCE_FREE:
@@ -325,7 +328,7 @@ def main(a: Args) -> dict[str, float]:
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return final
-    reference = policy  # with LoRA: the same model, its adapters off
+    reference = policy  # with LoRA: the same model with its adapters off
     if a.ref or not lora:
         make_start = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code)  # noqa: E731
         reference = sharding.load(make_start, str(policy.device), dtype)
@@ -338,7 +341,7 @@ def main(a: Args) -> dict[str, float]:
         results["ceiling"] = ceiling(held)
         for name in ("accuracies", "margins"):
             values = [metrics.get(f"eval/rewards/{name}") for metrics in sides.values()]
-            if None not in values:  # kto with a single label has no margin
+            if None not in values:  # kto has no margin if all labels are the same
                 rows.append([f"held-out {name}", *(f"{x:.3f}" for x in values)])
         if results["ceiling"] < 1:
             rows.insert(1, ["  (best possible with these labels)", "", f"{results['ceiling']:.3f}"])
@@ -355,7 +358,7 @@ def main(a: Args) -> dict[str, float]:
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )
-    if a.loss not in REFERENCE_FREE:  # in these, beta sets no distance to a reference
+    if a.loss not in REFERENCE_FREE:  # then beta sets the distance to the reference
         names = ("model", "ref", "data", "split", "loss", "label_smoothing", "divergence", "divergence_alpha", "ties")
         beta = f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)"
         print(f"Next: python train_dpo.py{runs.repeated(a, *names)} {beta}")
@@ -375,28 +378,27 @@ def means(parts: Sequence[report.Totals]) -> dict[str, float]:
 
 def guard(a: Args, gaps: Tensor, loss: float) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
-    With --ref they need not, and a line says so.
+    With --ref they need not agree, and a line says so.
 
-    `gaps` [b 2] are |log pi - log ref| of the step's responses and their tokens, with whose root rounding grows. This
-    catches a reference scored with other weights or another dtype, dropout, and attention that leaks between prompts.
-    An error of both sides, such as a wrong shift, cancels.
+    `gaps` [b 2] has |log pi - log ref| of each response and its length in tokens; rounding grows with the length's
+    root. The guard catches a reference that was scored with other weights or in another dtype, dropout, and attention
+    that leaks between prompts. It cannot see an error that both models share, such as a wrong shift of the targets.
     """
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
         return
     gap, bound = gaps[:, 0], {"float32": 1e-4, "bfloat16": 0.06}[a.dtype] * gaps[:, 1].sqrt()
-    if a.dtype != "float32":  # the mean, since a single response may be far off
+    if a.dtype != "float32":  # the mean, because a single response may be far off
         gap, bound = gap.mean(), bound.mean()
-        print(f"step-0 guard: mean |log-ratio| {gap.item():.3g} nats in {a.dtype}, of at most {bound.item():.3g}")
+        print(f"step-0 guard: mean |log-ratio| {gap.item():.3g} nats in {a.dtype} (limit {bound.item():.3g})")
     require(
         bool((gap < bound).all()),
-        f"step-0 guard: the policy is {gap.max().item():.3g} nats from the reference that it starts from: the scores "
-        "disagree",
+        f"step-0 guard: policy and reference are the same, but their log-probs differ by {gap.max().item():.3g} nats",
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(
             abs(loss - math.log(2)) < 1e-3 * max(1, a.beta) * (1 + a.dpop_lambda if a.loss == "dpop" else 1),
-            f"step-0 guard: the {a.loss} loss is {loss:.6f} at the start, where it should be ln 2 = 0.693147",
+            f"step-0 guard: the {a.loss} loss is {loss:.6f} at the start, but it should be ln 2 = 0.693147",
         )
 
 

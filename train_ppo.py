@@ -9,9 +9,9 @@ divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2
 
     maximise  E_{x, y ~ pi} [ R(x, y) - kl_coef * log(pi(y|x) / ref(y|x)) ]
 
-Each step is a rollout: k answers to each of p prompts; their scores; an advantage for each token, which is how much
-better than expected it turned out (expected by a critic, with GAE, or by comparing answers); a few epochs of clipped
-policy gradient (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
+Each step samples a rollout, k answers to each of p prompts, and scores it. A token's advantage is how much better the
+answer turned out than a value model (the critic, with GAE) or other answers predicted. A few epochs of clipped policy
+gradient follow (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
 import random
@@ -39,17 +39,17 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # what divides a minibatch's sum over tokens
-    "gae": "tokens",
+COUNTS = {  # how the losses of a minibatch's tokens are averaged
+    "gae": "tokens",  # the mean over tokens
     "reinforce++": "tokens",
-    "rloo": "sequences",
+    "rloo": "sequences",  # the mean over answers of each one's sum over tokens
     "remax": "sequences",
     "grpo": "responses",  # the mean over answers of each one's mean over tokens
-    "drgrpo": "constant",  # the number of answers * --max-new-tokens
+    "drgrpo": "constant",  # the mean over answers of each one's sum / --max-new-tokens
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
-ROUNDING = 1e-5  # tolerated difference of a log-prob between two batchings, relative to max(1 nat, |log-prob|), up to
-# 10 M parameters; above, it grows as the square root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (480 tokens)
+ROUNDING = 1e-5  # how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|); above 10 M
+# parameters it grows with the square root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (with 480 tokens)
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
@@ -62,49 +62,53 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """reference model (frozen), same tokenizer; default: the starting weights"""
     reward: str = "runs/rm"
     """a reward model's directory (embedded task: runs/rm is made first if it is missing), gold (embedded task), or
-    module:function(prompts, responses, rows) -> floats, for rewards that can be verified"""
+    module:function(prompts, responses, rows) -> floats, for answers that a program can check"""
     out: str = "runs/ppo"
     advantage: Literal[(*COUNTS,)] = "gae"
-    """gae: PPO's, with a critic. Without one: rloo, grpo and drgrpo compare the answers to a prompt; reinforce++ has
-    the batch's mean for a baseline, remax the reward of the greedy answer"""
+    """gae: PPO's own, with a critic (a value model). The others have no critic: rloo, grpo and drgrpo compare the
+    answers to a prompt, reinforce++ subtracts the rollout's mean, and remax the reward of the greedy answer"""
     k: int = 4
     """answers to each prompt, >= 1; rloo, grpo and drgrpo need 2 or more"""
     temperature: float = 1.0
-    """temperature of the rollouts: of sampling, and of the policy's and reference's log-probs, > 0"""
+    """temperature at which rollouts are sampled and at which policy and reference score them, > 0"""
     kl_coef: float | None = None
     """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5). With --kl-in loss it multiplies a minibatch's
-    KL, averaged as the policy loss is: over tokens (gae, reinforce++), or over answers of the mean per token (grpo),
-    the sum (rloo, remax) or the sum / --max-new-tokens (drgrpo)"""
+    KL, which is averaged like the policy loss: over tokens (gae, reinforce++), or over answers, each with the mean over
+    its tokens (grpo), their sum (rloo, remax) or their sum / --max-new-tokens (drgrpo)"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """estimator of the KL at each token (rlhf/advantages.py); in the reward only k1 has an unbiased gradient"""
+    """estimator of the KL at each token (rlhf/advantages.py); in the reward, only k1 gives an unbiased gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
-    """whether the KL is taken off each token's reward, or added to the loss (as GRPO does, with k3)"""
+    """whether the KL is subtracted from each token's reward, or added to the loss (as GRPO does, with k3)"""
     kl_target: float | None = None
     """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
     """--kl-target: share of the run's answers over which kl_coef can change by a factor of about e^0.2, in (0, 1]"""
     kl_stop: float | None = None
-    """end a rollout's epochs if, in a pass's last minibatch, the policy has moved this far (k2, nats per token), > 0"""
+    """stop the passes over a rollout after one whose last minibatch finds the policy further than this from the one
+    that sampled (k2, in nats per token), > 0; default: never"""
     gamma: float = 1.0
     """gae: discount per token, in [0, 1]; at 1 the score counts in full at every token"""
     lam: float = 0.95
     """gae: lambda, in [0, 1]; 1 is unbiased, lower values trust the critic more"""
     whiten_advantages: bool = True
-    """gae: mean 0 and deviation 1 over the rollout, so that the step size does not depend on the reward's scale"""
+    """gae: shift and scale the advantages to mean 0 and deviation 1 over the rollout, so that the step size does not
+    depend on the reward's scale"""
     whiten_rewards: Literal["no", "scale", "shift"] = "no"
-    """gae: scale token rewards to deviation 1 around their mean; shift also subtracts it; both change the objective"""
+    """gae: scale gives the token rewards a deviation of 1 and keeps their mean; shift also subtracts the mean; both
+    change the objective"""
     missing_eos: Literal["no", "replace", "subtract"] = "no"
     """score of an answer without EOS: kept, replaced by --missing-eos-value, or reduced by that value"""
     missing_eos_value: float = -1.0
     """see --missing-eos; in units of reward"""
     clip_range: float = 0.2
-    """clip range of pi / pi_old around 1, > 0; clipped tokens have no gradient"""
+    """pi / pi_old, with pi_old the policy that sampled, is clipped to 1 +- this, > 0; clipped tokens get no gradient"""
     value_clip: float | None = 0.2
-    """a value that has moved further than this (in reward) towards its target gets no gradient, > 0; None: no clip"""
+    """in units of reward, > 0: a value that has moved further than this towards its target gets no gradient; None: no
+    clipping"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
-    """bonus for the entropy of next-token distributions, >= 0; averaged over a minibatch as the KL of --kl-coef is"""
+    """bonus for the entropy of next-token distributions, >= 0; averaged over a minibatch like the policy loss"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
     ptx_data: str = "reviews"
@@ -112,10 +116,10 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     epochs_per_rollout: int = 4
     """passes over the answers of a rollout, >= 1"""
     minibatches: int = 2
-    """optimizer steps of each pass, >= 1"""
+    """optimizer steps in each pass, >= 1"""
     lora_rank: int = 0
     """rank of low-rank adapters of the policy, trained in place of its weights, >= 0 (0: none); needs about ten times
-    the learning rate; without --ref the reference is then the policy without them; a critic is trained whole"""
+    the learning rate. Without --ref the reference is then the policy without adapters. A critic is trained in full"""
     data: str = "reviews"
     """prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
     lr: float | None = None
@@ -188,9 +192,9 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def token_weights(a: Args, lengths: Tensor, batch_lengths: Tensor) -> Tensor:
-    """The loss weight of each token [n] of a micro-batch: 1 / its minibatch's divisor (see COUNTS).
+    """The loss weight of each token [n] of a micro-batch: the minibatch's weighted sum is the mean that COUNTS names.
 
-    lengths: of all the minibatch's answers; batch_lengths: of those in this micro-batch. All three are on the CPU.
+    `lengths` are those of the minibatch's answers, `batch_lengths` those of the micro-batch's; all are on the CPU.
     """
     each = torch.ones(sum(batch_lengths.tolist()))
     if COUNTS[a.advantage] == "tokens":
@@ -244,7 +248,7 @@ def main(a: Args) -> dict[str, float]:
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
-    reference = policy  # with LoRA: the same model, its adapters off
+    reference = policy  # with LoRA: the same model with its adapters off
     if a.ref or not a.lora_rank:
         reference = load_sharded(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
     scores_ids = Path(a.reward).is_dir()  # whether a reward model scores the sampled ids without re-tokenising
@@ -259,7 +263,7 @@ def main(a: Args) -> dict[str, float]:
     critic, critic_low_bits = None, {}
     if a.advantage == "gae" and a.value_init == "reward":
         problem = (
-            "--value-init reward: --reward is no reward model with the policy's tokenizer: use --value-init policy"
+            "--value-init reward needs a --reward model with the policy's tokenizer: use --value-init policy instead"
         )
         require(scores_ids, problem)
         critic_is = models.load_reward_model, a.reward, "--reward"
@@ -385,7 +389,7 @@ def main(a: Args) -> dict[str, float]:
             if a.kl_stop and parts[-1]["policy/approxkl"] > a.kl_stop:
                 break
 
-        # ----------------------------------------------- what follows is bookkeeping: metrics, controller, checkpoints
+        # ---------------------------------------------- what follows: metrics, the adaptive KL coefficient, checkpoints
         logged = [name for name in parts[0] if name not in ("gap", "critic_norm")]
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
@@ -504,7 +508,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
 
 
 def numbers(totals: dict[str, Tensor]) -> dict[str, float]:
-    """A minibatch's totals over all processes, with one read of the device: sums, but the largest gap and norms."""
+    """A minibatch's totals over all processes, with one read of the device: gap and norms are maxima, others sums."""
     local = dict(zip(totals, torch.stack([x.double() for x in totals.values()]).tolist(), strict=True))
     everywhere = gather([local])
     return {name: (sum if "/" in name else max)(x[name] for x in everywhere) for name in totals}
@@ -522,12 +526,12 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
 
 
 def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Batching) -> None:
-    """In float32, raise BadInput unless scorer, sampler and update agree on log-probs before a rollout's first update.
+    """In float32, raise BadInput unless sampling, scoring and loss agree on log-probs before a rollout's first update.
 
-    `gap` is the `relative_gap` between scorer and update in the first minibatch. Two answers (after the first step
-    their first 16 tokens) are compared with the sampler's own cached, left-padded computation. This catches log-probs
-    at another temperature, dropout, attention that leaks and a wrong shift. It does not see what `generate` does to
-    the logits; support/generate.py leaves the model's own settings out.
+    `gap` is the `relative_gap` between scoring and loss in the first minibatch. Up to two answers (after the first step
+    only 16 tokens of each) are also computed token by token with a cache, as in sampling. This catches log-probs at
+    another temperature, dropout, attention that leaks and a wrong shift. It cannot see how `generate` then changes the
+    logits; that is why support/generate.py ignores the model's own settings, such as top-k.
     """
     e, logps = rollout.examples[0], rollout.by_prompt("logps")[0]
     two = [response[: 16 if step else None] for response in e.responses[:2]]
@@ -537,17 +541,16 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Ba
     cache_gap = (sampled - torch.cat(scored)).abs().max().item()
     if a.dtype != "float32":
         if step == 0:
-            print(
-                f"guard: in {a.dtype} scorer and update differ by {gap:.3g}, sampler and scorer by {cache_gap:.3g} nats"
-            )
+            gaps = f"scoring and loss differ by {gap:.3g} (relative), sampling and scoring by {cache_gap:.3g} nats"
+            print(f"guard: in {a.dtype} {gaps}")
         return
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
-    problem = f"step {step + 1}: before the first update the log-probs of"
-    require(gap < rounding, f"{problem} scorer and update differ by {gap:.3g} of their size: the scores disagree")
-    require(cache_gap < 1e-3, f"{problem} sampler and scorer differ by {cache_gap:.3g} nats: the scores disagree")
+    problem = f"step {step + 1}: before its first update, the log-probs of"
+    require(gap < rounding, f"{problem} scoring and loss differ by {gap:.3g} (relative), more than rounding")
+    require(cache_gap < 1e-3, f"{problem} sampling and scoring differ by {cache_gap:.3g} nats, more than rounding")
     if step == 0 and not a.ref:
         ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
-        require(ref_gap < rounding, f"step 1: policy and reference differ by {ref_gap:.3g} of their log-probs")
+        require(ref_gap < rounding, f"step 1: the log-probs of policy and reference differ by {ref_gap:.3g} (relative)")
 
 
 def relative_gap(differences: Tensor, logps: Tensor) -> Tensor:

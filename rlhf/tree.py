@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-SHORT = 128  # a segment with more keys than this gets an SDPA call of its own
+SHORT = 128  # a segment with more keys than this has a call of scaled_dot_product_attention (SDPA) to itself
 _signature = cache(inspect.signature)
 
 
@@ -41,8 +41,8 @@ class Tree(Protocol):
 
 
 class Segment(NamedTuple):
-    """A prompt with its first response (its prefix is empty), or another response (its prefix is the prompt): queries
-    [start, stop) of the row attend to keys [prefix, prefix_stop) and causally to each other."""
+    """Tokens [start, stop) of the row, which attend to the prefix [prefix, prefix_stop) and causally to each other:
+    a prompt with its first response, whose prefix is empty, or another response, whose prefix is the prompt."""
 
     start: int
     stop: int
@@ -110,8 +110,8 @@ class Segments:
         self.parts = parts
         self.q_lengths = [s.stop - s.start for s in parts]
         self.k_lengths = [s.stop - s.start + s.prefix_stop - s.prefix for s in parts]
-        self.keys = keys  # the places in the row of all segments' keys, end to end
-        self.offsets = offsets.int().chunk(2)  # where each segment's queries, and its keys, begin if laid end to end
+        self.keys = keys  # indices into the row of all segments' keys, one segment after another
+        self.offsets = offsets.int().chunk(2)  # where each segment begins among all queries, and among all keys
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -123,7 +123,7 @@ class Segments:
 
     @cached_property
     def order(self) -> Int[Tensor, " t"] | None:
-        """Index of each token of the row among all buckets' real queries, end to end; None if in the row's order."""
+        """Where each token of the row is in the buckets' outputs, laid end to end; None if the order is the same."""
         if len(self.buckets) == len(self.parts):
             return None
         return torch.cat([b.queries.flatten()[b.real] for b in self.buckets]).argsort()
@@ -149,7 +149,7 @@ class Batch:
 
 
 def tokens(example: Tree, layout: str = "tree") -> int:
-    """Number of tokens, with padding, that this example takes up in a batch: `--micro-batch-tokens` limits it."""
+    """Number of tokens that this example takes up in a batch of its own, padding included."""
     responses = [len(r) for r in example.responses]
     if layout == "tree":
         return len(example.prompt) + sum(responses)
@@ -160,10 +160,10 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     """Indices of `examples` in groups of at most `budget` tokens; a longer example gets a group to itself.
 
     The longest examples come first, and each goes into the first group with room. In the padded layout every row of a
-    group is as long as its longest. The grouping depends only on lengths, so a step is always split the same way.
+    group is as long as the longest. The grouping depends only on lengths, so a step is always split the same way.
     """
     groups: list[list[int]] = []
-    sizes: list[tuple[int, int]] = []  # product = tokens: tree (tokens, 1), padded (sequences, longest)
+    sizes: list[tuple[int, int]] = []  # their product is tokens: tree (tokens, 1), padded (sequences, longest)
     for i in sorted(range(len(examples)), key=lambda i: -tokens(examples[i], layout)):
         k, size = len(examples[i].responses), tokens(examples[i])
         longest = len(examples[i].prompt) + max(len(r) for r in examples[i].responses)
@@ -234,10 +234,10 @@ def tree_attention(
 ):
     """Attention over a packed row, as the transformers library calls it; query, key, value are (1 heads t d_head).
 
-    In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its prefix and itself.
-    Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A sliding
-    window is respected. Raises NotImplementedError if the result would differ from the model's own attention: no
-    segments, a soft-cap on the scores, or attention sinks.
+    In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
+    its prefix. Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A
+    sliding window is respected. Raises NotImplementedError if the result would differ from the model's own attention:
+    no segments, a soft-cap on the scores, or attention sinks.
     """
     if segments is None:
         raise NotImplementedError(
@@ -262,10 +262,10 @@ def tree_attention(
 
 
 def _flash(query, key, value, scaling, sliding_window, segments):
-    """One varlen flash call, causal and aligned at the end of each segment's keys, so a sliding window is right.
+    """One variable-length flash call. It aligns a segment's last query with its last key, as a sliding window needs.
 
-    Keys and values are gathered in one operation each, however many segments there are. In the backward pass a shared
-    prompt's gradient is added up in the tensors' dtype, on CUDA in no fixed order.
+    Keys and values are gathered in one operation each, however many segments there are. In the backward pass the
+    gradient of a shared prompt is added up in the tensors' dtype and in no fixed order.
     """
     from torch.nn.attention import varlen  # takes seconds to load, and only CUDA needs it
 

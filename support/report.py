@@ -32,7 +32,7 @@ ANSWER_STATS = {  # what is measured of sampled answers (generate.answer_stats),
     "gold": "gold reward",
     "score": "reward (--reward)",
     "grammatical": "grammatical share",
-    "kl": "KL to the reference, nats an answer",
+    "kl": "KL to the reference, nats per answer",
     "length": "length, tokens",
     "ended": "share that ends with EOS",
 }
@@ -233,7 +233,7 @@ def print_comparison(title: str, rows: Sequence[Sequence[str]], results: dict[st
     print("\n" + table([title, "before", "after"], rows))
     if "gain/gold" in results:
         gain = "{gain/gold:.2f} +- {gain/gold_interval:.2f}".format(**results)
-        print(f"gain in gold reward: {gain} standard deviations of the answers before training")
+        print(f"gain in gold reward: {gain} standard deviations of the gold reward before training")
     for sample in samples[:4]:
         print(f"\nprompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}")
 
@@ -272,7 +272,7 @@ def reward_kl_plot(out: Path) -> None:
     """reward_kl.png: the score of each rollout, and the gold reward where it is known, against its KL."""
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     page = new_page(6.4, 4.0)
-    axes = page.add_subplot(xlabel="KL to the reference, nats an answer", ylabel="mean over a rollout's answers")
+    axes = page.add_subplot(xlabel="KL to the reference, nats per answer", ylabel="mean over a rollout's answers")
     for name, label in (("objective/scores", "reward (proxy)"), ("objective/gold", "gold reward")):
         points = [(row["objective/kl"], row[name]) for row in rows if name in row]
         if points:

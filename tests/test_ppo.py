@@ -534,7 +534,7 @@ def test_bfloat16_is_near(go, capfd):
     runs = [go(advantage="rloo", layout="padded", dtype=dtype, max_steps=2) for dtype in ("float32", "bfloat16")]
     for name in ("objective/scores", "objective/entropy", "objective/kl"):
         assert runs[1].metrics[0][name] == pytest.approx(runs[0].metrics[0][name], rel=0.05, abs=0.1)
-    assert capfd.readouterr().out.count("guard: in bfloat16 scorer and update differ by") == 1
+    assert capfd.readouterr().out.count("guard: in bfloat16 scoring and loss differ by") == 1
     assert {w.dtype for w in load_file(runs[1].out / "model.safetensors").values()} == {torch.float32}
 
 
@@ -810,7 +810,7 @@ def test_a_policy_that_changes_between_scoring_and_update_is_stopped(go, loaded,
         return compute(*args)
 
     monkeypatch.setattr(train_ppo, "compute_advantages", compute_advantages)
-    stops(go, "step 2: before the first update the log-probs of scorer and update differ by", max_steps=3)
+    stops(go, "step 2: before its first update, the log-probs of scoring and loss differ by", max_steps=3)
 
 
 def test_a_scorer_at_another_temperature_is_stopped(go, monkeypatch):
@@ -820,7 +820,7 @@ def test_a_scorer_at_another_temperature_is_stopped(go, monkeypatch):
         return token_logps(states, head, targets, 1.0, **rest)
 
     monkeypatch.setattr(scoring, "token_logps", token_logps)
-    stops(go, "step 1: before the first update the log-probs of sampler and scorer differ by", temperature=0.9)
+    stops(go, "step 1: before its first update, the log-probs of sampling and scoring differ by", temperature=0.9)
 
 
 def test_a_sampler_with_another_model_is_stopped(go, monkeypatch):
@@ -834,7 +834,7 @@ def test_a_sampler_with_another_model_is_stopped(go, monkeypatch):
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", other)
-    stops(go, "sampler and scorer differ by")
+    stops(go, "sampling and scoring differ by")
 
 
 def test_a_reference_that_is_not_where_the_policy_starts_is_stopped(go, monkeypatch):
@@ -849,7 +849,7 @@ def test_a_reference_that_is_not_where_the_policy_starts_is_stopped(go, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(models, "load_model", load_model)
-        stops(go, "step 1: policy and reference differ by", ref=None)
+        stops(go, "step 1: the log-probs of policy and reference differ by", ref=None)
     run = go(**CHEAP | {"ref": None})
     assert (run.rollouts[0].logps - run.rollouts[0].ref_logps).abs().max() < 1e-5
     assert abs(run.metrics[0]["objective/kl"]) < 1e-4 and run.results["before/kl"] == pytest.approx(0, abs=1e-4)

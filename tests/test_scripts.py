@@ -805,7 +805,9 @@ def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
     tensors = load_file(file)
     tensors["logps"][5] += 0.01
     save_file(tensors, file, metadata={"question": question})  # without the checksum, which would show it before
-    with pytest.raises(BadInput, match=r"step-0 guard: the policy is 0\.01 nats from the reference"):
+    with pytest.raises(
+        BadInput, match=r"step-0 guard: policy and reference are the same, but their log-probs differ by 0\.01 nats"
+    ):
         go(loss=loss, batch_size=64)
 
 
@@ -827,7 +829,7 @@ def test_guard_bounds(capsys):
     assert capsys.readouterr().out == ""
     half = train_dpo.Args(dtype="bfloat16")
     guard(half, of([0.9, 0.25]), 0.7)
-    assert "step-0 guard: mean |log-ratio| 0.575 nats in bfloat16, of at most 0.6" in capsys.readouterr().out
+    assert "step-0 guard: mean |log-ratio| 0.575 nats in bfloat16 (limit 0.6)" in capsys.readouterr().out
     with pytest.raises(BadInput, match="step-0 guard"):
         guard(half, of([0.9, 0.35]), 0.7)
 
