@@ -78,8 +78,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     no reference, and orpo has no beta). Papers use other values for other losses (simpo 2, dpo_norm 5); default 0.1
     (embedded: 0.6)"""
     label_smoothing: float = 0.0
-    """assumed share of flipped labels, in [0, 0.5), for dpo (which it makes conservative DPO), robust and exo (where it
-    must be > 0)"""
+    """assumed share of flipped labels, in [0, 0.5), for dpo (then called conservative DPO), robust and exo (where
+    it must be > 0)"""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_po"] = "reverse_kl"
     """the f-divergence whose implicit reward replaces log(pi / ref). reverse_kl works with every loss, the others only
     with dpo, robust, ipo, r_dpo, dpo_nll, hinge, exo, bco, discopop and plackett_luce"""
@@ -95,7 +95,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     dpop_lambda: float = 50.0
     """dpop: weight of the penalty on a chosen response that is less likely than under the reference, >= 0"""
     discopop_tau: float = 0.05
-    """discopop: temperature of the mixture, in (0, 1]"""
+    """discopop: temperature of the gate between its two losses, in (0, 1]"""
     gamma_beta_ratio: float = 0.5
     """simpo: target margin divided by beta, in nats per token, >= 0"""
     orpo_lambda: float = 0.1
@@ -119,8 +119,8 @@ def check_flags(a: Args) -> None:
     """Raise BadInput if flags conflict; support/runs.py has the range of each.
 
     An implicit reward is known only up to a constant per prompt, and only that of reverse_kl is a log-ratio. So the
-    other divergences fit the losses of a margin, in which the constant cancels, and bco, which is never below dpo's
-    loss, whatever rewards and delta are. The remaining losses need the log-ratio itself: they average it over tokens
+    other divergences fit the losses of a margin, in which the constant cancels, and bco, which bounds dpo's loss from
+    above whatever the constant is. The remaining losses need the log-ratio itself: they average it over tokens
     (*_norm), subtract a KL (kto), take it as a density ratio (nca), fit it to (win rate - 1/2) / beta (sppo), or
     compare it with 0, where pi = ref (apo_zero, apo_down, dpop). simpo and orpo have no reference.
     """

@@ -10,7 +10,7 @@ divergence from the reference, its SFT model (Ouyang et al. 2022, Eq. 2, arXiv 2
     maximise  E_{x, y ~ pi} [ R(x, y) - kl_coef * log(pi(y|x) / ref(y|x)) ]
 
 Each step samples a rollout, k answers to each of p prompts, and scores it. A token's advantage is how much better the
-answer turned out than a value model (the critic, with GAE) or other answers predicted. A few epochs of clipped policy
+answer turned out than expected from a value model (GAE's critic) or from other answers. A few epochs of clipped policy
 gradient follow (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
@@ -39,13 +39,13 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-COUNTS = {  # how the losses of a minibatch's tokens are averaged
-    "gae": "tokens",  # the mean over tokens
+AVERAGES = {  # of a minibatch's loss, unless --average says otherwise
+    "gae": "tokens",
     "reinforce++": "tokens",
-    "rloo": "sequences",  # the mean over answers of each one's sum over tokens
+    "rloo": "sequences",
     "remax": "sequences",
-    "grpo": "responses",  # the mean over answers of each one's mean over tokens
-    "drgrpo": "constant",  # the mean over answers of each one's sum / --max-new-tokens
+    "grpo": "responses",
+    "drgrpo": "constant",
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
 ROUNDING = 1e-5  # how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|); above 10 M
@@ -64,7 +64,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """a reward model's directory (embedded task: runs/rm is made first if it is missing), gold (embedded task), or
     module:function(prompts, responses, rows) -> floats, for answers that a program can check"""
     out: str = "runs/ppo"
-    advantage: Literal[(*COUNTS,)] = "gae"
+    advantage: Literal[(*AVERAGES,)] = "gae"
     """gae: PPO's own, with a critic (a value model). The others have no critic: rloo, grpo and drgrpo compare the
     answers to a prompt, reinforce++ subtracts the rollout's mean, and remax the reward of the greedy answer"""
     k: int = 4
@@ -73,8 +73,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """temperature at which rollouts are sampled and at which policy and reference score them, > 0"""
     kl_coef: float | None = None
     """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5). With --kl-in loss it multiplies a minibatch's
-    KL, which is averaged like the policy loss: over tokens (gae, reinforce++), or over answers, each with the mean over
-    its tokens (grpo), their sum (rloo, remax) or their sum / --max-new-tokens (drgrpo)"""
+    KL, averaged as --average says"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """estimator of the KL at each token (rlhf/advantages.py); in the reward, only k1 gives an unbiased gradient"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -84,8 +83,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_horizon: float = 0.25
     """--kl-target: share of the run's answers over which kl_coef can change by a factor of about e^0.2, in (0, 1]"""
     kl_stop: float | None = None
-    """stop the passes over a rollout after one whose last minibatch finds the policy further than this from the one
-    that sampled (k2, in nats per token), > 0; default: never"""
+    """stop after a pass over the rollout whose last minibatch finds pi further than this from pi_old, the policy that
+    sampled (k2, in nats per token), > 0; default: never"""
     gamma: float = 1.0
     """gae: discount per token, in [0, 1]; at 1 the score counts in full at every token"""
     lam: float = 0.95
@@ -100,15 +99,33 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """score of an answer without EOS: kept, replaced by --missing-eos-value, or reduced by that value"""
     missing_eos_value: float = -1.0
     """see --missing-eos; in units of reward"""
-    clip_range: float = 0.2
-    """pi / pi_old, with pi_old the policy that sampled, is clipped to 1 +- this, > 0; clipped tokens get no gradient"""
+    surrogate: Literal["token", "sequence", "cispo"] = "token"
+    """token: PPO's, with a ratio pi / pi_old for each token, where pi_old is the policy that sampled; sequence: GSPO's,
+    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: the ratio is a capped weight without
+    gradient, so that every token keeps a gradient"""
+    clip_range: float | None = None
+    """how far the ratio may fall below 1 before a token gets no gradient, > 0 (cispo has no such bound); default 0.2
+    (--surrogate sequence: 3e-4)"""
+    clip_high: float | None = None
+    """how far the ratio may rise above 1, > 0; default --clip-range (--surrogate sequence: 4e-4). DAPO has 0.28, with
+    0.2 below"""
+    average: Literal["tokens", "responses", "sequences", "constant"] | None = None
+    """how a minibatch's loss is averaged. tokens (default of gae and reinforce++): over its tokens. The others average
+    over its answers: each one's mean (responses: grpo, and --surrogate sequence), its sum (sequences: rloo, remax) or
+    its sum / --max-new-tokens (constant: drgrpo)"""
+    overlong: Literal["keep", "mask"] = "keep"
+    """mask: the policy's loss leaves out answers that were cut at --max-new-tokens, which still count in the baseline
+    of the others"""
+    resample_groups: int = 0
+    """if the answers to a prompt all score the same, a group method learns nothing from them: they are replaced by
+    answers to the epoch's next prompts, in at most this many more rounds of sampling, >= 0"""
     value_clip: float | None = 0.2
     """in units of reward, > 0: a value that has moved further than this towards its target gets no gradient; None: no
     clipping"""
     value_init: Literal["reward", "policy", "zero"] = "reward"
     """the critic starts as the reward model, as the policy with a new random head, or as the policy with a head of 0"""
     entropy_coef: float = 0.0
-    """bonus for the entropy of next-token distributions, >= 0; averaged over a minibatch like the policy loss"""
+    """bonus for the entropy of next-token distributions, >= 0; averaged as --average says"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
     ptx_data: str = "reviews"
@@ -151,6 +168,13 @@ def check_flags(a: Args) -> None:
         a.missing_eos != "subtract" or a.missing_eos_value >= 0,
         f"--missing-eos-value {a.missing_eos_value}: must be at least 0 to be subtracted",
     )
+    require(
+        a.surrogate != "sequence" or a.advantage not in ("gae", "reinforce++"),
+        f"--surrogate sequence wants one advantage for an answer, and --advantage {a.advantage} has one for each token",
+    )
+    require(
+        not a.resample_groups or a.k >= 2, "--resample-groups compares the answers to a prompt: --k must be at least 2"
+    )
     require(1 <= a.minibatches <= a.batch_size, f"--minibatches must be in [1, --batch-size {a.batch_size}]")
 
 
@@ -167,6 +191,7 @@ class Rollout:
     values: Tensor | None  # [n], of the critic
     advantages: Tensor  # [n]
     returns: Tensor | None  # [n], the critic's regression target
+    kept: Tensor  # [p k], 1 for answers that are in the policy's loss, else 0; on the CPU
 
     def by_prompt(self, name: str) -> list[Tensor]:
         """A per-token tensor, split by prompt."""
@@ -191,17 +216,26 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
     return rearrange(estimates, "p k -> (p k)").repeat_interleave(lengths), None
 
 
-def token_weights(a: Args, lengths: Tensor, batch_lengths: Tensor) -> Tensor:
-    """The loss weight of each token [n] of a micro-batch: the minibatch's weighted sum is the mean that COUNTS names.
+def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:
+    """The weight of each answer's tokens [b] in a minibatch's loss, whose weighted sum is the mean of --average.
 
-    `lengths` are those of the minibatch's answers, `batch_lengths` those of the micro-batch's; all are on the CPU.
+    lengths [b]: tokens of the minibatch's answers; kept [b]: 1 for those that count, else 0. All are on the CPU.
     """
-    each = torch.ones(sum(batch_lengths.tolist()))
-    if COUNTS[a.advantage] == "tokens":
-        return each / lengths.sum()
-    if COUNTS[a.advantage] == "responses":
-        each = (1 / batch_lengths).repeat_interleave(batch_lengths)
-    return each / (len(lengths) * (a.max_new_tokens if COUNTS[a.advantage] == "constant" else 1))
+    if a.average == "tokens":
+        return kept / (kept * lengths).sum().clamp(min=1)
+    each = kept / lengths if a.average == "responses" else kept
+    return each / (kept.sum().clamp(min=1) * (a.max_new_tokens if a.average == "constant" else 1))
+
+
+def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's loss at each token [n], and which tokens are clipped (with cispo, capped)."""
+    if a.surrogate == "cispo":
+        capped = losses.clipped(logps, old_logps, torch.ones_like(estimates), a.clip_range, a.clip_high)
+        return losses.cispo(logps, old_logps, estimates, a.clip_high), capped
+    if a.surrogate == "sequence":
+        logps, old_logps = (advantages.sequence_means(x, lengths) for x in (logps, old_logps))
+    bounds = a.clip_range, a.clip_high
+    return losses.ppo_clip(logps, old_logps, estimates, *bounds), losses.clipped(logps, old_logps, estimates, *bounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -213,6 +247,10 @@ def main(a: Args) -> dict[str, float]:
     defaults = DEFAULTS["reviews" if embedded else "any"]
     if a.lr is not None:  # the critic's rate keeps its ratio to the policy's
         defaults = defaults | {"critic_lr": defaults["critic_lr"] * a.lr / defaults["lr"]}
+    sequence = a.surrogate == "sequence"
+    clip_range, clip_high = (3e-4, 4e-4) if sequence else (0.2, 0.2)  # GSPO's and PPO's
+    defaults = defaults | {"clip_range": clip_range, "clip_high": a.clip_range or clip_high}
+    defaults["average"] = "responses" if sequence else AVERAGES[a.advantage]
     a = runs.with_defaults(a, defaults)
     check_flags(a)
     run = runs.start(a, __file__)
@@ -293,6 +331,11 @@ def main(a: Args) -> dict[str, float]:
         ]
         return torch.tensor(reward(*map(list, zip(*sequences, strict=True))), device=a.device)
 
+    def sample(asked: Sequence[Example], name: str) -> list[Example]:
+        """The prompts with --k answers each; `name` and --seed determine the noise."""
+        seed = random.Random(f"{a.seed} {name}").getrandbits(60)
+        return answer(policy, tokenizer, asked, a.max_new_tokens, seed, a.temperature, a.k, dtype)
+
     def after_missing_eos(scores: Tensor, examples: Sequence[Example]) -> Tensor:
         """The scores of these examples' responses by the rule --missing-eos, [b]."""
         if a.missing_eos == "no":
@@ -330,12 +373,24 @@ def main(a: Args) -> dict[str, float]:
         asked = order[place * a.batch_size : (place + 1) * a.batch_size]
 
         # ------------------------------------------------------------------------ rollout: answers, scores, advantages
-        seed = random.Random(f"{a.seed} rollout {step}").getrandbits(60)
-        examples = answer(policy, tokenizer, asked, a.max_new_tokens, seed, a.temperature, a.k, dtype)
+        examples = sample(asked, f"rollout {step}")
         sampling_seconds = time.perf_counter() - began
+        raw, greedy, replaced = score(examples), None, 0
+        for extra in range(a.resample_groups):
+            grouped = rearrange(after_missing_eos(raw, examples), "(p k) -> p k", k=a.k)
+            alike = [i for i, x in enumerate(grouped.tolist()) if max(x) - min(x) < 1e-6]
+            if not alike:
+                break
+            started, after = time.perf_counter(), (place + 1) * a.batch_size + replaced
+            others = [order[(after + i) % len(order)] for i in range(len(alike))]
+            other_examples = sample(others, f"rollout {step} {extra}")
+            sampling_seconds += time.perf_counter() - started
+            rearrange(raw, "(p k) -> p k", k=a.k)[alike] = rearrange(score(other_examples), "(p k) -> p k", k=a.k)
+            for i, prompt, example in zip(alike, others, other_examples, strict=True):
+                asked[i], examples[i] = prompt, example
+            replaced += len(alike)
         lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
         ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        raw, greedy = score(examples), None
         scores = after_missing_eos(raw, examples)
         if a.advantage == "remax":
             greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
@@ -355,7 +410,8 @@ def main(a: Args) -> dict[str, float]:
         else:
             kl = advantages.kl_estimate(k1, a.kl_estimator)
         estimates, returns = compute_advantages(a, kl_coef, kl, scores, lengths, values, greedy)
-        rollout = Rollout(examples, logps, ref_logps, values, estimates, returns)
+        kept = rearrange(ended.float() if a.overlong == "mask" else torch.ones(len(ended)), "(p k) -> p k", k=a.k).cpu()
+        rollout = Rollout(examples, logps, ref_logps, values, estimates, returns, kept)
 
         # ------------------------------------------------------------------------------ minibatch epochs on the rollout
         share = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
@@ -406,6 +462,8 @@ def main(a: Args) -> dict[str, float]:
         if a.k > 1:
             grouped = rearrange(scores, "(p k) -> p k", k=a.k)
             metrics["frac_reward_zero_std"] = (grouped.std(1) < 1e-4).float().mean().item()
+        if a.resample_groups:
+            metrics["resampled"] = replaced / len(examples)
         if critic:
             metrics["val/explained_variance"] = advantages.explained_variance(values, returns).item()
         if embedded:
@@ -469,18 +527,19 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     by_prompt = {name: rollout.by_prompt(name) for name in names}
     lengths = torch.tensor([len(r) for e in examples for r in e.responses])
     tokens = float(sum(len(r) for e in examples for r in e.responses))
+    by_answer = answer_weights(a, lengths, rollout.kept[places].flatten()).split([len(e.responses) for e in examples])
     names = ["loss/policy", "policy/approxkl", "policy/clipfrac", "gap", *(["loss/value"] if critic else [])]
     totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=a.device))
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
         answers = torch.tensor([len(r) for i in group for r in examples[i].responses])
-        weights = weight * send(token_weights(a, lengths, answers), a.device)
+        weights = weight * send(torch.cat([by_answer[i] for i in group]).repeat_interleave(answers), a.device)
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)
         else:
             logps, _ = scoring.response_logps(policy, batch, batching.dtype, a.temperature)
-        loss = losses.ppo_clip(logps, old["logps"], old["advantages"], a.clip_range)
+        loss, clipped = surrogate(a, logps, old["logps"], old["advantages"], batch.lengths)
         if a.entropy_coef:
             loss = loss - a.entropy_coef * entropy
         if a.kl_in == "loss":
@@ -491,7 +550,6 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
             loss = loss + kl_coef * kl
         (loss * weights).sum().backward()
         moved = weight * (logps - old["logps"]).detach()
-        clipped = losses.clipped(logps, old["logps"], old["advantages"], a.clip_range)
         added = {
             "loss/policy": (loss.detach() * weights).sum(),
             "policy/approxkl": advantages.kl_estimate(moved, "k2").sum().double() / tokens,
@@ -529,9 +587,8 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Ba
     """In float32, raise BadInput unless sampling, scoring and loss agree on log-probs before a rollout's first update.
 
     `gap` is the `relative_gap` between scoring and loss in the first minibatch. Up to two answers (after the first step
-    only 16 tokens of each) are also computed token by token with a cache, as in sampling. This catches log-probs at
-    another temperature, dropout, attention that leaks and a wrong shift. It cannot see how `generate` then changes the
-    logits; that is why support/generate.py ignores the model's own settings, such as top-k.
+    only 16 tokens of each) are also scored token by token with a cache, as in sampling. This catches log-probs at
+    another temperature, dropout, attention that leaks and a wrong shift.
     """
     e, logps = rollout.examples[0], rollout.by_prompt("logps")[0]
     two = [response[: 16 if step else None] for response in e.responses[:2]]

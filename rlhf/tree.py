@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-SHORT = 128  # a segment with more keys than this has a call of scaled_dot_product_attention (SDPA) to itself
+SHORT = 128  # a segment with more keys than this gets its own call of scaled_dot_product_attention (SDPA)
 _signature = cache(inspect.signature)
 
 
@@ -110,7 +110,7 @@ class Segments:
         self.parts = parts
         self.q_lengths = [s.stop - s.start for s in parts]
         self.k_lengths = [s.stop - s.start + s.prefix_stop - s.prefix for s in parts]
-        self.keys = keys  # indices into the row of all segments' keys, one segment after another
+        self.keys = keys  # where all segments' keys are in the row, one segment after another
         self.offsets = offsets.int().chunk(2)  # where each segment begins among all queries, and among all keys
 
     @cached_property
@@ -232,7 +232,7 @@ def collate(examples: Sequence[Tree], layout: str, pad_id: int, device: torch.de
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, segments=None, **kwargs
 ):
-    """Attention over a packed row, as the transformers library calls it; query, key, value are (1 heads t d_head).
+    """Attention over a packed row; transformers passes the arguments. query, key, value are (1 heads t d_head).
 
     In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
     its prefix. Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A

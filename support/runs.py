@@ -174,7 +174,8 @@ RANGES = rlhf.RANGES | rlhf.ranges(  # of every flag that has one, in all script
         ),
         "at least 0": (
             lambda x: 0 <= x < math.inf,
-            "weight_decay eval_prompts eval_pairs keep_softmax_mib noise margin_coef lora_rank entropy_coef ptx_coef",
+            "weight_decay eval_prompts eval_pairs keep_softmax_mib noise margin_coef lora_rank entropy_coef ptx_coef"
+            " resample_groups",
         ),
         "above 0": (lambda x: 0 < x < math.inf, "lr critic_lr adam_eps max_grad_norm temperature kl_stop"),
         "in [0, 1)": (lambda x: 0 <= x < 1, "warmup eval_fraction"),

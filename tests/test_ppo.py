@@ -297,16 +297,23 @@ def rows_scores(rows, rm):
     return rows.heads(rm)[torch.arange(len(rows.last)), rows.last] - REWARD_MEAN
 
 
+USUAL = {"gae": "tokens", "reinforce++": "tokens", "rloo": "sequences", "remax": "sequences", "grpo": "responses"}
+USUAL |= {"drgrpo": "constant"}  # what each method's paper averages over
+
+
 def per(a, rows: Rows):
-    """What each token counts, with what its method's paper divides by."""
+    """What each token counts."""
     each = rows.mask.double()
-    if a.advantage in ("gae", "reinforce++"):  # all tokens alike
-        return each / rows.mask.sum()
-    if a.advantage in ("rloo", "remax"):  # a sum over each answer
-        return each / len(each)
-    if a.advantage == "grpo":  # a mean over each answer
-        return each / rows.lengths[:, None] / len(each)
-    return each / a.max_new_tokens / len(each)  # drgrpo
+    if a.overlong == "mask":
+        each[~rows.ended] = 0
+    answers = each.amax(1).sum()
+    if a.average == "tokens":  # all tokens alike
+        return each / each.sum()
+    if a.average == "sequences":  # a sum over each answer
+        return each / answers
+    if a.average == "responses":  # a mean over each answer
+        return each / rows.lengths[:, None] / answers
+    return each / a.max_new_tokens / answers
 
 
 def wanted(world, run, of, update):
@@ -321,14 +328,19 @@ def wanted(world, run, of, update):
     p = rows.distributions(policy, a.temperature)
     logps, old, A = rows.taken(p), cut(of.logps), cut(of.advantages)
     ratio = (logps - old).exp()
-    loss = -torch.minimum(ratio * A, ratio.clamp(1 - a.clip_range, 1 + a.clip_range) * A)
+    if a.surrogate == "sequence":
+        ratio = ((logps - old).sum(1) / rows.lengths).exp()[:, None] * rows.mask
+    loss = -torch.minimum(ratio * A, ratio.clamp(1 - a.clip_range, 1 + a.clip_high) * A)
+    outside = (ratio > 1 + a.clip_high) & (A > 0) | (ratio < 1 - a.clip_range) & (A < 0)
+    if a.surrogate == "cispo":
+        outside = ratio > 1 + a.clip_high
+        loss = -A * torch.where(outside, 1 + a.clip_high, ratio).detach() * logps
     entropy = -(p.exp() * p).sum(-1)
     loss = loss - a.entropy_coef * entropy
     if a.kl_in == "loss":
         loss = loss + a.kl_coef * kl_of(a, logps - cut(of.ref), p, cut(of.q))
     loss = (loss * weights).sum()
     found = {"loss/policy": loss.item(), "policy/approxkl": rows.mean((logps - old) ** 2 / 2)}
-    outside = (ratio > 1 + a.clip_range) & (A > 0) | (ratio < 1 - a.clip_range) & (A < 0)
     found["policy/clipfrac"] = rows.mean(outside.double())
     if update.ptx:
         text = Rows(update.ptx)
@@ -363,6 +375,9 @@ SETTINGS = {
     "cut answers, rewards whitened": {"missing_eos": "replace", "missing_eos_value": -2.0, "whiten_rewards": "scale"},
     "discount, no whitening": {"gamma": 0.9, "lam": 0.7, "whiten_advantages": False, "value_clip": None} | SHORT,
     "clip range": {"clip_range": 0.02, "value_clip": 0.01},
+    "DAPO": {"advantage": "grpo", "average": "tokens", "clip_range": 0.02, "clip_high": 0.05, "overlong": "mask"},
+    "GSPO": {"advantage": "grpo", "surrogate": "sequence", "overlong": "mask", "entropy_coef": 0.1},
+    "CISPO": {"advantage": "rloo", "surrogate": "cispo", "clip_high": 0.02, "overlong": "mask"},
     "all at a temperature": {"temperature": 0.6, "kl_estimator": "exact", "kl_in": "loss"}
     | {"entropy_coef": 0.1, "ptx_coef": 0.6, "micro_batch_tokens": 30},
 }
@@ -390,6 +405,8 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
     run = go(**flags | {"ptx_data": f"{world}/pairs.jsonl"})
     a, rollout, of = run.a, run.rollouts[0], shaped(world, run)
     rows = of.rows
+    assert a.average == flags.get("average", "responses" if a.surrogate == "sequence" else USUAL[a.advantage])
+    assert a.clip_high == flags.get("clip_high", 4e-4 if a.surrogate == "sequence" else a.clip_range)
     assert 0 < rows.ended.sum() < len(rows.ended) and len({*rows.lengths.tolist()}) > 2
     assert rollout.lengths.tolist() == rows.lengths.tolist()
     assert rollout.scores.tolist() == pytest.approx(of.scores.tolist(), abs=1e-4)
@@ -452,26 +469,31 @@ def test_what_coefficients_of_kl_and_entropy_multiply():
         "grpo": [1 / 6] * 2 + [1 / 3] + [1 / 9] * 3,
         "drgrpo": [1 / 24] * 6,
     }
-    assert {*weights} == {*train_ppo.COUNTS}
+    masked = {"tokens": [1 / 3, 1 / 3, 0], "sequences": [1 / 2, 1 / 2, 0], "responses": [1 / 4, 1 / 2, 0]}
+    masked["constant"] = [1 / 16, 1 / 16, 0]
+    assert {*weights} == {*train_ppo.AVERAGES}
     for name, expected in weights.items():
-        a = train_ppo.Args(advantage=name, max_new_tokens=8)
-        assert train_ppo.token_weights(a, lengths, lengths).tolist() == pytest.approx(expected), name
-        two = train_ppo.token_weights(a, lengths, lengths[:2])  # of a batch of the minibatch
-        assert two.tolist() == pytest.approx(expected[:3]), name
+        a = train_ppo.Args(advantage=name, average=train_ppo.AVERAGES[name], max_new_tokens=8)
+        each = train_ppo.answer_weights(a, lengths, torch.ones(3))
+        assert each.repeat_interleave(lengths).tolist() == pytest.approx(expected), name
         total = {"rloo": 2, "remax": 2, "drgrpo": 2 / 8}.get(name, 1)
         assert sum(expected) == pytest.approx(total), name
+        each = train_ppo.answer_weights(a, lengths, torch.tensor([1.0, 1.0, 0.0]))  # without the last answer
+        assert each.tolist() == pytest.approx(masked[a.average]), name
+        assert not train_ppo.answer_weights(a, lengths, torch.zeros(3)).any()
 
 
 def test_the_kl_in_the_loss_has_the_coefficient_of_its_rollout(world):
     """Which --kl-target moves, and not the flag's: with advantages of 0 the loss is 2 times the mean of the tokens' k2,
     (1 + 4 + 0 + 9 + 1 + 1) / 2 / 6."""
     policy, batching = load(world / "model"), scoring.Batching("padded")
-    examples = [example([1, 5, 6], [[7, 8, 9], [10]]), example([1, 7], [[11, 12]])]
+    examples = [example([1, 5, 6], [[7, 8, 9], [10]]), example([1, 7], [[11], [12]])]
     with torch.no_grad():
         logps, _ = scoring.response_logps(policy, collate(examples, "padded", 0))
     ref_logps, none = logps - torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0, 1.0]), torch.zeros(6)
-    rollout = train_ppo.Rollout(examples, logps, ref_logps, None, none, None)
+    rollout = train_ppo.Rollout(examples, logps, ref_logps, None, none, None, torch.ones(2, 2))
     a = train_ppo.Args(device="cpu", advantage="reinforce++", kl_in="loss", kl_estimator="k2", kl_coef=0.3)
+    a.average, a.clip_range = "tokens", 0.2
     found = train_ppo.update(a, policy, None, None, rollout, [0, 1], 2.0, batching)
     assert found["loss/policy"] == pytest.approx(2 * 16 / 2 / 6, rel=1e-4)
 
@@ -511,7 +533,7 @@ def test_what_the_critic_starts_as(init, world, go):
     "flags",
     [
         {"entropy_coef": 0.1, "ptx_coef": 0.3, "kl_in": "loss", "kl_estimator": "exact"},
-        *({"advantage": name} for name in train_ppo.COUNTS),
+        *({"advantage": name} for name in train_ppo.AVERAGES),
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
@@ -686,6 +708,28 @@ def own(tmp_path, monkeypatch):
 
     yield own_reward
     sys.modules.pop("own_reward")
+
+
+def test_groups_that_score_alike_are_replaced_by_the_next_prompts(own, go):
+    """A reward that only some prompts' answers earn: the epoch's next prompts take the places of the others."""
+    flags = CHEAP | {"k": 3, "advantage": "grpo", "max_new_tokens": 7, "reward": "own_reward:reward", "max_steps": 3}
+    plain = go(**flags)
+    order = [e.prompt_text for rollout in plain.rollouts for e in rollout.examples]
+    assert sorted(order) == sorted(PROMPTS)
+    dull = {*order[:3], order[5]}  # of the first rollout only the last prompt; of the second, not its second
+    own.fail = lambda prompts, responses, found: [
+        0.5 if any(p.endswith(text) for text in dull) else x for p, x in zip(prompts, found, strict=True)
+    ]
+    once, twice, never = (go(**flags | {"max_steps": 1, "resample_groups": n}) for n in (1, 2, 0))
+    prompts = lambda run: [e.prompt_text for e in run.rollouts[0].examples]  # noqa: E731
+    assert prompts(never) == order[:4] and never.rollouts[0].scores[:9].tolist() == pytest.approx([0.5] * 9)
+    assert prompts(once) == [order[4], order[5], order[6], order[3]]
+    assert prompts(twice) == [order[4], order[7], order[6], order[3]]
+    assert [run.metrics[0].get("resampled") for run in (never, once, twice)] == [None, 3 / 4, 4 / 4]
+    [rollout] = twice.rollouts
+    assert rollout.scores.tolist() == pytest.approx([len(y) / 10 for e in rollout.examples for y in e.response_texts])
+    own.fail = lambda prompts, responses, found: [0.5] * len(found)
+    assert go(**flags | {"max_steps": 1, "resample_groups": 2}).metrics[0]["resampled"] == 2
 
 
 @pytest.mark.parametrize("advantage", [pytest.param("reinforce++", marks=pytest.mark.slow), "remax"])
@@ -967,7 +1011,7 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
 
 def test_flags_at_the_ends_of_their_ranges_are_accepted():
     a = train_ppo.Args(kl_coef=0.0, missing_eos="subtract", missing_eos_value=0.0, minibatches=4, batch_size=4, k=2)
-    for advantage in train_ppo.COUNTS:
+    for advantage in train_ppo.AVERAGES:
         train_ppo.check_flags(dataclasses.replace(a, advantage=advantage))
     train_ppo.check_flags(dataclasses.replace(a, k=1))
     train_ppo.check_flags(dataclasses.replace(a, minibatches=1))
@@ -1076,7 +1120,7 @@ def test_what_a_run_leaves(world, go, whole, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("advantage", train_ppo.COUNTS)
+@pytest.mark.parametrize("advantage", train_ppo.AVERAGES)
 def test_it_learns(advantage, go):
     """Shorter answers, which is easy to learn: a reward of minus the length in tokens."""
     flags = {"advantage": advantage, "max_steps": 25, "k": 4, "batch_size": 8, "value_init": "zero", "kl_coef": 0.0}

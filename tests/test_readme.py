@@ -137,7 +137,7 @@ def test_a_new_data_set(clone):
     code, command = fork("A new data set")
     subprocess.run([sys.executable, "-c", code], cwd=clone, check=True)
     rows = [json.loads(line) for line in open(clone / "ratings.jsonl")]
-    assert [row["ranks"] for row in rows] == [[1, 3, 2], [2, 1, 2]]
+    assert [row["ranks"] for row in rows] == [[1, 2], [2, 1, 2]]
     out = run(clone, f"{command} --eval-prompts 1 --max-new-tokens 4")
     assert "examples   2 of 2 rows" in out and "unknown" not in out
 
