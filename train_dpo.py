@@ -191,6 +191,8 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
 
 def main(a: Args) -> dict[str, float]:
     """Train, and return the final metrics (docs/metrics.md)."""
+    if a.lora_merge and not a.lora_rank:
+        return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
     a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
     check_flags(a)

@@ -243,6 +243,8 @@ def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, leng
 
 def main(a: Args) -> dict[str, float]:
     """Train, and return the final metrics (docs/metrics.md)."""
+    if a.lora_merge and not a.lora_rank:
+        return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
     defaults = DEFAULTS["reviews" if embedded else "any"]
     if a.lr is not None:  # the critic's rate keeps its ratio to the policy's

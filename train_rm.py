@@ -53,7 +53,7 @@ Loss = Literal[(*LOSSES,)]
 
 
 @dataclass
-class Args(runs.EpochFlags):
+class Args(runs.LoraFlags, runs.EpochFlags):
     model: str = runs.SFT_MODEL
     """starting weights: a causal language model or a reward model, as a run directory, a local folder or a hub id;
     runs/sft is made first if it is missing"""
@@ -68,6 +68,9 @@ class Args(runs.EpochFlags):
     """plackett_luce: what to do with a ranking that has ties; random breaks them for training alone"""
     split_by: str | None = None
     """hold rows out by the values of this column, not by prompt; a value is never split (meta.topic: inside meta)"""
+    lora_rank: int = 0
+    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); the head is trained whole;
+    needs about ten times the learning rate"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 1e-5 (embedded: 1e-3)"""
     epochs: int = 1
@@ -106,6 +109,8 @@ def objective(a: Args, examples: Sequence[Example], rewards: Tensor):
 
 def main(a: Args) -> dict[str, float]:
     """Train, and return the final metrics (docs/metrics.md)."""
+    if a.lora_merge and not a.lora_rank:
+        return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
     a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
     for name in ("margin_coef", "centring"):
@@ -140,7 +145,8 @@ def main(a: Args) -> dict[str, float]:
             return models.new_reward_model(models.load_model(a.model, device, a.trust_remote_code), tokenizer)
         return models.load_reward_model(a.model, device, a.trust_remote_code, "--model")
 
-    model, low_bits = sharding.load_trained(make_model, a.device, models.DTYPES[a.dtype], a.seed)
+    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
+    model, low_bits = sharding.load_trained(make_model, a.device, dtype, seed)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # of the new rewards, until they are known
     batching = scoring.batching_for(model, train + held, tokenizer, a)
 
@@ -151,7 +157,7 @@ def main(a: Args) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=train, eval_data=held, model=model.base_model if from_policy else model)
-    models.prepare_training(model, low_bits, a)
+    lora = models.prepare_training(model, low_bits, a, a.lora_rank)
     optimizer = models.adamw(model, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
@@ -204,7 +210,7 @@ def main(a: Args) -> dict[str, float]:
             run.leave(step + 1)
     run.end()
     del optimizer
-    model, low_bits, _ = sharding.unshard(model, low_bits, make_model, a)
+    model, low_bits, lora = sharding.unshard(model, low_bits, make_model, a, lora)
     if not model:  # this process's work is done: the main process measures and writes
         return {}
 
@@ -242,7 +248,7 @@ def main(a: Args) -> dict[str, float]:
     for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
         print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
     run.samples(steps, shown)
-    models.save(model, tokenizer, run.out, low_bits=low_bits, dtype=a.save_dtype)
+    models.save(model, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     if panels:
         draw(run.out / "report.png", *panels, by_gold)
     run.finish(results, PANELS)

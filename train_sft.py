@@ -76,6 +76,8 @@ def trained_tokens(examples: Sequence[Example]) -> int:
 
 def main(a: Args) -> dict[str, float]:
     """Train, and return the final metrics (docs/metrics.md)."""
+    if a.lora_merge and not a.lora_rank:
+        return runs.merge_adapters(a)
     tokenizer = reviews.tokenizer() if a.model == "reviews" else models.load_tokenizer(a.model, a.trust_remote_code)
     embedded = reviews.is_embedded(tokenizer)  # then gold reward and grammar are known
     a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])

@@ -5,6 +5,7 @@ classifier with one label. Nothing here is remembered on the model: what a funct
 model's own config and modules.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf import BadInput, require
@@ -35,6 +37,7 @@ logging.getLogger("transformers.modeling_utils").addFilter(  # `_require_all_wei
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKED = "tree_"  # begins the name of the attention over packed trees; the model's own attention follows, in hex
+IN_PEFT = "base_model.model."  # stands before the names of weights in peft's files
 MASKED = "sdpa_masked"  # the library's SDPA attention in a compiled model, with `_mask_of_several_rows`
 
 # ------------------------------------------------------------------------------------------------- loading and saving
@@ -62,14 +65,9 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
         not is_reward_model(name, trust_remote_code, flag),
         f"{flag} {name}: a reward model, where a causal language model is wanted",
     )
-    if base := _base_of_adapters(name):
-        model = load_model(base, "cpu", trust_remote_code, flag)
-        with _one_line_errors(name, flag):
-            lora = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(name))
-            keys = lora.load_adapter(name, "default")
-        _require_all_weights(f"{flag} {name}", keys.missing_keys, keys.unexpected_keys)
-        model = lora.merge_and_unload()
-        model.name_or_path = name  # further adapters record it as their base model
+    if base := base_of_adapters(name):
+        model = load_model(base, "cpu", trust_remote_code, f"{flag} {name}: its base model")
+        model = _with_adapters(model, name, flag)
     else:
         model = _load(transformers.AutoModelForCausalLM, name, trust_remote_code, flag, "causal language model")
     return without_dropout(model).to(device)
@@ -77,8 +75,10 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
 
 def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
     """Whether the config of a run directory, local folder or hub id names a sequence classifier."""
-    while base := _base_of_adapters(name):
-        name = base
+    while base := base_of_adapters(name):
+        if _adapter_config(name).get("task_type") == "SEQ_CLS":
+            return True
+        name, flag = base, f"{flag} {name}: its base model"
     with _one_line_errors(name, flag):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
@@ -86,12 +86,27 @@ def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--m
 
 def load_reward_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--reward"):
     """The reward model of a run directory, a local folder or a hub id: a sequence classifier with one label, weights
-    in float32, dropout off. BadInput, in one line, for anything else."""
+    in float32, dropout off. BadInput, in one line, for anything else.
+
+    A folder of adapters (`add_lora`) is loaded as the model that they were trained on, a policy or a reward model, with
+    the adapters merged into it and their head.
+    """
     require(
         is_reward_model(name, trust_remote_code, flag),
         f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
     )
-    model = _load(transformers.AutoModelForSequenceClassification, name, trust_remote_code, flag, "reward model")
+    if base := base_of_adapters(name):
+        of_base = f"{flag} {name}: its base model"
+        if is_reward_model(base, trust_remote_code, of_base):
+            model = load_reward_model(base, "cpu", trust_remote_code, of_base)
+        else:
+            policy = load_model(base, "cpu", trust_remote_code, of_base)
+            with torch.random.fork_rng([]):  # the new head's values are replaced by the stored ones
+                torch.manual_seed(0)
+                model = new_reward_model(policy, load_tokenizer(name, trust_remote_code, flag))
+        model = _with_adapters(model, name, flag)
+    else:
+        model = _load(transformers.AutoModelForSequenceClassification, name, trust_remote_code, flag, "reward model")
     require(model.config.pad_token_id is not None, f"{flag} {name}: no reward model: its config has no pad id")
     require(
         model.config.num_labels == 1 and isinstance(getattr(model, "score", None), torch.nn.Linear),
@@ -114,8 +129,8 @@ def new_reward_model(policy, tokenizer):
             tokenizer.pad_token = tokenizer.bos_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-                policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id >= policy.get_input_embeddings().num_embeddings:
+        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = policy.config
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     try:
@@ -133,7 +148,7 @@ def new_reward_model(policy, tokenizer):
     setattr(model, model.base_model_prefix, policy.base_model)
     head = torch.nn.Linear(model.score.in_features, 1, bias=False)
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    model.score = head.to(policy.device)
+    model.score, model.name_or_path = head.to(policy.device), policy.name_or_path
     return without_dropout(model)
 
 
@@ -160,9 +175,10 @@ def save(
 ) -> None:
     """Write weights (safetensors), config and tokenizer as `from_pretrained` reads them.
 
-    With `add_lora`'s handle only the adapters are written, and loading them needs the model that they were trained on;
-    with `merge` the model is written, with the adapters merged into its weights. Of a bfloat16 model the float32
-    masters are written, or with dtype "bfloat16" its own weights; for the masters it moves to the CPU.
+    With `add_lora`'s handle only the adapters and a reward model's head are written, and loading them needs the model
+    that they were trained on; with `merge` the model is written, with the adapters merged into its weights. Of a
+    bfloat16 model the float32 masters are written, or with dtype "bfloat16" its own weights; for the masters it moves
+    to the CPU.
     """
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
@@ -170,10 +186,49 @@ def save(
         for weight in model.parameters():
             low = (low_bits or {}).get(weight)
             weight.data = weight.data.cpu().float() if low is None else join(weight.data.cpu(), low.cpu())
-    if lora and merge:
-        model, lora = lora.merge_and_unload(), None
-    (lora or model).save_pretrained(out)
+    if lora and not merge:
+        _save_adapters(model, lora, out)
+    else:
+        (lora.merge_and_unload() if lora else model).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _save_adapters(model, lora, out: Path) -> None:
+    """Write adapters, and a reward model's head, mean and deviation, as peft and transformers read them. A base model
+    in a folder is named by its absolute path, so that it is found from any working directory."""
+    config, base = copy.copy(lora.peft_config["default"]), model.name_or_path
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    config.inference_mode = True
+    weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    out.mkdir(parents=True, exist_ok=True)
+    if has_reward_head(model):
+        config.modules_to_save = ["score"]
+        weights["score.weight"] = model.score.weight
+        scale = {name: getattr(model.config, name, None) for name in ("reward_mean", "reward_std")}
+        (out / "reward.json").write_text(json.dumps(scale))
+    weights = {IN_PEFT + name: weight.detach().contiguous() for name, weight in weights.items()}
+    save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(out)
+
+
+def _with_adapters(model, name: str, flag: str):
+    """The model with the adapters in a folder merged into its weights; a head that they come with replaces its own."""
+    folder = Path(name).expanduser()
+    with _one_line_errors(name, flag, "set of adapters"):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        require(config.peft_type == "LORA", f"{flag} {name}: adapters of kind {config.peft_type}, where LORA is wanted")
+        config.inference_mode = False
+        lora = peft.LoraModel(model, {"default": config}, "default")
+        weights = load_file(folder / "adapter_model.safetensors")
+        weights = {key.removeprefix(IN_PEFT): weight for key, weight in weights.items()}
+        keys = peft.set_peft_model_state_dict(model, weights)
+    wanted = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    _require_all_weights(f"{flag} {name}", wanted & {*keys.missing_keys}, keys.unexpected_keys)
+    model = lora.merge_and_unload().requires_grad_(True)
+    model.name_or_path = name  # further adapters record it as their base model
+    if (folder / "reward.json").exists():
+        vars(model.config).update(json.loads((folder / "reward.json").read_text()))
+    return model
 
 
 def _load(auto_class: type, name: str, trust_remote_code: bool, flag: str, kind: str):
@@ -207,10 +262,32 @@ def _few(keys) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _base_of_adapters(name: str) -> str | None:
-    """The model that the adapters in a folder were trained on; None if the folder has none."""
+def base_of_adapters(name: str) -> str | None:
+    """The model that the adapters in a folder were trained on; None if the folder has none.
+
+    A relative path, as older runs wrote it, was relative to the directory that they ran in: it is looked for in the
+    folders above the adapters, the nearest first. What is found in none of them is taken as it is. BadInput if no model
+    is named."""
+    config = _adapter_config(name)
+    if config is None:
+        return None
+    base = config.get("base_model_name_or_path")
+    require(isinstance(base, str), f"{name}/adapter_config.json names no model that the adapters were trained on")
+    places = [folder / base for folder in Path(name).expanduser().resolve().parents]
+    return next((str(place) for place in places if place.is_dir()), base)
+
+
+def _adapter_config(name: str) -> dict | None:
+    """What a folder's adapter_config.json says; None if it has none."""
     path = Path(name).expanduser() / "adapter_config.json"
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}") from None
+    require(isinstance(config, dict), f"{path}: not a JSON object")
+    return config
 
 
 @contextmanager
@@ -253,13 +330,39 @@ def add_lora(model, rank: int, seed: int = 0):
 
         W x  becomes  W x + 2 B A x,   A [rank, in] random, B [out, rank] 0    (Hu et al. 2021, Eq. 3, arXiv 2106.09685)
 
-    Every linear layer gets one except the output head (in a mixture, those experts that are such layers). At first the
-    model computes what it did before, and inside `without_lora` it always does, so the reference needs no weights of
-    its own. Of several processes that share the model each has all of the adapters. Seeds the global random state.
+    Every linear layer gets one except the output head (in a mixture, those experts that are such layers); a reward
+    model's head is trained whole. At first the model computes what it did before, and inside `without_lora` a policy
+    always does, so the reference needs no weights of its own. Of several processes that share the model each has all of
+    the adapters. Seeds the global random state. BadInput if peft has no adapters for the model's architecture.
     """
     torch.manual_seed(seed)
-    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return peft.get_peft_model(model, peft.LoraConfig(**settings))
+    task = "SEQ_CLS" if has_reward_head(model) else "CAUSAL_LM"
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    try:
+        lora = peft.LoraModel(model, {"default": config}, "default")
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"--lora-rank: peft puts no adapters into {model.config.model_type} models: leave it out ({reason})"
+        ) from None
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if has_reward_head(model):
+        model.score.requires_grad_(True)
+    return lora
+
+
+def require_adaptable(name: str, trust_remote_code: bool) -> None:
+    """BadInput if `add_lora` refuses the model of a run directory, local folder or hub id. No weights are loaded."""
+    kind = "SequenceClassification" if is_reward_model(name, trust_remote_code) else "CausalLM"
+    while base := base_of_adapters(name):
+        name = base
+    with _one_line_errors(name, "--model"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        auto_class = getattr(transformers, f"AutoModelFor{kind}")
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    add_lora(model, 1)
 
 
 @contextmanager
@@ -340,8 +443,8 @@ def prepare_training(model, low_bits: LowBits, a: Any, lora_rank: int = 0):
 
 
 def trained(model, low_bits: LowBits | None = None) -> dict[str, Tensor]:
-    """The part of the model's state that is trained: everything, or with `add_lora` the adapters. For bfloat16 weights
-    these are their float32 masters, on the CPU."""
+    """The part of the model's state that is trained: everything, or with `add_lora` the adapters and a reward model's
+    head. For bfloat16 weights these are their float32 masters, on the CPU."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     frozen = {name for name, weight in weights.items() if not weight.requires_grad}
     state = {name: x for name, x in model.state_dict().items() if name not in frozen}

@@ -156,13 +156,14 @@ class EpochFlags(TrainingFlags):
 
 @dataclass
 class LoraFlags:
-    """Flags of the scripts that can train low-rank adapters of the policy."""
+    """Flags of the four training scripts: low-rank adapters."""
 
     lora_rank: int = 0
     """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they need a learning rate
     about ten times as high"""
     lora_merge: bool = False
-    """save the model with the adapters merged into its weights, not the adapters alone"""
+    """save the model with the adapters merged into its weights, not the adapters alone; without --lora-rank nothing is
+    trained: the adapter run --model is written out merged, to --out (default: MODEL-merged)"""
 
 
 RANGES = rlhf.RANGES | rlhf.ranges(  # of every flag that has one, in all scripts
@@ -198,8 +199,6 @@ def check(args: Any) -> None:
     require(low, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
     eight_bits = getattr(args, "optimizer_state", "float32") == "8bit" and parallel.several()
     require(not eight_bits, "--optimizer-state 8bit needs a single process")
-    merged = getattr(args, "lora_merge", False) and not args.lora_rank
-    require(not merged, "--lora-merge: there are no adapters to merge without --lora-rank")
     if hasattr(args, "max_length"):
         require(
             args.max_prompt_length < args.max_length,
@@ -289,10 +288,38 @@ def repeated(args: Any, *names: str) -> str:
 
 
 def start(args: Any, script: str) -> "Run":
-    """The run directory of a training script, whose processes, if torchrun started several, meet here."""
+    """The run directory of a training script, whose processes, if torchrun started several, meet here. BadInput, before
+    any data are read, if --lora-rank does not fit the model."""
+    if args.lora_rank and args.model == "reviews":
+        problem = "--lora-rank: the new model of --model reviews is saved nowhere, so its adapters need --lora-merge"
+        require(args.lora_merge, problem)
+    elif args.lora_rank and (args.model != SFT_MODEL or is_made(args.model)):
+        models.require_adaptable(args.model, args.trust_remote_code)
     torch.manual_seed(args.seed)
     parallel.start(args.device)
     return Run(args, script)
+
+
+def merge_adapters(args: Any) -> dict:
+    """--lora-merge without --lora-rank: write out an adapter run, of a policy or a reward model, as a whole model.
+    Trains nothing. BadInput if there are no adapters, or other flags ask for training."""
+    base = models.base_of_adapters(args.model)
+    require(bool(base), f"--lora-merge: there are no adapters to merge without --lora-rank, and none in {args.model}")
+    used = {"model", "out", "lora_merge", "save_dtype", "trust_remote_code", "device"}
+    others = [f for f in dataclasses.fields(args) if f.name not in used and getattr(args, f.name) != f.default]
+    names = ", ".join(f"--{f.name.replace('_', '-')}" for f in others)
+    only = f"--lora-merge without --lora-rank only writes out the adapters in {args.model}"
+    require(not others, f"{only}: leave out {names}, or give --lora-rank to train")
+    require(int(os.environ.get("WORLD_SIZE", 1)) == 1, f"{only}: run it without torchrun")
+    out = Path(args.out if args.out != type(args).out else f"{args.model.rstrip('/')}-merged")
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()), f"--out {out} already exists: name another")
+    is_reward = models.is_reward_model(args.model, args.trust_remote_code)
+    load = models.load_reward_model if is_reward else models.load_model
+    model = load(args.model, "cpu", args.trust_remote_code, "--model")
+    models.save(model, models.load_tokenizer(args.model, args.trust_remote_code), out, dtype=args.save_dtype)
+    kind = "reward model" if is_reward else "policy"
+    print(f"Nothing was trained: the {kind} in {out} is {base} with the adapters in {args.model} merged into it.")
+    return {}
 
 
 def lock(out: Path) -> None:

@@ -51,9 +51,10 @@ def load_trained(make: Callable[[str], Any], device: str, dtype: torch.dtype, se
     weights are bfloat16, and their masters' low bits (rlhf/optim.py) are returned too; of several processes each
     gathers the layers in bfloat16 and keeps its shard of the masters in float32.
 
-    `seed` is that of the dither; None: not trained, or only adapters are. The processes of a machine make their models
-    one after the other, so that its main memory holds one whole model at a time. Each layer is a unit of sharding, and
-    the rest (embeddings, last norm, head) is one. Gradients are added up in float32.
+    `seed` is that of the dither; None: not trained, or only adapters and a reward model's head are, which each process
+    holds whole. The processes of a machine make their models one after the other, so that its main memory holds one
+    whole model at a time. Each layer is a unit of sharding, and the rest (embeddings, last norm, head) is one.
+    Gradients are added up in float32.
     """
     low = dtype == torch.bfloat16
     if not several():
@@ -71,12 +72,15 @@ def load_trained(make: Callable[[str], Any], device: str, dtype: torch.dtype, se
                     models.raise_embeddings(model)
                 if low and seed is not None:
                     models.dither_masters(model, seed)
-                if models.has_reward_head(model):  # in float32
+                whole = set()
+                if models.has_reward_head(model) and seed is None:
+                    whole = {*model.score.to(device).parameters()}
+                elif models.has_reward_head(model):  # in float32
                     fsdp.fully_shard(model.score, mesh=mesh)
                 for layer in models.layers(model):
                     fsdp.fully_shard(layer, mesh=mesh, mp_policy=products)
                 # True: outside of a forward or backward pass no weight is whole, so the optimizer sees shards only
-                fsdp.fully_shard(model, mesh=mesh, mp_policy=products, reshard_after_forward=True)
+                fsdp.fully_shard(model, mesh=mesh, mp_policy=products, reshard_after_forward=True, ignored_params=whole)
             except BadInput as error:
                 problem = error
         for error in filter(None, gather([problem])):
