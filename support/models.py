@@ -212,13 +212,15 @@ def _save_adapters(model, lora, out: Path) -> None:
 
 
 def _with_adapters(model, name: str, flag: str):
-    """The model with the adapters in a folder merged into its weights; a head that they come with replaces its own."""
+    """The model with the adapters in a folder merged into its weights; a head that they come with replaces its own.
+    Draws nothing from the global random state."""
     folder = Path(name).expanduser()
     with _one_line_errors(name, flag, "set of adapters"):
         config = peft.PeftConfig.from_pretrained(str(folder))
         require(config.peft_type == "LORA", f"{flag} {name}: adapters of kind {config.peft_type}, where LORA is wanted")
         config.inference_mode = False
-        lora = peft.LoraModel(model, {"default": config}, "default")
+        with torch.random.fork_rng([]):  # values that the stored ones replace
+            lora = peft.LoraModel(model, {"default": config}, "default")
         weights = load_file(folder / "adapter_model.safetensors")
         weights = {key.removeprefix(IN_PEFT): weight for key, weight in weights.items()}
         keys = peft.set_peft_model_state_dict(model, weights)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ import train_rm
 import train_sft
 from rlhf import BadInput
 from rlhf.tree import collate
-from support import models, runs, scoring
+from support import models, reviews, runs, scoring
 from support.generate import generate
+from support.rewards import load_reward
 
 TREES = ["llama", "gpt2", "opt", "gemma", "cohere2"]
 EXAMPLES = random_examples([(5, [4, 6]), (9, [3, 3])])
@@ -199,6 +201,307 @@ def test_sft_takes_adapters_and_checkpointing(world, tmp_path):
 def test_merging_nothing_is_refused(world, tmp_path):
     with pytest.raises(BadInput, match="--lora-merge: there are no adapters to merge without --lora-rank"):
         train_dpo.main(arguments(world, tmp_path / "x", lora_rank=0, lora_merge=True))
+
+
+# ------------------------------------------------------------------------------------------- adapters of reward models
+
+
+def rm_arguments(world, out, **settings):
+    fixed = {"batch_size": 8, "epochs": 2, "lr": 3e-3, "eval_prompts": 3, "max_new_tokens": 8, "device": "cpu"}
+    given = {"model": str(world / "model"), "data": str(world / "pairs.jsonl"), "out": str(out)}
+    return train_rm.Args(**{**given, **fixed, "lora_rank": 2, "eval_fraction": 0.2, **settings})
+
+
+@pytest.fixture(scope="module")
+def rm(world, tmp_path_factory):
+    """A reward model's adapters."""
+    out = tmp_path_factory.mktemp("rm") / "rm"
+    train_rm.main(rm_arguments(world, out))
+    return out
+
+
+SENTENCES = [("the plot was", "superb ."), ("the acting felt", "not dull but weak ."), ("i", "loved it .")]
+
+
+def rewards_of(folder):
+    prompts, responses = zip(*SENTENCES, strict=True)
+    return load_reward(str(folder))(prompts, responses, [{}] * len(SENTENCES))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_adapters_are_the_model_that_was_trained(name, tmp_path):
+    """To rounding; and all of its weights can be trained further. No library calls what we use deprecated."""
+    model, tokenizer = tiny(name), reviews.tokenizer()
+    models.save(model, tokenizer, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = models.load_model(str(tmp_path / "base"), "cpu")
+        models.save(model, tokenizer, tmp_path / "adapters", filled(model))
+        ours = models.load_model(str(tmp_path / "adapters"), "cpu")
+    assert torch.allclose(logps_of(ours), logps_of(model), atol=1e-4)
+    assert (logps_of(ours) - logps_of(models.load_model(str(tmp_path / "base"), "cpu"))).abs().max() > 1e-3
+    assert all(weight.requires_grad for weight in ours.parameters())
+    assert all("lora_" in key for key in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
+
+
+def test_a_reward_models_adapters_and_its_head_are_trained(world, rm):
+    """The head in full, the matrices below by 2 B A, and nothing else."""
+    start = models.new_reward_model(models.load_model(str(world / "model"), "cpu"), reviews.tokenizer())
+    saved = load_file(rm / "adapter_model.safetensors")
+    assert sorted(saved)[-1] == "base_model.model.score.weight" and all("lora_" in key for key in sorted(saved)[:-1])
+    assert saved["base_model.model.score.weight"].shape == (1, 32)
+    model = models.load_reward_model(str(rm), "cpu")
+    assert torch.equal(model.score.weight, saved["base_model.model.score.weight"])
+    for name, weight in start.named_parameters():
+        part = f"base_model.model.{name.removesuffix('.weight')}"
+        got = model.get_parameter(name)
+        if f"{part}.lora_A.weight" in saved:
+            A, B = (saved[f"{part}.lora_{x}.weight"] for x in "AB")
+            assert torch.allclose(got, weight + 2 * B @ A, atol=1e-6) and B.abs().max() > 1e-4
+        elif name != "score.weight":
+            assert torch.equal(got, weight)
+
+
+def test_a_reward_models_head_moves_from_its_start(world, tmp_path):
+    """By AdamW's first step, whose size is the learning rate in every coordinate."""
+    heads, prepare = [], models.prepare_training
+    with pytest.MonkeyPatch.context() as patch:
+        keep = lambda model, *rest: (heads.append(model.score.weight.clone()), prepare(model, *rest))[1]  # noqa: E731
+        patch.setattr(models, "prepare_training", keep)
+        train_rm.main(rm_arguments(world, tmp_path / "one", max_steps=1, schedule="constant", warmup=0.0))
+    head = load_file(tmp_path / "one" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.allclose((head - heads[0]).abs(), torch.full_like(head, 3e-3), rtol=1e-3)
+
+
+def test_merged_rewards_are_those_of_the_adapters(world, rm, tmp_path, capsys):
+    """Merged at the end of training, merged afterwards, and loaded by transformers: one function up to rounding."""
+    results = train_rm.main(rm_arguments(world, tmp_path / "at_end", lora_merge=True))
+    assert results == pytest.approx(json.loads((rm / "results.json").read_text()), abs=1e-5)
+    base = load_file(world / "model" / "model.safetensors")
+    capsys.readouterr()
+    train_rm.main(train_rm.Args(model=str(rm), lora_merge=True, out=str(tmp_path / "later")))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"Nothing was trained: the reward model in {tmp_path}/later is {world}/model with the adapters in {rm} merged "
+        "into it."
+    ]
+    want = rewards_of(rm)
+    assert max(want) - min(want) > 0.1
+    for name in ("at_end", "later"):
+        assert rewards_of(tmp_path / name) == pytest.approx(want, abs=1e-5)
+        merged = load_file(tmp_path / name / "model.safetensors")
+        assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+        assert not any("lora_" in key for key in merged)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    raw = models.load_reward_model(str(rm), "cpu")(ids).logits
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        rm, num_labels=1, pad_token_id=reviews.tokenizer().pad_token_id
+    )
+    assert torch.allclose(theirs.eval()(ids).logits, raw, atol=1e-5)
+
+
+def test_the_mean_reward_is_kept_beside_the_adapters(rm):
+    """Rewards are relative to it, as those of a whole reward model."""
+    results, model = json.loads((rm / "results.json").read_text()), models.load_reward_model(str(rm), "cpu")
+    assert [model.config.reward_mean, model.config.reward_std] == [results["reward_mean"], results["reward_std"]]
+    assert results["reward_mean"] != 0
+    tokenizer = reviews.tokenizer()
+    for (prompt, response), reward in zip(SENTENCES, rewards_of(rm), strict=True):
+        ids = tokenizer(prompt)["input_ids"] + tokenizer(response, add_special_tokens=False)["input_ids"]
+        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        raw = model(torch.tensor([ids])).logits.item()
+        assert reward == pytest.approx(raw - results["reward_mean"], abs=1e-5)
+
+
+def test_a_reward_models_adapters_resume_bit_for_bit(world, rm, tmp_path):
+    """The head among them. In the middle of the run only these are in the checkpoint."""
+    save = runs.Run.save_checkpoint
+
+    def interrupt(run, step, state):
+        save(run, step, state)
+        assert all("lora_" in name or name == "score.weight" for name in state["model"])
+        assert "score.weight" in state["model"]
+        if step == 2:
+            raise KeyboardInterrupt
+
+    stopped = rm_arguments(world, tmp_path / "stopped", save_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "save_checkpoint", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_rm.main(stopped)
+    stopped.resume = True
+    train_rm.main(stopped)
+    a, b = (load_file(x / "adapter_model.safetensors") for x in (rm, tmp_path / "stopped"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert (rm / "results.json").read_text() == (tmp_path / "stopped" / "results.json").read_text()
+
+
+def test_ppo_takes_a_reward_models_adapters(world, rm, tmp_path):
+    """As reward and as critic, whose weights are all trained: what is logged is what the merged model gives."""
+    train_rm.main(train_rm.Args(model=str(rm), lora_merge=True, out=str(tmp_path / "merged")))
+    rows = []
+    for reward in (rm, tmp_path / "merged"):
+        given = {"model": str(world / "model"), "data": str(world / "pairs.jsonl"), "reward": str(reward)}
+        given |= {"max_steps": 2, "batch_size": 4, "k": 2, "max_new_tokens": 6, "lr": 1e-3, "eval_prompts": 2}
+        train_ppo.main(train_ppo.Args(**given, out=str(tmp_path / f"ppo-{reward.name}"), device="cpu"))
+        rows.append([json.loads(line) for line in open(tmp_path / f"ppo-{reward.name}" / "metrics.jsonl")])
+    for one, other in zip(*rows, strict=True):
+        want = {name: x for name, x in other.items() if "perf" not in name}
+        assert {name: one[name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert rows[0][0]["loss/value"] > 0 and rows[0][0]["objective/scores"] != rows[0][1]["objective/scores"]
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "adapters"])
+def test_a_reward_model_is_trained_on_from_adapters(rank, world, rm, tmp_path):
+    """From those of a reward model: it starts with their rewards, and with adapters it is found from both bases."""
+    a = rm_arguments(world, tmp_path / "more", model=str(rm), lora_rank=rank)
+    train_rm.main(a)
+    start, end = rewards_of(rm), rewards_of(tmp_path / "more")
+    assert start != pytest.approx(end, abs=1e-3)
+    first, last = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (tmp_path / "more", rm))
+    assert first[0]["eval/loss"] == pytest.approx(last[-1]["eval/loss"], abs=1e-5)
+    embeddings = [models.load_reward_model(str(x), "cpu").model.embed_tokens.weight for x in (rm, tmp_path / "more")]
+    assert torch.equal(*embeddings) == (rank > 0)
+
+
+def test_a_policys_adapters_are_the_base_of_a_reward_models(world, tmp_path):
+    train_dpo.main(arguments(world, tmp_path / "dpo"))
+    train_rm.main(rm_arguments(world, tmp_path / "rm", model=str(tmp_path / "dpo"), lora_merge=False))
+    train_rm.main(rm_arguments(world, tmp_path / "merged", model=str(tmp_path / "dpo"), lora_merge=True))
+    assert json.loads((tmp_path / "rm" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "dpo"
+    )
+    assert rewards_of(tmp_path / "rm") == pytest.approx(rewards_of(tmp_path / "merged"), abs=1e-5)
+    assert models.is_reward_model(str(tmp_path / "rm")) and not models.is_reward_model(str(tmp_path / "dpo"))
+
+
+def test_bfloat16_trains_adapters_and_head_exactly(world, tmp_path):
+    """The frozen base is rounded, without low bits; what is saved of adapters and head is float32."""
+    found, prepare = [], models.prepare_training
+
+    def look(model, low_bits, *rest):
+        lora = prepare(model, low_bits, *rest)
+        found.append((dict(model.named_parameters()), low_bits))
+        return lora
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "prepare_training", look)
+        train_rm.main(rm_arguments(world, tmp_path / "rm", dtype="bfloat16"))
+    [(weights, low_bits)] = found
+    assert {w for name, w in weights.items() if "lora_" in name} == low_bits.keys()
+    assert weights["score.weight"].requires_grad and weights["score.weight"].dtype == torch.float32
+    base = load_file(world / "model" / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.base_layer.weight"
+    assert torch.equal(weights[key].float(), base["model.layers.1.mlp.up_proj.weight"].bfloat16().float())
+    saved = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.float32}
+    for name in ("base_model.model.score.weight", "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"):
+        assert not torch.equal(saved[name], saved[name].bfloat16().float())
+
+
+def test_a_new_pad_token_goes_with_the_adapters(tmp_path):
+    """The tokenizer has neither pad nor BOS: the base has no row for the new token, and loading adds one."""
+    tokenizer, policy = reviews.tokenizer(), models.load_model(str(write_model(tmp_path / "model")), "cpu")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.eos_token
+    models.save(policy, tokenizer, tmp_path / "base")
+    model = models.new_reward_model(models.load_model(str(tmp_path / "base"), "cpu"), tokenizer)
+    vocabulary = policy.config.vocab_size
+    assert tokenizer.pad_token_id == vocabulary
+    lora = filled(model)
+    models.save(model, tokenizer, tmp_path / "rm", lora)
+    before = torch.get_rng_state()
+    first, second = (models.load_reward_model(str(tmp_path / "rm"), "cpu") for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state()) and models.digest(first) == models.digest(second)
+    assert first.config.pad_token_id == vocabulary and first.model.embed_tokens.num_embeddings == vocabulary + 1
+    ids = torch.tensor([[5, 6, 7, 8, vocabulary]])
+    assert torch.allclose(first(ids).logits, model(ids).logits, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- bases, merging, what peft does not do
+
+
+def test_the_base_is_found_from_any_directory(world, rm, tmp_path, monkeypatch):
+    """Given by a relative path; and in older runs, which wrote it down as given, above the adapters."""
+    monkeypatch.chdir(world)
+    train_rm.main(rm_arguments(world, "runs/rm", model="model"))
+    train_dpo.main(arguments(world, "runs/dpo", model="model"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()  # another one of this name, here
+    assert rewards_of(world / "runs" / "rm") == pytest.approx(rewards_of(rm), abs=1e-6)
+    for name, load in (("rm", models.load_reward_model), ("dpo", models.load_model)):
+        path = world / "runs" / name / "adapter_config.json"
+        config = json.loads(path.read_text())
+        assert config["base_model_name_or_path"] == str(world / "model")
+        want = load(f"{world}/runs/{name}", "cpu").state_dict()
+        path.write_text(json.dumps(config | {"base_model_name_or_path": "model"}))
+        found = load(f"{world}/runs/{name}", "cpu").state_dict()
+        assert all(torch.equal(found[key], x) for key, x in want.items())
+
+
+@pytest.mark.parametrize("load", [models.load_model, models.load_reward_model, models.is_reward_model])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base_model_name_or_path": "/gone/sft"}, "its base model /gone/sft: no such folder"),
+        ({"base_model_name_or_path": None}, "names no model that the adapters were trained on"),
+        ("[", "not JSON"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_adapters_without_their_base_are_refused(change, message, load, world, tmp_path):
+    model = tiny("llama")
+    models.save(model, reviews.tokenizer(), tmp_path, models.add_lora(model, 2))
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | change if isinstance(change, dict) else change
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(BadInput, match=message) as error:
+        load(*[str(tmp_path), "cpu"][: 2 - (load is models.is_reward_model)])
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_merging_alone_writes_a_policy(world, tmp_path, monkeypatch, capsys):
+    """Beside the adapters if no --out is given; in half the bytes if asked for."""
+    train_dpo.main(arguments(world, tmp_path / "dpo"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert train_sft.main(train_sft.Args(model="dpo", lora_merge=True)) == {}
+    line = f"Nothing was trained: the policy in dpo-merged is {world}/model with the adapters in dpo merged into it.\n"
+    assert capsys.readouterr().out == line
+    train_ppo.main(train_ppo.Args(model="dpo/", lora_merge=True, out="half", save_dtype="bfloat16"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    one, other, half = (
+        transformers.AutoModelForCausalLM.from_pretrained(x).eval() for x in ("dpo", "dpo-merged", "half")
+    )
+    assert torch.allclose(one(ids).logits, other(ids).logits, atol=1e-4)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert transformers.AutoTokenizer.from_pretrained("dpo-merged").get_vocab() == reviews.tokenizer().get_vocab()
+    with pytest.raises(BadInput, match="^--out dpo-merged already exists: name another$"):
+        train_dpo.main(train_dpo.Args(model="dpo", lora_merge=True))
+    with pytest.raises(BadInput, match="only writes out the adapters in dpo: leave out --data, --lr, or give --lora-r"):
+        train_dpo.main(train_dpo.Args(model="dpo", lora_merge=True, lr=1e-3, data="x.jsonl", out="more"))
+    with pytest.raises(BadInput, match="no adapters to merge without --lora-rank, and none in runs/sft$"):
+        train_rm.main(train_rm.Args(lora_merge=True))
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo, train_rm, train_ppo], ids=lambda x: x.__name__)
+def test_what_peft_refuses_is_refused_before_rows_are_read(script, tmp_path, capsys):
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=500, hidden_size=32, num_hidden_layers=2))
+    models.save(model, reviews.tokenizer(), tmp_path / "mamba")
+    given = {"model": str(tmp_path / "mamba"), "data": str(tmp_path / "no such.jsonl"), "out": str(tmp_path / "out")}
+    with pytest.raises(BadInput, match="^--lora-rank: peft puts no adapters into mamba models: leave it out") as error:
+        script.main(script.Args(**given, lora_rank=2, device="cpu"))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match="no such.jsonl"):
+        script.main(script.Args(**given, device="cpu"))
+
+
+def test_adapters_of_a_model_that_is_saved_nowhere_are_refused(tmp_path):
+    given = {"data": str(tmp_path / "none.jsonl"), "out": str(tmp_path / "out"), "lora_rank": 2, "device": "cpu"}
+    with pytest.raises(BadInput, match="^--lora-rank: the new model of --model reviews is saved nowhere"):
+        train_sft.main(train_sft.Args(**given))
+    with pytest.raises(BadInput, match="none.jsonl"):
+        train_sft.main(train_sft.Args(**given, lora_merge=True))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing

@@ -217,6 +217,7 @@ def assert_same(out: Path, other: Path, weights: float = 1e-5, numbers: float = 
         pytest.param("rm pairwise", 2, {}, marks=pytest.mark.slow),
         pytest.param("sft", 2, {"lora_rank": 2, "lora_merge": True}, marks=pytest.mark.slow),
         pytest.param("dpo dpo", 2, {"lora_rank": 2}, marks=pytest.mark.slow),
+        pytest.param("rm pairwise", 2, {"lora_rank": 2}, marks=pytest.mark.slow),
         pytest.param("dpo kto", 3, {}, marks=pytest.mark.slow),
         pytest.param("dpo bco", 2, {"layout": "padded"}, marks=pytest.mark.slow),
         pytest.param("dpo simpo", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
