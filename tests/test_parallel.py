@@ -284,10 +284,12 @@ def test_other_architectures(name, world, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_products_differ_by_its_rounding(world, alone, job, tmp_path):
-    codes, printed = job(arguments(world, tmp_path / "run", "sft", dtype="bfloat16"), 2)
+@pytest.mark.parametrize("name, changes", [("sft", {}), ("rm pairwise", {"lora_rank": 2, "lr": 3e-4})])
+def test_bfloat16_products_differ_by_its_rounding(name, changes, world, alone, job, tmp_path):
+    changes = {"dtype": "bfloat16", **changes}
+    codes, printed = job(arguments(world, tmp_path / "run", name, **changes), 2)
     assert codes == [0, 0], printed
-    assert_same(tmp_path / "run", alone("sft", dtype="bfloat16"), weights=1e-2, numbers=3e-2)
+    assert_same(tmp_path / "run", alone(name, **changes), weights=1e-2, numbers=3e-2)
 
 
 @pytest.mark.parametrize(
@@ -315,9 +317,16 @@ def test_a_process_that_dies_ends_the_job_and_the_rest_goes_on_in_any_number(
     assert_same(tmp_path / "run", alone(name))
 
 
-@pytest.mark.parametrize("name", ["sft", pytest.param("ppo gae", marks=pytest.mark.slow)])
-def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, monkeypatch):
-    a = arguments(world, tmp_path / "run", name)
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("sft", {}),
+        pytest.param("ppo gae", {}, marks=pytest.mark.slow),
+        pytest.param("rm pairwise", {"lora_rank": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_one_process_began_two_finish(name, changes, world, alone, job, tmp_path, monkeypatch):
+    a = arguments(world, tmp_path / "run", name, **changes)
 
     def log(self, step, metrics, log=runs.Run.log):
         if step == DIES_AT:
@@ -333,7 +342,7 @@ def test_what_one_process_began_two_finish(name, world, alone, job, tmp_path, mo
     a.resume = True
     codes, printed = job(a, 2)
     assert codes == [0, 0], printed
-    assert_same(tmp_path / "run", alone(name))
+    assert_same(tmp_path / "run", alone(name, **changes))
 
 
 @pytest.mark.slow
