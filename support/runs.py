@@ -3,7 +3,7 @@
 runs/NAME/
   args.json, environment.json, train_NAME.py    what was run: flags, versions, commit, the script's source
   metrics.jsonl, samples.jsonl, curves.png      what happened (docs/metrics.md explains each metric)
-  config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it
+  config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it; or adapters, as peft does
   results.json                                  the final metrics; written last, so a run that has it is complete
   checkpoint/step-N/                            while training: all that is needed to go on from step N, with checksums
 """
