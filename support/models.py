@@ -184,6 +184,8 @@ def save(
         model.to(torch.bfloat16)
     elif model.dtype == torch.bfloat16:
         for weight in model.parameters():
+            if lora and not merge and not weight.requires_grad:  # not written
+                continue
             low = (low_bits or {}).get(weight)
             weight.data = weight.data.cpu().float() if low is None else join(weight.data.cpu(), low.cpu())
     if lora and not merge:
@@ -204,7 +206,8 @@ def _save_adapters(model, lora, out: Path) -> None:
     if has_reward_head(model):
         config.modules_to_save = ["score"]
         weights["score.weight"] = model.score.weight
-        scale = {name: getattr(model.config, name, None) for name in ("reward_mean", "reward_std")}
+        defaults = {"reward_mean": 0.0, "reward_std": 1.0}
+        scale = {name: getattr(model.config, name, default) for name, default in defaults.items()}
         (out / "reward.json").write_text(json.dumps(scale))
     weights = {IN_PEFT + name: weight.detach().contiguous() for name, weight in weights.items()}
     save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})

@@ -234,6 +234,7 @@ def test_saved_adapters_are_the_model_that_was_trained(name, tmp_path):
     """To rounding; and all of its weights can be trained further. No library calls what we use deprecated."""
     model, tokenizer = tiny(name), reviews.tokenizer()
     models.save(model, tokenizer, tmp_path / "base")
+    models.require_adaptable(str(tmp_path / "base"), False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         model = models.load_model(str(tmp_path / "base"), "cpu")
@@ -243,6 +244,17 @@ def test_saved_adapters_are_the_model_that_was_trained(name, tmp_path):
     assert (logps_of(ours) - logps_of(models.load_model(str(tmp_path / "base"), "cpu"))).abs().max() > 1e-3
     assert all(weight.requires_grad for weight in ours.parameters())
     assert all("lora_" in key for key in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("granite", "cohere2")])
+def test_saved_adapters_are_the_reward_model_that_was_trained(name, tmp_path):
+    tokenizer = reviews.tokenizer()
+    models.save(tiny(name), tokenizer, tmp_path / "base")
+    model = models.new_reward_model(models.load_model(str(tmp_path / "base"), "cpu"), tokenizer)
+    models.save(model, tokenizer, tmp_path / "adapters", filled(model))
+    ours = models.load_reward_model(str(tmp_path / "adapters"), "cpu")
+    rewards = [scoring.response_rewards(x, collate(EXAMPLES, "padded", 0, "cpu")) for x in (ours, model)]
+    assert torch.allclose(*rewards, atol=1e-4) and rewards[0].std() > 1e-2
 
 
 def test_a_reward_models_adapters_and_its_head_are_trained(world, rm):
