@@ -306,10 +306,10 @@ def merge_adapters(args: Any) -> dict:
     base = models.base_of_adapters(args.model)
     require(bool(base), f"--lora-merge: there are no adapters to merge without --lora-rank, and none in {args.model}")
     used = {"model", "out", "lora_merge", "save_dtype", "trust_remote_code", "device"}
-    others = [f for f in dataclasses.fields(args) if f.name not in used and getattr(args, f.name) != f.default]
-    names = ", ".join(f"--{f.name.replace('_', '-')}" for f in others)
+    changed = {f.name for f in dataclasses.fields(args) if getattr(args, f.name) != f.default}
+    others = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed - used))
     only = f"--lora-merge without --lora-rank only writes out the adapters in {args.model}"
-    require(not others, f"{only}: leave out {names}, or give --lora-rank to train")
+    require(not others, f"{only}: leave out {others}, or give --lora-rank to train")
     require(int(os.environ.get("WORLD_SIZE", 1)) == 1, f"{only}: run it without torchrun")
     out = Path(args.out if args.out != type(args).out else f"{args.model.rstrip('/')}-merged")
     require(not out.exists() or out.is_dir() and not any(out.iterdir()), f"--out {out} already exists: name another")
