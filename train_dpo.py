@@ -225,8 +225,9 @@ def main(a: Args) -> dict[str, float]:
     everything = train + held
     others: list[Example] = []
     if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
-        matched = zip(everything, mismatched(everything, a.seed), strict=True)
-        others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in matched]
+        for e, (other, trained) in zip(everything, mismatched(everything, a.seed), strict=True):
+            limit = a.max_length - len(e.prompt)
+            others.append(replace(e, responses=[other[:limit]], trained=trained and [trained[:limit]]))
     if a.loss in REFERENCE_FREE:
         refs = [torch.zeros(len(e.responses), dtype=torch.float64) for e in everything]
     else:
@@ -250,7 +251,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate(logps: Sequence[Tensor], delta: float = 0.0, z0: Tensor | None = None) -> dict[str, float]:
         """Metrics of the held-out examples, from the log-probs of their responses."""
-        lengths = torch.tensor([len(r) for e in held for r in e.responses])
+        lengths = torch.tensor([n for e in held for n in e.lengths])
         _, totals = objective(a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0)
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 

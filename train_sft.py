@@ -68,7 +68,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
 
 def trained_tokens(examples: Sequence[Example]) -> int:
     """Response tokens that the loss counts."""
-    return sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
+    return sum(sum(e.lengths) for e in examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

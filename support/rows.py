@@ -9,10 +9,10 @@
 
 Each problem with a row is reported in one line that says how to fix it. The caller adds the file and the row number.
 
-A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and their last turns are the
-responses. If the dialogues already differ before the last turn, they do not compare answers to the same prompt; if a
-last turn is blank, there is nothing to train on. Both kinds of row are dropped and counted (5 and 4 of the 2,312
-harmless test rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
+A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and what follows are the responses:
+as a rule one answer each, but a response can go on with the user's next turn and further answers. If the turns of a
+dialogue do not alternate, or an answer is blank, the row is dropped and counted (5 and 4 of the 2,312 harmless test
+rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
 """
 
 import csv
@@ -23,7 +23,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ Message = dict[str, Any]  # role, content, and fields that some chat templates u
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+QUESTION = re.compile(r"(\n\nHuman:.*?\n\nAssistant:)", re.S)  # what stands between two answers of such a dialogue
 DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
 PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
@@ -311,14 +312,22 @@ def check_prompt(messages: list[Message], name: str) -> list[Message]:
     return messages
 
 
-def check_answer(value: object, name: str, sampled: bool) -> Message:
-    """Check the response to a prompt that is a list of messages: a text, or exactly one assistant message."""
+def check_response(value: object, name: str, sampled: bool) -> list[Message]:
+    """Check the response to a prompt that is a list of messages: a text, an assistant message, or several messages of
+    which the first and the last are the assistant's. A sampled response is a single message."""
     if isinstance(value, str):
-        return {"role": "assistant", "content": check_text(value, name, sampled)}
+        return [{"role": "assistant", "content": check_text(value, name, sampled)}]
     messages = check_messages(value, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise BadInput(f"field {name!r}: roles out of order: give it exactly one assistant message")
-    return messages[0]
+    if not alternates(messages) or sampled and len(messages) > 1:
+        expected = "exactly one assistant message" + ("" if sampled else ", or turns that begin and end with one")
+        raise BadInput(f"field {name!r}: roles out of order: give it {expected}")
+    return messages
+
+
+def alternates(messages: list[Message]) -> bool:
+    """Whether the first and the last message are the assistant's, and no two of its messages follow each other."""
+    spoken = [message["role"] == "assistant" for message in messages]
+    return spoken[0] and spoken[-1] and not any(a and b for a, b in itertools.pairwise(spoken))
 
 
 def optional_number(row: dict, name: str, low: float, high: float) -> float | None:
@@ -401,16 +410,19 @@ def tools_of(row: dict) -> list[dict] | None:
     return tools
 
 
-def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
-    """Split `chosen` and `rejected` into the prompt that they share and the two responses that follow it."""
+def shared_beginning(row: dict) -> tuple[str | list[Message], list[list], int]:
+    """Split the dialogues `chosen` and `rejected` into the prompt that they share and the two responses that follow it,
+    each a list of turns: messages, or texts (the odd ones go from the end of an answer to the beginning of the next).
+    The third value is how many turns at their beginning the responses share: 0, unless the dialogues part in a user's
+    turn, because a prompt ends where the assistant speaks."""
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         dialogues = check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
-        shared = min(map(len, dialogues)) - 1
-        while dialogues[0][:shared] != dialogues[1][:shared]:
-            shared -= 1
-        prompt, responses = dialogues[0][:shared], [dialogue[shared:] for dialogue in dialogues]
-        differ_early = any(len(response) > 1 for response in responses)
+        start = min(min(map(len, dialogues)) - 1, _common(dialogues))
+        while start and not all(dialogue[start]["role"] == "assistant" for dialogue in dialogues):
+            start -= 1
+        prompt, responses = dialogues[0][:start], [dialogue[start:] for dialogue in dialogues]
+        out_of_turn = any(len(response) > 1 and not alternates(response) for response in responses)
     else:
         dialogues = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         if not all(DIALOGUE.match(dialogue) for dialogue in dialogues):
@@ -421,30 +433,47 @@ def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
             )
         prompt = os.path.commonprefix(dialogues)
         prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
-        responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-        differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
+        responses = [QUESTION.split(dialogue[len(prompt) :]) for dialogue in dialogues]
+        out_of_turn = any(mark in answer for turns in responses for answer in turns[::2] for mark in (HUMAN, ASSISTANT))
     if chosen == rejected:
         raise Dropped("identical responses")
     if not prompt:
         raise BadInput("fields 'chosen' and 'rejected' share no beginning: give the row a 'prompt'")
-    if differ_early:
-        raise Dropped("dialogues that differ before the last turn")
-    if isinstance(prompt, str) and not all(response.strip() for response in responses):
-        raise Dropped("blank last turns")
+    if out_of_turn:
+        raise Dropped("dialogues whose turns do not alternate")
+    if isinstance(prompt, str) and not all(answer.strip() for turns in responses for answer in turns[::2]):
+        raise Dropped("blank answers")
+    shared = shared_turns(responses)
     asked = row.get("prompt")
     if isinstance(asked, str) and isinstance(prompt, list) and not any(asked.strip() in m["content"] for m in prompt):
         name = next((name for name in PROMPT_COLUMNS if row.get(name) is asked), "prompt")
         raise BadInput(f"field {name!r} is not in the dialogues, which are read instead: leave it out, or mend them")
-    return prompt, responses
+    return prompt, responses, shared
+
+
+def shared_turns(responses: Sequence[list]) -> int:
+    """How many turns at their beginning all responses to a prompt share. Dropped if one of them has no others."""
+    shared = _common(responses)
+    if shared == min(map(len, responses)):
+        raise Dropped("dialogues of which one goes on where the other ends")
+    return shared
+
+
+def _common(lists: Sequence[list]) -> int:
+    """How many elements at their beginning the lists share."""
+    same = [all(x == first for x in others) for first, *others in zip(*lists, strict=False)]
+    return (*same, False).index(False)
 
 
 # ------------------------------------------------------------------------------------ prompt and responses of a row
 
 
 def implicit(row: dict) -> bool:
-    """Whether chosen and rejected contain the prompt: `prompt` is missing, or is a text while both are dialogues."""
+    """Whether chosen and rejected contain the prompt: `prompt` is missing, or is a text while both are dialogues that
+    do not begin with an answer."""
     sides = [row.get("chosen"), row.get("rejected")]
     dialogues = all(isinstance(side, list) and len(side) > 1 for side in sides)
+    dialogues = dialogues and not all(isinstance(x[0], dict) and x[0].get("role") == "assistant" for x in sides)
     return None not in sides and (row.get("prompt") is None or isinstance(row["prompt"], str) and dialogues)
 
 
@@ -469,10 +498,14 @@ def texts_of(row: dict) -> list[str]:
         responses = row["responses"]
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
-    for message in (x[-1] for x in responses if not isinstance(x, str)):
-        if fields := fields_of(message):
+    texts = []
+    for turns in ([x] if isinstance(x, str) else x for x in responses):
+        require(len(turns) == 1, "a response has several turns, and rewards are of one: leave it out, or --reward")
+        fields = [] if isinstance(turns[0], str) else fields_of(turns[0])
+        if fields:
             raise BadInput(f"an answer has {fields[0][:40]!r}, and rewards are of texts: leave it out, or --reward")
-    return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]
+        texts.append(turns[0] if isinstance(turns[0], str) else content_text(turns[0].get("content")) or "")
+    return texts
 
 
 def for_each_response(row: dict, name: str, n: int, default: Any = None) -> list:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -81,6 +82,11 @@ def one(tokenizer, kind, row, prompt=100, total=200):
 
 def said(role, content):
     return {"role": role, "content": content}
+
+
+def talk(*texts):
+    """A dialogue of user and assistant in turn."""
+    return [said(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
 def file(tmp_path, *rows, name="prefs.jsonl"):
@@ -390,20 +396,22 @@ def test_dialogues_that_hold_no_preference_are_dropped_and_counted():
     good = (HH + " a", HH + " b")
     pairs = [
         good,
-        (HH + " a\n\nHuman: more\n\nAssistant: c", HH + " b\n\nHuman: more\n\nAssistant: d"),
+        (HH + " a\n\nAssistant: c", HH + " b"),
+        (HH + " a\n\nHuman: more", HH + " b"),
         (HH + " ", HH + " b"),
         (HH + " a", HH + " a"),
-        (
-            [said("user", "u"), *[said(r, "1") for r in ("assistant", "user", "assistant")]],
-            [said("user", "u"), *[said(r, "2") for r in ("assistant", "user", "assistant")]],
-        ),
+        (talk("u", "a", "v"), talk("u", "b")),
+        ([*talk("u", "a"), said("assistant", "c")], talk("u", "b")),
+        (HH + " a", HH + " a\n\nHuman: more\n\nAssistant: c"),
+        (talk("u", "a", "v", "b"), talk("u", "a")),
     ]
     rows = [(f"f:{i}", {"chosen": a, "rejected": b}) for i, (a, b) in enumerate(pairs)]
     examples, report = build(rows, PLAIN, "preference", 100, 200)
     assert [e.where for e in examples] == ["f:0"]
     assert report.dropped == {
-        "dialogues that differ before the last turn": 2,
-        "blank last turns": 1,
+        "dialogues whose turns do not alternate": 4,
+        "dialogues of which one goes on where the other ends": 2,
+        "blank answers": 1,
         "identical responses": 1,
     }
     with pytest.raises(BadInput, match="f:1: fields 'chosen' and 'rejected' share no beginning"):
@@ -450,6 +458,108 @@ def test_multi_turn_without_a_template():
     marks = "".join("+" if t else "." for t in example.trained[0])
     assert "".join(tokens) == " B</s>\n\nHuman: C\n\nAssistant: D</s>"
     assert marks == "+++" + "." * len("\n\nHuman: C\n\nAssistant:") + "+++"
+
+
+def marked(tokenizer, example):
+    """Each response as text, with a + or . for every token: trained or not."""
+    masks = example.trained or [[True] * len(response) for response in example.responses]
+    return [
+        (text(tokenizer, response), "".join("+" if t else "." for t in mask))
+        for response, mask in zip(example.responses, masks, strict=True)
+    ]
+
+
+NEXT = "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # what CHAT has between two answers
+GAP = "." * (1 + 1 + len("user\n") + 1 + 1 + 1 + len("assistant\n"))  # its tokens, but for those of the question
+
+
+@pytest.mark.parametrize("prompt", [None, "u", "messages"])
+def test_a_preference_between_dialogues_trains_all_answers_from_the_fork_on(prompt):
+    """The dialogues part in the second answer and go on for a turn; the prompt may stand beside them."""
+    before, chosen, rejected = talk("u", "a", "v"), talk("u", "bc", "Xyz", "d")[1:], talk("u", "e", "Z", "fgh")[1:]
+    row = {"chosen": before + chosen, "rejected": before + rejected}
+    if prompt == "messages":
+        row = {"prompt": before, "chosen": chosen, "rejected": rejected}
+    example, report = one(CHAT, "preference", row | ({"prompt": "u"} if prompt == "u" else {}))
+    assert text(CHAT, example.prompt) == (
+        "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>" + NEXT.format("v")
+    )
+    assert marked(CHAT, example) == [
+        (f"bc<|im_end|>{NEXT.format('Xyz')}d<|im_end|>", f"+++{GAP}...++"),
+        (f"e<|im_end|>{NEXT.format('Z')}fgh<|im_end|>", f"++{GAP}.++++"),
+    ]
+    assert example.lengths == [5, 6] and report.length_difference == -1 and report.longer_wins == 0
+    assert "turns      responses of 1 rows have several: the assistant's are trained, from where" in str(report)
+    assert [*map(len, example.responses)] == [28, 27]
+    assert "responses  27.5 tokens on average, 5.5 of them trained, 28 at most" in str(report)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT])
+def test_a_preference_between_hh_dialogues_trains_all_answers_from_the_fork_on(tokenizer):
+    """Texts are used as they are, but each trained answer ends in EOS, whichever template the tokenizer has."""
+    question, eos = "\n\nHuman: go on\n\nAssistant:", tokenizer.eos_token
+    row = {"chosen": f"{HH} b{question} cd", "rejected": f"{HH} e"}
+    example, report = one(tokenizer, "preference", row)
+    assert text(tokenizer, example.prompt).removeprefix("<s>") == HH
+    dots = "." * len(question)
+    assert marked(tokenizer, example) == [(f" b{eos}{question} cd{eos}", f"+++{dots}++++"), (f" e{eos}", "+++")]
+    assert example.lengths == [7, 3] and (report.dialogues, report.length_difference) == (1, 4)
+
+
+def test_dialogues_that_part_in_a_users_turn():
+    """The answer before it is shared: it is read, and not trained. The prompt ends where the assistant speaks."""
+    sides = talk("u", "a", "v", "b"), talk("u", "a", "ww", "c")
+    for row in (
+        {"chosen": sides[0], "rejected": sides[1]},
+        {"prompt": "u", "chosen": sides[0][1:], "rejected": sides[1][1:]},
+        {"prompt": "u", "responses": [side[1:] for side in sides], "ranks": [1, 2]},
+    ):
+        example, _ = one(CHAT, "preference", row)
+        assert example.prompt_text == "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+        assert marked(CHAT, example) == [
+            (f"a<|im_end|>{NEXT.format('v')}b<|im_end|>", f"..{GAP}.++"),
+            (f"a<|im_end|>{NEXT.format('ww')}c<|im_end|>", f"..{GAP}..++"),
+        ]
+    row = {"prompt": "u", "chosen": talk("u", "a")[1:], "rejected": sides[1][1:]}
+    with pytest.raises(BadInput, match="1 dialogues of which one goes on where the other ends"):
+        one(CHAT, "preference", row)
+    row = {side: f"{HH} a\n\nHuman: {q}\n\nAssistant: {q}" for side, q in (("chosen", "v"), ("rejected", "w"))}
+    example, _ = one(PLAIN, "preference", row)
+    assert example.prompt_text == HH
+    dots = "." * len(" a\n\nHuman: v\n\nAssistant:")
+    assert marked(PLAIN, example)[0] == (" a\n\nHuman: v\n\nAssistant: v</s>", f"{dots}+++")
+    rows = [("f:1", row), ("f:2", {side: f"{HH} {side}" for side in ("chosen", "rejected")})]
+    examples, report = build(rows, PLAIN, "preference", 100, len(example.prompt) + len(dots))
+    assert [e.where for e in examples] == ["f:2"]
+    assert report.dropped == {"responses cut before their first trained token": 1}
+
+
+def test_responses_with_several_turns_in_every_kind_of_row():
+    answers = talk("u", "b", "v", "d")[1:], talk("u", "e")[1:]
+    trained = [f"++{GAP}.++", "++"]
+    pair = {"prompt": "u", "chosen": answers[0], "rejected": answers[1]}
+    ranking = {"prompt": "u", "responses": [*answers[::-1]], "ranks": [2, 1]}
+    for kind, row, marks in (
+        ("preference", pair, trained),
+        ("preference", ranking, trained[::-1]),
+        ("unpaired", pair, trained),
+        ("unpaired", {"prompt": "u", "completion": answers[0], "label": True}, trained[:1]),
+        ("sft", pair, trained[:1]),
+        ("sft", {"prompt": "u", "completion": answers[0]}, trained[:1]),
+    ):
+        example, report = one(CHAT, kind, row)
+        assert [mark for _, mark in marked(CHAT, example)] == marks and report.dialogues == 1
+    example, report = one(CHAT, "prompts", {"chosen": talk("u", *"bvd"), "rejected": talk("u", *"evd")})
+    assert example.prompt_text == "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n" and not example.responses
+    assert report.dialogues == 0
+    row = ranking | {"responses": [*answers], "ended": [True, True]}
+    with pytest.raises(BadInput, match=r"field 'responses\[0\]': roles out of order: give it exactly one"):
+        one(CHAT, "preference", row)
+    with pytest.raises(BadInput, match="a response has several turns, and rewards are of one: leave"):
+        texts_of(pair)
+    assert texts_of({"chosen": HH + " a", "rejected": HH + " b"}) == [" a", " b"]
+    with pytest.raises(BadInput, match="the chat template rewrites earlier turns: give rows of one answer"):
+        one(THINKING, "preference", pair)
 
 
 def test_consecutive_turns_of_one_role_are_fine():
@@ -1172,7 +1282,7 @@ def test_the_split_of_the_held_out_rows(tmp_path, capsys):
 def test_mismatched_is_a_derangement(prompts, seed):
     examples = [example_of(prompt, response=f"answer {i}") for i, prompt in enumerate(prompts)]
     owner = {tuple(e.responses[0]): i for i, e in enumerate(examples)}
-    given_to = [owner[tuple(ids)] for ids in mismatched(examples, seed)]
+    given_to = [owner[tuple(ids)] for ids, _ in mismatched(examples, seed)]
     assert sorted(given_to) == list(range(len(prompts)))
     assert all(i != j for i, j in enumerate(given_to))
     largest = max(prompts.count(p) for p in prompts)
@@ -1186,6 +1296,12 @@ def test_mismatched_needs_two():
     with pytest.raises(BadInput, match="^f:1: the only example"):
         mismatched([example_of("a")], 0)
     assert len({str(mismatched([example_of(c, c) for c in "abcdefgh"], seed)) for seed in range(8)}) > 1
+
+
+def test_mismatched_responses_bring_their_masks():
+    examples = [replace(example_of(c, c), responses=[[5, 6, 7]], trained=[[c == "b", False, True]]) for c in "ab"]
+    assert mismatched(examples, 0) == [([5, 6, 7], [True, False, True]), ([5, 6, 7], [False, False, True])]
+    assert mismatched([example_of("a"), examples[1]], 0)[1][1] is None
 
 
 def test_show():
@@ -1234,7 +1350,7 @@ def test_raw_hh_rows_are_the_message_rows():
         pytest.skip(f"no {raw}: set RLHF_TEST_DATA to a folder that has it")
     implicit, report = build(read_rows(str(raw))[0], PLAIN, "preference", 10**6, 10**7)
     explicit, _ = build(read_rows(str(clean))[0], PLAIN, "preference", 10**6, 10**7)
-    assert report.dropped == {"blank last turns": 4, "dialogues that differ before the last turn": 5}
+    assert report.dropped == {"blank answers": 4, "dialogues whose turns do not alternate": 5}
 
     def words(example):  # the message rows have stripped texts
         return [text.split() for text in (example.prompt_text, *example.response_texts)]
