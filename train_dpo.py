@@ -203,7 +203,7 @@ def main(a: Args) -> dict[str, float]:
     if a.loss == "plackett_luce":
         train = without_ties(train, a.ties, a.seed)
         held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
-        require(bool(train), f"--data {a.data}: no ranking without ties is left to train on")
+        require(bool(train), "--data: no ranking without ties is left to train on")
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)

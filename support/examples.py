@@ -15,6 +15,7 @@ The columns of a row decide its form. A prompt or response is a string or a list
 
 A response can have several turns, such as those of two dialogues that part before their last turn. Then the prompt ends
 where they part, the assistant's turns from there on are trained, and the user's are read only (`Example.trained`).
+Messages {"from", "value"}, as ShareGPT has them in `conversations`, are read too.
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt is tokenised by itself, and a response has the ids that it has behind it (support/tokens.py), so that no
 token spans the boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must
@@ -52,6 +53,7 @@ from support.rows import (
     check_text,
     content_text,
     fields_of,
+    from_sharegpt,
     implicit,
     one_line,
     optional_list,
@@ -61,6 +63,7 @@ from support.rows import (
     read_rows,
     shared_beginning,
     shared_turns,
+    sources,
     standard,
     tools_of,
     with_system,
@@ -141,6 +144,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: set[str] = field(default_factory=set)  # columns that do not reach the model
+    sharegpt: int = 0  # rows with messages {"from", "value"}
     systems: int = 0  # rows of strings that are rendered because they have a system text
     untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
@@ -175,6 +179,8 @@ class Report:
             out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
         for name, n in self.prompt_columns.items():
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
+        if self.sharegpt:
+            out.append(f"messages   of {self.sharegpt} rows have from and value in place of role and content")
         if self.systems:
             out.append(f"system     {self.systems} rows of strings have one: they are read as messages")
         if self.untemplated:
@@ -504,9 +510,9 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
 # ------------------------------------------------------------------------------------------------ token ids
 
 
-def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
-    """Read a source, turn its rows into examples, and print the data report. A tokenizer without a chat template gets
-    HH_TEMPLATE if it was used.
+def load(source: str | Sequence[str], kind: str, tokenizer, a: Any) -> list[Example]:
+    """Read one or several sources, turn their rows into examples, and print the data report. A tokenizer without a chat
+    template gets HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
     skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
@@ -519,7 +525,7 @@ def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
         kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
-    print(f"{source}\n{report}\n")
+    print(f"{' '.join(sources(source))}\n{report}\n")
     if report.hh_template:
         tokenizer.chat_template = HH_TEMPLATE
     return examples
@@ -531,11 +537,12 @@ def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tup
     require(bool(a.eval_data) or not a.eval_split, f"--eval-split {a.eval_split}: of which data? give --eval-data too")
     train = load(a.data, kind, tokenizer, a)
     if a.eval_data:
-        split = a.eval_split or (None if Path(a.eval_data).expanduser().is_file() else a.split)
+        are_files = all(Path(source).expanduser().is_file() for source in sources(a.eval_data))
+        split = a.eval_split or (None if are_files else a.split)
         held = load(a.eval_data, kind, tokenizer, replace(a, split=split))
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
-    require(bool(train), f"--data {a.data}: no example is left to train on")
+    require(bool(train), "--data: no example is left to train on")
     prompts = {group_of(example) for example in held}
     if n := len(prompts & {group_of(example) for example in train}):
         print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
@@ -561,10 +568,12 @@ def build(
         raise BadInput(f"--max-prompt-length {max_prompt_length}: leaves no token for the prompt: give 1 or more")
     if max_length < 2:
         raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
+    rows, as_written = [(where, from_sharegpt(row)) for where, row in rows], rows
     form = _choose_form(rows, kind)
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+    report.sharegpt = sum(row is not other for (_, row), (_, other) in zip(rows, as_written, strict=True))
     used = {*form, "system", "tools", "where"}
     if "prompt" in form:
         other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]
@@ -640,7 +649,10 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     name = rows[0][0].rpartition(":")[0]
     others = [k for k in ("preference", "unpaired", "sft") if any(n.issuperset(f) for n in filled for f in KINDS[k])]
     hint = f"use {SCRIPTS[others[0]]}, or rename" if others else "rename"
-    raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
+    raise BadInput(
+        f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}, or convert the "
+        "data: docs/data.md has code for known sets"
+    )
 
 
 def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[str, str]]]:

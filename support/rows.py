@@ -1,6 +1,7 @@
-"""Read rows from a file, a `save_to_disk` folder or the hub, and check their fields.
+"""Read rows from files, folders or the hub, and check their fields.
 
     read_rows   source -> rows, each with its location ("prefs.jsonl:17")
+    from_sharegpt   a row whose messages are {"from", "value"}, as if they were {"role", "content"}
     standard    a row that names its prompt otherwise, as if it had named it `prompt`
     with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
@@ -46,9 +47,17 @@ PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
-MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # a CSV cell with messages
-FILES = "a .jsonl, .json, .csv (or .gz of these) or .parquet file"
+NOT_ROWS = (*SAVED, "dataset_infos.json", "state.json")
+DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet)(\.gz)?$", re.I)
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # what follows the split in the name of one of its files
+SPLITS = {  # words in the names of files and folders -> their split, as the hub has it
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # a CSV cell with messages
+FILES = "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file"
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # names that ShareGPT has for roles
 
 
 class Dropped(Exception):
@@ -58,27 +67,39 @@ class Dropped(Exception):
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False) -> tuple[list[Row], list[str]]:
-    """Read the rows of a file, a `save_to_disk` folder or a hub data set; returns (rows, messages about skipped rows).
+def sources(source: str | Sequence[str]) -> list[str]:
+    """The values of a flag such as --data, which takes one or several."""
+    return [source] if isinstance(source, str) else [*source]
 
-    `split` selects a split of a folder or hub data set; the default is "train", or the only split. An unreadable row
-    raises BadInput; with `skip_bad_rows` it is skipped.
+
+def read_rows(
+    source: str | Sequence[str], split: str | None = None, skip_bad_rows: bool = False
+) -> tuple[list[Row], list[str]]:
+    """Read the rows of one or several files, folders or hub data sets; returns (rows, messages about skipped rows).
+
+    A folder is one that `save_to_disk` or `hf download` made, or any other with data files. `split` selects a split of
+    a folder or hub data set; the default is "train", or the only split. An unreadable row raises BadInput; with
+    `skip_bad_rows` it is skipped.
     """
+    if not isinstance(source, str):
+        parts = [_read_source(name, name, split, skip_bad_rows) for name in source]
+        return [row for rows, _ in parts for row in rows], [message for _, skipped in parts for message in skipped]
+    return _read_source(source, Path(source).name, split, skip_bad_rows)
+
+
+def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool) -> tuple[list[Row], list[str]]:
+    """`read_rows` of one source; `name` is what locations call it if it is a file."""
     path = Path(source).expanduser()
     skipped: list[str] = []
     try:
         if path.is_file():
             if split:
                 raise BadInput(f"{source}: a file, which has no splits: leave out --split {split}")
-            rows = list(_read_file(path, skipped if skip_bad_rows else None))
-        elif path.is_dir() and not any((path / name).exists() for name in SAVED):
-            names = sorted(f.name for f in path.iterdir() if f.name.endswith(SUFFIXES))
-            raise BadInput(
-                f"{source}: a folder, but not one of save_to_disk: "
-                + (f"name one of its files, such as {path / names[0]}" if names else f"give {FILES} or such a folder")
-            )
-        elif path.is_dir():
+            rows = list(_read_file(path, name, skipped if skip_bad_rows else None))
+        elif path.is_dir() and any((path / name).exists() for name in SAVED):
             rows = _number(path.resolve().name, _select_split(source, datasets.load_from_disk(str(path)), split))
+        elif path.is_dir():
+            rows = list(_read_folder(path, split, skipped if skip_bad_rows else None))
         elif not _may_be_hub_id(source):
             raise BadInput(f"{source}: no such file or folder")
         else:
@@ -87,7 +108,7 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
         raise
     except Exception as error:  # gzip, csv, Arrow and the disk raise different exceptions
         raise BadInput(
-            f"{source}: cannot be read ({one_line(error)}): give {FILES} or a save_to_disk folder"
+            f"{source}: cannot be read ({one_line(error)}): give {FILES}, or a folder of such files"
         ) from error
     if not rows:
         raise BadInput(f"{source}: holds no {'good ' if skipped else ''}rows")
@@ -97,7 +118,7 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
 def _may_be_hub_id(source: str) -> bool:
     """Whether a source that is not on this disk could be a hub id: "name" or "owner/name"."""
     local = source.startswith(("/", ".", "~")) or "/" in source and Path(source).parent.is_dir()
-    return not local and source.count("/") < 2 and not source.endswith(SUFFIXES)
+    return not local and source.count("/") < 2 and not DATA_FILE.search(source)
 
 
 def one_line(error: BaseException) -> str:
@@ -115,8 +136,8 @@ def _load_from_hub(source: str, split: str | None):
     except Exception as error:  # network, unknown id, wrong split and broken files raise different exceptions
         raise BadInput(
             f"{source}: no such file, and not to be had from the hub ({one_line(error)}): check the name and the "
-            "split; without a network, download it elsewhere and pass a .jsonl or .parquet file or a save_to_disk "
-            "folder"
+            f"split; without a network, run `hf download {source} --repo-type dataset --local-dir DIR` elsewhere and "
+            "give DIR"
         ) from error
     return _select_split(source, data, split)
 
@@ -124,27 +145,69 @@ def _load_from_hub(source: str, split: str | None):
 def _select_split(source: str, data, split: str | None):
     if not isinstance(data, datasets.DatasetDict):
         return data
-    names = list(data)
+    return data[_choose_split(source, list(data), split)]
+
+
+def _choose_split(source: str, names: list[str], split: str | None) -> str:
     split = split or (names[0] if len(names) == 1 else "train")
     if split not in names:
         raise BadInput(f"{source}: no split {split!r}: choose --split among {', '.join(names)}")
-    return data[split]
+    return split
 
 
-def _read_file(path: Path, skipped: list[str] | None) -> Iterator[Row]:
-    """Rows of one file. For each unreadable row, append a message to `skipped`, or raise BadInput if that is None."""
+def _split_of(path: Path) -> str | None:
+    """The split that a file of a folder belongs to, if its path says so: data/test-00000-of-00001.parquet, or a word of
+    SPLITS in the name of the file or, failing that, of the nearest folder that has one."""
+    name = DATA_FILE.sub("", path.name)
+    if SHARD.search(name):
+        return SHARD.sub("", name)
+    for part in (name, *reversed(path.parts[:-1])):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return None
+
+
+def _read_folder(folder: Path, split: str | None, skipped: list[str] | None) -> Iterator[Row]:
+    """Rows of the files in a folder and its subfolders that belong to a split: to that of all of them if their names
+    say none, as the hub does it. A line says which files these are, and which others there are."""
+    for name in ("args.json", "config.json"):
+        require(not (folder / name).exists(), f"{folder}: holds a run or a model ({name}): name the file with the data")
+    splits: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if DATA_FILE.search(path.name) and path.is_file() and not hidden and path.name not in NOT_ROWS:
+            splits.setdefault(_split_of(inside), []).append(inside)
+    require(bool(splits), f"{folder}: a folder without data: give one that has {FILES}, or such a file")
+    others = splits.pop(None, [])
+    if not splits:
+        splits, others = {"train": others}, []
+    split = _choose_split(str(folder), [*splits], split)
+    shown = lambda files: ", ".join(map(str, files[:4])) + ", ..." * (len(files) > 4)  # noqa: E731
+    rest = [f"other splits: {', '.join(name for name in splits if name != split)}"] if len(splits) > 1 else []
+    rest += [f"of no split, and left out: {shown(others)}"] if others else []
+    print("; ".join([f"{folder}: split {split}, {len(splits[split])} files ({shown(splits[split])})", *rest]))
+    for inside in splits[split]:
+        yield from _read_file(folder / inside, str(inside), skipped)
+
+
+def _read_file(path: Path, name: str, skipped: list[str] | None) -> Iterator[Row]:
+    """Rows of one file, which locations call `name`. For each unreadable row, append a message to `skipped`, or raise
+    BadInput if that is None."""
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
-        yield from _number(path.name, parquet.read_table(path).to_pylist())
+        yield from _number(name, parquet.read_table(path).to_pylist())
         return
-    if suffix not in ("jsonl", "json", "csv"):
+    if suffix not in ("jsonl", "json", "csv", "tsv"):
         raise BadInput(f"{path}: unknown kind of file: give {FILES}")
     data = path.read_bytes()
     if path.name.lower().endswith(".gz"):
         data = gzip.decompress(data)
     data = data.removeprefix(b"\xef\xbb\xbf")
 
-    items = _parse_csv(data, path.name) if suffix == "csv" else _parse_json(data, path.name, suffix)
+    tables = {"csv": ",", "tsv": "\t"}
+    items = _parse_csv(data, name, tables[suffix]) if suffix in tables else _parse_json(data, name, suffix)
     for where, item in items:
         if isinstance(item, dict):
             yield where, item
@@ -191,6 +254,7 @@ def _parse_cell(column: str, cell: str | None) -> object:
     """Parse JSON in the columns that never hold text, and in cells that hold messages. Other cells stay text."""
     never_text = column in (
         "messages",
+        "conversations",
         "responses",
         "ranks",
         "label",
@@ -211,13 +275,13 @@ def _parse_cell(column: str, cell: str | None) -> object:
         return cell  # the checks of the row report it
 
 
-def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
+def _parse_csv(data: bytes, name: str, delimiter: str) -> Iterator[tuple[str, object]]:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not UTF-8 ({one_line(error)}): convert the file") from error
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), 1
     try:
         columns = list(reader.fieldnames or ())
         for column in columns:
@@ -226,7 +290,7 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
         line = reader.line_num + 1
         for row in reader:
             if None in row:
-                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas"
+                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas or tabs"
             else:
                 row = {column: _parse_cell(column, cell) for column, cell in row.items()}
                 bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
@@ -235,7 +299,9 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
             line = reader.line_num + 1
     except csv.Error as error:  # an open quote would swallow the rest of the file
         advice = "close its quotes, and write a quote inside a quoted cell twice"
-        raise BadInput(f"{name}:{line}: not CSV ({one_line(error)}): {advice}") from error
+        raise BadInput(
+            f"{name}:{line}: not {'TSV' if delimiter == chr(9) else 'CSV'} ({one_line(error)}): {advice}"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -348,6 +414,32 @@ def optional_list(row: dict, name: str, fits: Callable[[object], bool], expected
     return values
 
 
+def from_sharegpt(row: dict) -> dict:
+    """The row with its messages {"from", "value"} as {"role", "content"}, and with its column `conversations` as
+    `messages`, or as `prompt` if it has `chosen` and `rejected`. The row itself if it has neither."""
+    changed = {}
+    for name in ("conversations", "messages", "prompt", "chosen", "rejected", "completion"):
+        value = row.get(name)
+        items = [value] if isinstance(value, dict) else value
+        if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+            continue
+        if all({"from", "value"} <= item.keys() for item in items):
+            changed[name] = [
+                {"role": SPEAKERS.get(str(item["from"]), item["from"]), "content": item["value"]}
+                | {k: v for k, v in item.items() if k not in ("from", "value") and v is not None}
+                for item in items
+            ]
+        elif name == "conversations" and all("role" in item for item in items):
+            changed[name] = items
+    if "conversations" in changed:
+        pair = row.get("chosen") is not None and row.get("rejected") is not None
+        name, messages = "prompt" if pair else "messages", changed.pop("conversations")
+        if row.get(name) is None:
+            row = {k: v for k, v in row.items() if k != "conversations"}
+            changed[name] = messages
+    return row | changed if changed else row
+
+
 def prompt_columns(row: dict) -> list[str]:
     """The filled columns that can be the prompt of a row that has neither `prompt` nor `messages`."""
     if row.get("prompt") is not None or row.get("messages") is not None:
@@ -362,7 +454,8 @@ def standard(row: dict) -> dict:
     if not names:
         return row
     if len(names) > 1:
-        raise BadInput(f"fields {names[0]!r} and {names[1]!r} can both be the prompt: join them in a field 'prompt'")
+        both = f"fields {names[0]!r} and {names[1]!r} can both be the prompt"
+        raise BadInput(f"{both}: join them in a field 'prompt' (docs/data.md has the code)")
     for name in ("chosen", "rejected", "completion"):
         if isinstance(row.get(name), str) and DIALOGUE.match(row[name]):
             raise BadInput(f"fields {names[0]!r} and {name!r} both hold the prompt: leave it out of one of them")

@@ -1,22 +1,27 @@
 import gzip
 import json
 import os
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
+import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_dpo
+import train_sft
 from rlhf import BadInput
 from support import reviews, tokens
 from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
-from support.rows import prompt_of, read_rows, texts_of
+from support.rows import _split_of, prompt_of, read_rows, texts_of
+from support.runs import repeated
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -1048,7 +1053,7 @@ def test_unreadable_files(tmp_path):
     for message, source in {
         r"/nowhere/x.jsonl: no such file or folder": "/nowhere/x.jsonl",
         r"nowhere.csv: no such file or folder": "nowhere.csv",
-        r"nobody/nothing: no such file, and not to be had from the hub .* download it elsewhere": "nobody/nothing",
+        r"nobody/nothing: no such file, and not to be had from the hub .* `hf download nobody/n": "nobody/nothing",
         r"a.jsonl:3: not JSON \(.*\): mend the line or use --skip-bad-rows": file(
             tmp_path, good, "", "{", name="a.jsonl"
         ),
@@ -1062,8 +1067,7 @@ def test_unreadable_files(tmp_path):
         r"g.parquet: cannot be read": file(tmp_path, "hello", name="g.parquet"),
         r"h.csv:3: more than 2 cells": file(tmp_path, "prompt,completion", "a,b", "a,b,c", name="h.csv"),
         r"missing: no such file or folder": str(tmp_path / "missing"),
-        r": a folder, but not one of save_to_disk: name one of its files, such as .*/a.jsonl$": str(tmp_path),
-        r": a folder, but not one of save_to_disk: give a .jsonl": str(empty),
+        r"empty: a folder without data: give one that has a .jsonl": str(empty),
         r"j.csv:3: field 'prompt' holds messages that are not JSON": file(
             tmp_path, "prompt,completion", "a,b", "\"[{'role': 'user', 'content': 'hi'}]\",b", name="j.csv"
         ),
@@ -1138,6 +1142,309 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert len(read_rows(str(tmp_path / "two"), split="other")[0]) == 1
     with pytest.raises(BadInput, match="no split 'train': choose --split among test, other"):
         read_rows(str(tmp_path / "two"))
+
+
+def written(folder, name, *rows):
+    """A file with these rows in a folder, whose kind the name says."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list([*rows]).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def found_in(folder, split=None):
+    return [(where, row["prompt"]) for where, row in read_rows(str(folder), split)[0]]
+
+
+def test_a_folder_of_shards_as_hf_download_makes_it(tmp_path, capsys):
+    shards = {"train-00000-of-00002": "ab", "train-00001-of-00002": "c", "test-00000-of-00001-b42a775f407cee45": "d"}
+    for name, prompts in shards.items():
+        written(tmp_path, f"data/{name}.parquet", *({"prompt": p} for p in prompts))
+    written(tmp_path, ".cache/huggingface/download/data/train.jsonl", {"prompt": "hidden"})
+    written(tmp_path, "dataset_infos.json", {"default": {}})
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---")
+    first, second = (f"data/train-0000{i}-of-00002.parquet" for i in range(2))
+    assert found_in(tmp_path) == [(f"{first}:1", "a"), (f"{first}:2", "b"), (f"{second}:1", "c")]
+    assert capsys.readouterr().out == f"{tmp_path}: split train, 2 files ({first}, {second}); other splits: test\n"
+    assert [prompt for _, prompt in found_in(tmp_path, "test")] == ["d"]
+    assert found_in(tmp_path / "data") == [
+        (f"{name.removeprefix('data/')}", p)
+        for name, p in [(f"{first}:1", "a"), (f"{first}:2", "b"), (f"{second}:1", "c")]
+    ]
+    with pytest.raises(BadInput, match="no split 'dev': choose --split among test, train$"):
+        read_rows(str(tmp_path), "dev")
+
+
+def test_a_folder_in_the_form_of_hh_rlhf(tmp_path, capsys):
+    """Files of one name in subfolders; one that belongs to no split is left out, which is said."""
+    pair = {side: f"{HH} {side}" for side in ("chosen", "rejected")}
+    for i, part in enumerate(("harmless-base", "helpful-base")):
+        for split in ("train", "test"):
+            written(tmp_path, f"{part}/{split}.jsonl.gz", *[pair] * (i + 1))
+    written(tmp_path, "red-team-attempts/red_team_attempts.jsonl.gz", {"transcript": "x"})
+    a = train_dpo.Args(data=str(tmp_path), eval_data=str(tmp_path), eval_split="test")
+    train, held = load_split("preference", byte_level(), a)
+    wanted = [
+        f"{part}/{{}}.jsonl.gz:{i}" for part, i in (("harmless-base", 1), ("helpful-base", 1), ("helpful-base", 2))
+    ]
+    assert [[e.where for e in part] for part in (train, held)] == [
+        [where.format(split) for where in wanted] for split in ("train", "test")
+    ]
+    out = capsys.readouterr().out
+    assert (
+        "split train, 2 files (harmless-base/train.jsonl.gz, helpful-base/train.jsonl.gz); other splits: test; of no "
+        in out
+    )
+    assert "of no split, and left out: red-team-attempts/red_team_attempts.jsonl.gz\n" in out
+    assert len(read_rows(str(tmp_path / "harmless-base"), "test")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train.jsonl", "train"),
+        ("my_training_set.json", "train"),
+        ("validation/part1.csv", "validation"),
+        ("dev-0.tsv", "validation"),
+        ("test/train.jsonl", "train"),  # the file's own name says more than its folder's
+        ("default/test/0000.parquet", "test"),
+        ("data/train_prefs-00000-of-00001.parquet", "train_prefs"),
+        ("latest.jsonl", None),
+        ("data/rlaif.parquet", None),
+    ],
+)
+def test_the_split_of_a_file(name, split):
+    assert _split_of(Path(name)) == split
+
+
+def test_a_folder_whose_names_say_no_split_and_several_sources(tmp_path, capsys):
+    for name in ("b/0.jsonl", "a.jsonl", "notes.txt"):
+        written(tmp_path / "all", name, {"prompt": name, "completion": "y"})
+    assert found_in(tmp_path / "all") == [("a.jsonl:1", "a.jsonl"), ("b/0.jsonl:1", "b/0.jsonl")]
+    capsys.readouterr()
+    paths = [f"{tmp_path}/all/{name}" for name in ("b/0.jsonl", "a.jsonl")]
+    a = tyro.cli(train_sft.Args, args=["--data", *paths, "--eval-data", paths[0]])
+    assert (a.data, a.eval_data) == (tuple(paths), paths[0])
+    train, held = load_split("sft", byte_level(), a)
+    assert [e.where for e in train + held] == [f"{paths[0]}:1", f"{paths[1]}:1", "0.jsonl:1"]
+    assert capsys.readouterr().out.startswith(f"{paths[0]} {paths[1]}\nexamples   2 of 2 rows")
+    assert tyro.cli(train_sft.Args, args=["--data", paths[0]]).data == paths[0]
+    assert repeated(a, "data", "seed") == f" --data {paths[0]} {paths[1]}"
+    with pytest.raises(BadInput, match=f"{tmp_path}/none.jsonl: no such file or folder"):
+        read_rows((paths[0], f"{tmp_path}/none.jsonl"))
+    written(tmp_path / "run", "args.json", {})
+    with pytest.raises(BadInput, match=r"run: holds a run or a model \(args.json\): name the file with the data"):
+        read_rows(f"{tmp_path}/run")
+
+
+def test_a_tsv(tmp_path):
+    source = file(tmp_path, "prompt\tcompletion", 'p, q\t"a\tb ""c"""', "r\ts", name="t.tsv")
+    rows = [{"prompt": "p, q", "completion": 'a\tb "c"'}, {"prompt": "r", "completion": "s"}]
+    assert read_rows(source)[0] == [("t.tsv:2", rows[0]), ("t.tsv:3", rows[1])]
+    with pytest.raises(BadInput, match=r"u.tsv:2: not TSV \(unexpected end of data\): close its quotes"):
+        read_rows(file(tmp_path, "prompt\tcompletion", 'p\t"a', name="u.tsv"))
+
+
+# --------------------------------------------------------------------------------------- data sets of other columns
+
+
+def from_to(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_sharegpt_messages_are_read():
+    """In `conversations`, alone or as the prompt of a preference; null fields beside them do not count."""
+    turns = [{**turn, "weight": None} for turn in [{"from": "system", "value": "s"}, *from_to("u", "a", "v", "b")]]
+    wanted, _ = one(CHAT, "sft", {"messages": [said("system", "s"), *talk("u", "a", "v", "b")]})
+    example, report = one(CHAT, "sft", {"conversations": turns})
+    assert (example.prompt, example.responses, example.trained) == (wanted.prompt, wanted.responses, wanted.trained)
+    assert "messages   of 1 rows have from and value in place of role and content" in str(report)
+    assert "unused" not in str(report) and prompt_of(example.row) == [said("system", "s"), *talk("u", "a", "v")]
+    pair = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
+    wanted, _ = one(CHAT, "preference", {"prompt": talk("u", "a", "v"), "chosen": "good", "rejected": "bad"})
+    for prompt in (from_to("u", "a", "v"), talk("u", "a", "v")):
+        example, _ = one(CHAT, "preference", {"conversations": prompt, **pair})
+        assert (example.prompt, example.responses) == (wanted.prompt, wanted.responses)
+        assert texts_of(example.row) == ["good", "bad"]
+    for bad, message in (
+        (from_to("u", 3), "field 'messages' is not text but int"),
+        ([*from_to("u"), {"from": "bot", "value": "a"}], "field 'messages', message 2 has the role 'bot'"),
+        ([*from_to("u"), {"from": ["gpt"], "value": "a"}], "field 'messages', message 2 has the role"),
+        ([*from_to("u"), {"value": "a"}], "its columns .'conversations'. fit no form of sft rows"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            one(CHAT, "sft", {"conversations": bad})
+
+
+DATA_PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text()
+PROGRAM, *FUNCTIONS = re.findall(r"```python\n(.*?)```", DATA_PAGE.split("## Conversions")[1], re.S)
+WHOSE = re.findall(r"^\*\*(.*?)\*\*", DATA_PAGE.split("## Conversions")[1], re.M)
+MORE = {"language": "English"}  # a column that is not read
+KNOWN = {  # data set -> rows in its form, and what becomes of them
+    "HelpSteer2": (
+        [
+            {"split": "train", "prompt": "c#", "response_1": "x", "response_2": "y", "preference_strength": -2},
+            {
+                "split": "val",
+                "prompt": "u\n<extra_id_1>Assistant\na\nb\n<extra_id_1>User\nv",
+                "response_1": "x",
+                "response_2": "y",
+                "preference_strength": 1,
+            },
+            {"split": "train", "prompt": "c#", "response_1": "x", "response_2": "y", "preference_strength": 0},
+        ],
+        [
+            {"prompt": talk("c#"), "chosen": "x", "rejected": "y", "margin": 2},
+            {"prompt": talk("u", "a\nb", "v"), "chosen": "y", "rejected": "x", "margin": 1},
+        ],
+    ),
+    "HelpSteer3": (
+        [
+            {"context": talk("u"), "response1": "x", "response2": "y", "overall_preference": score, **MORE}
+            for score in (3, 0, -1)
+        ],
+        [
+            {"prompt": talk("u"), "chosen": "y", "rejected": "x", "margin": 3},
+            {"prompt": talk("u"), "chosen": "x", "rejected": "y", "margin": 1},
+        ],
+    ),
+    "Arena": (
+        [
+            {
+                "model_a": "m",
+                "model_b": "n",
+                "winner": winner,
+                "conversation_a": [{**m, "num_tokens": 1} for m in talk("u", "a", "v", "b")],
+                "conversation_b": [{**m, "num_tokens": 1} for m in talk("u", "c", "v", "d")],
+            }
+            for winner in ("model_b", "tie", "tie (bothbad)", "model_a")
+        ],
+        [
+            {"chosen": talk("u", "c", "v", "d"), "rejected": talk("u", "a", "v", "b")},
+            {"chosen": talk("u", "a", "v", "b"), "rejected": talk("u", "c", "v", "d")},
+        ],
+    ),
+    "Nectar": (
+        [
+            {
+                "prompt": "\n\nHuman: is Human: a mark?\n\nAssistant: yes\n\nHuman: ok\n\nAssistant: ",
+                "answers": [{"answer": x, "model": "m", "rank": rank} for x, rank in (("x", 2.0), ("y", 1.0))],
+                "turns": 2,
+            }
+        ],
+        [{"prompt": talk("is Human: a mark?", "yes", "ok"), "responses": ["x", "y"], "ranks": [2, 1]}],
+    ),
+    "UltraFeedback": (
+        [
+            {
+                "source": "flan",
+                "instruction": "u",
+                "models": ["m"] * 4,
+                "completions": [
+                    {"model": "m", "response": x, "overall_score": score, "annotations": {}}
+                    for x, score in zip("wxyz", scores, strict=True)
+                ],
+            }
+            for scores in ([7.0, 8.5, 7.0, 1.0], [3.0] * 4)
+        ],
+        [{"prompt": talk("u"), "responses": [*"wxyz"], "ranks": [2, 1, 2, 4]}],
+    ),
+    "argilla": (
+        [
+            {
+                "source": "s",
+                "instruction": "u",
+                "chosen_response": "x",
+                "rejected_response": "y",
+                "chosen_avg_rating": 5.0,
+            }
+        ],
+        [{"prompt": talk("u"), "chosen": "x", "rejected": "y"}],
+    ),
+    "argilla 2": (
+        [
+            {"system": "s", "input": "u", "chosen": "x", "rejected": "y", "status": status, "order": ["chosen"]}
+            for status in ("unchanged", "tie", "swapped")
+        ],
+        [{"system": "s", "input": "u", "chosen": "x", "rejected": "y"}] * 2,
+    ),
+    "SHP": (
+        [
+            {
+                "post_id": "1",
+                "history": "u",
+                "human_ref_A": "x",
+                "human_ref_B": "y",
+                "labels": label,
+                "score_ratio": 2.0,
+            }
+            for label in (1, 0)
+        ],
+        [
+            {"prompt": talk("u"), "chosen": "x", "rejected": "y"},
+            {"prompt": talk("u"), "chosen": "y", "rejected": "x"},
+        ],
+    ),
+    "LLaMA-Factory": (
+        [
+            {"instruction": "i", "input": "j", "chosen": "x", "rejected": "y"},
+            {"instruction": "i", "input": "", "chosen": "x", "rejected": "y", "system": "s", "history": [["u", "a"]]},
+        ],
+        [
+            {"prompt": talk("i\nj"), "system": None, "chosen": "x", "rejected": "y"},
+            {"prompt": talk("u", "a", "i"), "system": "s", "chosen": "x", "rejected": "y"},
+        ],
+    ),
+    "LLaMA-Factory 2": (
+        [{"conversations": from_to("u", "a", "v", "b"), "kto_tag": False}],
+        [{"prompt": from_to("u", "a", "v"), "completion": from_to("", "b")[1:], "label": False}],
+    ),
+    "OpenAI": (
+        [
+            {
+                "input": {"messages": talk("u"), "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [said("assistant", "x")],
+                "non_preferred_output": [said("assistant", "y")],
+            }
+        ],
+        [{"prompt": talk("u"), "tools": [], "chosen": [said("assistant", "x")], "rejected": [said("assistant", "y")]}],
+    ),
+}
+
+
+def test_the_page_on_data_has_code_for_each_data_set():
+    named = [name if WHOSE[:i].count(name) == 0 else f"{name} 2" for i, name in enumerate(WHOSE)]
+    assert named == [*KNOWN] and len(FUNCTIONS) == len(KNOWN)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_code_of_the_page_on_data(name, tmp_path, monkeypatch):
+    """It makes of a data set's own rows, in a folder, rows that a script takes; those themselves are refused."""
+    rows, wanted = KNOWN[name]
+    written(tmp_path / "source", "data/train-00000-of-00001.jsonl", *rows)
+    code = PROGRAM.replace("# convert(row)\n", FUNCTIONS[[*KNOWN].index(name)])
+    monkeypatch.setattr(sys, "argv", ["convert.py", f"{tmp_path}/source", f"{tmp_path}/new.jsonl"])
+    exec(compile(code, "convert.py", "exec"), {})
+    found = read_rows(f"{tmp_path}/new.jsonl")[0]
+    assert [row for _, row in found] == wanted
+    kind = "unpaired" if "label" in wanted[0] else "preference"
+    tokenizer = byte_level(bos=None, eos="<|im_end|>", template=CHATML, specials=["<|im_start|>"])
+    examples, report = build(found, tokenizer, kind, 500, 1000)
+    assert len(examples) == len(wanted) and not report.dropped and not report.untemplated
+    if name not in ("argilla 2",):
+        with pytest.raises(BadInput, match="docs/data.md"):
+            build([("f:1", row) for row in rows], tokenizer, kind, 500, 1000)
+
+
+def test_the_code_of_the_page_on_data_for_labels_and_sft_of_llama_factory():
+    made = {"user": lambda text: [said("user", text)]}
+    exec(FUNCTIONS[[*KNOWN].index("LLaMA-Factory")], made)
+    row = {"instruction": "i", "input": "", "output": "o"}
+    new = {"prompt": talk("i"), "system": None, "completion": "o"}
+    assert made["convert"](row) == new and made["convert"](row | {"kto_tag": True}) == new | {"label": True}
 
 
 def test_a_ranking_in_a_csv(tmp_path):
