@@ -517,6 +517,8 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any) -> list[Exam
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
     skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
     """
+    alone = "reviews" not in sources(source) or source == "reviews"
+    require(alone, "reviews is the embedded task, which does not mix with other data: give it alone, or not at all")
     if source == "reviews":
         rows, skipped = reviews.rows(REVIEWS_KINDS[kind], reviews.ROWS), []
     else:

@@ -187,8 +187,10 @@ def _read_folder(folder: Path, split: str | None, skipped: list[str] | None) -> 
     shown = lambda files: ", ".join(map(str, files[:4])) + ", ..." * (len(files) > 4)  # noqa: E731
     rest = [f"other splits: {', '.join(name for name in splits if name != split)}"] if len(splits) > 1 else []
     rest += [f"of no split, and left out: {shown(others)}"] if others else []
-    print("; ".join([f"{folder}: split {split}, {len(splits[split])} files ({shown(splits[split])})", *rest]))
-    for inside in splits[split]:
+    files = splits[split]
+    number = f"{len(files)} file{'s' * (len(files) > 1)}"
+    print("; ".join([f"{folder}: split {split}, {number} ({shown(files)})", *rest]))
+    for inside in files:
         yield from _read_file(folder / inside, str(inside), skipped)
 
 

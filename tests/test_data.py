@@ -1233,6 +1233,8 @@ def test_a_folder_whose_names_say_no_split_and_several_sources(tmp_path, capsys)
     assert capsys.readouterr().out.startswith(f"{paths[0]} {paths[1]}\nexamples   2 of 2 rows")
     assert tyro.cli(train_sft.Args, args=["--data", paths[0]]).data == paths[0]
     assert repeated(a, "data", "seed") == f" --data {paths[0]} {paths[1]}"
+    with pytest.raises(BadInput, match="^reviews is the embedded task"):
+        load(("reviews", paths[0]), "sft", byte_level(), a)
     with pytest.raises(BadInput, match=f"{tmp_path}/none.jsonl: no such file or folder"):
         read_rows((paths[0], f"{tmp_path}/none.jsonl"))
     written(tmp_path / "run", "args.json", {})

@@ -522,7 +522,7 @@ def test_ties(world, go, tmp_path):
         go(loss="plackett_luce", data=data, eval_data=data)
     examples = load_examples(data, "preference", reviews.tokenizer(), train_dpo.Args())
     tied = str(write_rows(tmp_path / "tied.jsonl", rows[:4]))
-    with pytest.raises(BadInput, match="tied.jsonl: no ranking without ties is left to train on"):
+    with pytest.raises(BadInput, match="--data: no ranking without ties is left to train on"):
         go(loss="plackett_luce", data=tied, eval_data=data, ties="drop")
     seen = {ties: [e.ranks for e in without_ties(examples, ties, 0)] for ties in ("drop", "random")}
     assert seen["drop"] == [[2, 1, 3]] * 6
@@ -1125,7 +1125,7 @@ def test_files_and_models_that_are_not_there(script, world, tmp_path, monkeypatc
     cases = [
         ({"data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"eval_data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
-        ({"data": "somebody/something"}, "without a network, download it elsewhere"),
+        ({"data": "somebody/something"}, "without a network, run `hf download somebody/something --repo-type dataset"),
         ({"model": tmp_path / "no-model"}, "the folder has no causal language model"),
         ({"model": tmp_path / "none"}, "no such folder"),
         ({"model": "somebody/something"}, "hf download somebody/something --local-dir DIR"),
