@@ -89,9 +89,9 @@ class Args(runs.Flags):
     runs/dpo are made first if they are missing and --data is reviews"""
     ref: str | None = None
     """reference model of the KL and of the implicit reward; default: the first model"""
-    data: str = "reviews"
-    """rows with prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a
-    hub id; where they have preferences too, these are the pairs that the rewards' accuracies are measured on"""
+    data: runs.Sources = "reviews"
+    """rows with prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files
+    or hub ids; where they have preferences too, these are the pairs that the rewards' accuracies are measured on"""
     out: str = "runs/evaluate"
     reward: str | None = None
     """gold (embedded task), a reward model's directory, or module:function(prompts, responses, rows) -> floats; default
@@ -307,7 +307,7 @@ def main(a: Args) -> dict:
     examples = load(a.data, "preference or prompts", tokenizer, a)
     if a.eval_fraction is not None:
         examples = held_out(examples, a.eval_fraction)[1]
-        require(bool(examples), f"--data {a.data}: no prompt is in --eval-fraction {a.eval_fraction}: raise it")
+        require(bool(examples), f"--data: no prompt is in --eval-fraction {a.eval_fraction}: raise it")
     prompts = list({e.prompt_text: e for e in examples}.values())[: a.eval_prompts]
     preferences = [e for e in examples if e.responses][: a.eval_pairs]
     print(f"{len(prompts)} prompts, {a.k} answers each; {len(preferences)} preferences")

@@ -50,9 +50,9 @@ class Args(runs.Flags):
     """the model that answers: a run directory, a local folder or a hub id; runs/sft is made first if it is missing"""
     ref: str | None = None
     """another model with the same tokenizer, whose log-probs of the responses are written down too"""
-    data: str = "reviews"
-    """prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id;
-    of other row forms the prompts are taken, each once"""
+    data: runs.Sources = "reviews"
+    """prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub
+    ids; of other row forms the prompts are taken, each once"""
     max_prompts: int | None = None
     """answer this many prompts, >= 1, drawn by --seed; default all (embedded: 4000)"""
     out: str = "runs/samples.jsonl"
@@ -100,7 +100,7 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
         require(not out.exists(), f"--out {out} is there already: continue it with --resume, or name another --out")
         return []
     require(out.exists() and flags.exists(), f"--resume: {out} holds no samples to continue")
-    before, now = json.loads(flags.read_text())["flags"], asdict(a)
+    before, now = json.loads(flags.read_text())["flags"], json.loads(json.dumps(asdict(a)))
     changes = [f"--{n.replace('_', '-')} {before.get(n)} -> {now[n]}" for n in now if before.get(n) != now[n]]
     changes = [change for change in changes if not change.startswith(("--resume", "--micro-batch-tokens"))]
     require(not changes, f"--resume: {out} was sampled with other flags: {', '.join(changes)}")
@@ -108,7 +108,7 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
     rows = [json.loads(line) for line in whole if line]
     asked = {identity(prompt_of(e.row)) for e in prompts}
     strange = [row["where"] for row in rows if identity(row["prompt"]) not in asked]
-    require(not strange, f"--resume: {out} has a prompt that --data {a.data} has not ({strange[:1]}): it has changed")
+    require(not strange, f"--resume: {out} has a prompt that --data has not ({strange[:1]}): it has changed")
     return rows if len(rows) == len(asked) else rows[: len(rows) // a.batch_size * a.batch_size]
 
 

@@ -205,7 +205,7 @@ def main(a: Args) -> dict[str, float]:
     if a.loss == "plackett_luce":
         train = without_ties(train, a.ties, a.seed)
         held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
-        require(bool(train), f"--data {a.data}: no ranking without ties is left to train on")
+        require(bool(train), "--data: no ranking without ties is left to train on")
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
@@ -227,8 +227,9 @@ def main(a: Args) -> dict[str, float]:
     everything = train + held
     others: list[Example] = []
     if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
-        matched = zip(everything, mismatched(everything, a.seed), strict=True)
-        others = [replace(e, responses=[other[: a.max_length - len(e.prompt)]]) for e, other in matched]
+        for e, (other, trained) in zip(everything, mismatched(everything, a.seed), strict=True):
+            limit = a.max_length - len(e.prompt)
+            others.append(replace(e, responses=[other[:limit]], trained=trained and [trained[:limit]]))
     if a.loss in REFERENCE_FREE:
         refs = [torch.zeros(len(e.responses), dtype=torch.float64) for e in everything]
     else:
@@ -252,7 +253,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate(logps: Sequence[Tensor], delta: float = 0.0, z0: Tensor | None = None) -> dict[str, float]:
         """Metrics of the held-out examples, from the log-probs of their responses."""
-        lengths = torch.tensor([len(r) for e in held for r in e.responses])
+        lengths = torch.tensor([n for e in held for n in e.lengths])
         _, totals = objective(a, held, torch.cat(logps), torch.cat(held_refs), lengths, delta, z0)
         return {f"eval/{name}": value for name, value in means([totals]).items()}
 

@@ -128,7 +128,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """bonus for the entropy of next-token distributions, >= 0; averaged as --average says"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on --ptx-data in each update, >= 0 (InstructGPT's PPO-ptx, against forgetting)"""
-    ptx_data: str = "reviews"
+    ptx_data: runs.Sources = "reviews"
     """rows for --ptx-coef, as train_sft.py takes them"""
     epochs_per_rollout: int = 4
     """passes over the answers of a rollout, >= 1"""
@@ -137,8 +137,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     lora_rank: int = 0
     """rank of low-rank adapters of the policy, trained in place of its weights, >= 0 (0: none); needs about ten times
     the learning rate. Without --ref the reference is then the policy without adapters. A critic is trained in full"""
-    data: str = "reviews"
-    """prompts: reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
+    data: runs.Sources = "reviews"
+    """prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub
+    ids; of dialogues, what chosen and rejected share"""
     lr: float | None = None
     """peak learning rate of the policy's AdamW, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
@@ -261,7 +262,7 @@ def main(a: Args) -> dict[str, float]:
     models.require_same_tokenizer(a.ref, a.model, tokenizer, a.trust_remote_code)
     distinct = {e.prompt_text: e for e in load(a.data, "prompts", tokenizer, a)}
     prompts, held = held_out(list(distinct.values()), a.eval_fraction)
-    require(len(prompts) >= a.batch_size, f"--data {a.data}: {len(prompts)} prompts are fewer than --batch-size")
+    require(len(prompts) >= a.batch_size, f"--data: {len(prompts)} prompts are fewer than --batch-size")
     ptx = load(a.ptx_data, "sft", tokenizer, a) if a.ptx_coef else []
     print(f"{len(prompts)} prompts to train on, {len(held)} held out")
     if a.dry_run:

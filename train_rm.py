@@ -129,8 +129,8 @@ def main(a: Args) -> dict[str, float]:
     if a.loss == "plackett_luce":
         train = without_ties(train, a.ties, a.seed)
         held = held if a.ties == "random" else without_ties(held, a.ties, a.seed)
-        require(bool(train), f"--data {a.data}: no ranking without ties is left to train on")
-    require(not a.margin_coef or any(e.margin for e in train), f"--margin-coef: no row of {a.data} has a 'margin'")
+        require(bool(train), "--data: no ranking without ties is left to train on")
+    require(not a.margin_coef or any(e.margin for e in train), "--margin-coef: no row of --data has a 'margin'")
     print(f"{len(train)} examples to train on, {len(held)} held out")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))

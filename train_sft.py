@@ -49,9 +49,9 @@ DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
 class Args(runs.LoraFlags, runs.EpochFlags):
     model: str = "reviews"
     """starting weights: a run directory, a local folder or a hub id; reviews: the embedded task's Llama, untrained"""
-    data: str = "reviews"
-    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id; of pairs,
-    chosen is trained"""
+    data: runs.Sources = "reviews"
+    """reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub ids; of
+    pairs, chosen is trained"""
     out: str = "runs/sft"
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 2e-5 (embedded: 4e-3)"""
@@ -68,7 +68,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
 
 def trained_tokens(examples: Sequence[Example]) -> int:
     """Response tokens that the loss counts."""
-    return sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
+    return sum(sum(e.lengths) for e in examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -13,6 +13,9 @@ The columns of a row decide its form. A prompt or response is a string or a list
     unpaired    prompt, completion, label       (KTO)
     prompts     prompt | any form that has one
 
+A response can have several turns, such as those of two dialogues that part before their last turn. Then the prompt ends
+where they part, the assistant's turns from there on are trained, and the user's are read only (`Example.trained`).
+Messages {"from", "value"}, as ShareGPT has them in `conversations`, are read too.
 A row without `prompt` may have it in `question`, `instruction`, `query` or `input`, if just one of these is filled.
 The prompt is tokenised by itself, and a response has the ids that it has behind it (support/tokens.py), so that no
 token spans the boundary. Strings are used unchanged: if a space belongs between prompt and response, the data must
@@ -44,12 +47,13 @@ from support.rows import (
     Dropped,
     Message,
     Row,
-    check_answer,
     check_messages,
     check_prompt,
+    check_response,
     check_text,
     content_text,
     fields_of,
+    from_sharegpt,
     implicit,
     one_line,
     optional_list,
@@ -58,6 +62,8 @@ from support.rows import (
     prompt_of,
     read_rows,
     shared_beginning,
+    shared_turns,
+    sources,
     standard,
     tools_of,
     with_system,
@@ -106,12 +112,17 @@ class Example:
     response_texts: list[str]
     ranks: list[int]  # 1 is best, equal is a tie
     labels: list[bool] | None  # unpaired rows: desirable or not
-    trained: list[list[bool]] | None  # conversations: which tokens of each response are trained; None: all
+    trained: list[list[bool]] | None  # of responses with several turns: which tokens are trained; None: all
     margin: float | None  # by how much the first response is better, if the row gives it
     probability: float  # P(the first response is preferred)
     row: dict
     rewards: list[float] | None = None  # ranked by a simulated annotator: the true rewards of the responses
     noise: float | None = None  # ranked by a simulated annotator: the scale of the noise on those rewards
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each response: its trained tokens."""
+        return [*map(sum, self.trained)] if self.trained else [*map(len, self.responses)]
 
     def label_probability(self, better: int, worse: int) -> float:
         """P(the annotator labels `better` as preferred to `worse`): sigmoid((r_better - r_worse) / noise) if the
@@ -133,10 +144,12 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: set[str] = field(default_factory=set)  # columns that do not reach the model
+    sharegpt: int = 0  # rows with messages {"from", "value"}
     systems: int = 0  # rows of strings that are rendered because they have a system text
     untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
     repeats: int = 0  # rows of strings with a response that begins with the prompt
+    dialogues: int = 0  # rows of a response with several turns
     negative_margins: int = 0
     against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
@@ -146,6 +159,7 @@ class Report:
     unknown: float = 0.0  # fraction of all tokens that are the tokenizer's UNK; in [0, 1]
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
+    trained_tokens: int = 0  # of all responses; others stand between their trained turns
     length_difference: float | None = None  # mean of chosen - rejected over the pairs; tokens
     longer_wins: float | None = None  # accuracy of "the longer response is better", ties count half; in [0, 1]
     desirable: float | None = None  # fraction of the labels; in [0, 1]
@@ -165,6 +179,8 @@ class Report:
             out.append(f"unused     columns that the model does not see: {names}{', ...' * (len(self.unused) > 20)}")
         for name, n in self.prompt_columns.items():
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
+        if self.sharegpt:
+            out.append(f"messages   of {self.sharegpt} rows have from and value in place of role and content")
         if self.systems:
             out.append(f"system     {self.systems} rows of strings have one: they are read as messages")
         if self.untemplated:
@@ -174,6 +190,11 @@ class Report:
             out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
         if self.repeats:
             out.append(f"repeats    responses of {self.repeats} rows begin with their prompt, which is read twice so")
+        if self.dialogues:
+            out.append(
+                f"turns      responses of {self.dialogues} rows have several: the assistant's are trained, from where "
+                "the responses differ on"
+            )
         for problem, n in self.against_scores.items():
             out.append(f"scores     {problem} in {n} rows, against the preference")
         if self.negative_margins:
@@ -183,7 +204,11 @@ class Report:
         out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
         if responses:
             out.append(f"EOS        at the end of {self.eos} of {len(responses)} responses")
-            out.append(f"responses  {sum(responses) / len(responses):.1f} tokens on average, {max(responses)} at most")
+            trained = self.trained_tokens / len(responses)
+            some = f", {trained:.1f} of them trained" if self.trained_tokens < sum(responses) else ""
+            out.append(
+                f"responses  {sum(responses) / len(responses):.1f} tokens on average{some}, {max(responses)} at most"
+            )
         if self.sampled:
             out.append(f"token ids  of {self.sampled} responses are those that were sampled")
         if self.foreign:
@@ -317,23 +342,33 @@ def _opens_turn(tokenizer, answered: list[Message], tools: list[dict] | None, be
 
 
 def _conversation(tokenizer, messages: list[Message], tools: list[dict] | None) -> tuple[str, list[tuple[str, bool]]]:
-    """The text before the first assistant turn, and the pieces from there to the last one (assistant turns trained)."""
+    """The text before the first assistant turn, and the pieces from there to the last one."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadInput("field 'messages' has no assistant message: give it one to train on")
-    prompt = text = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), tools, generate=True)
+    prompt = _render(tokenizer, check_prompt(messages[: turns[0]], "messages"), tools, generate=True)
     _closing(tokenizer, messages[: turns[0]], tools)
+    return prompt, _pieces(tokenizer, messages, turns[0], turns[0], prompt, tools)
+
+
+def _pieces(
+    tokenizer, messages: list[Message], start: int, fork: int, text: str, tools: list[dict] | None
+) -> list[tuple[str, bool]]:
+    """The pieces of messages[start:], up to the last assistant turn, behind `text`, which is all before them. The
+    assistant's turns are trained, from messages[fork] on."""
     pieces: list[tuple[str, bool]] = []
-    for i in turns:
+    for i in range(start, len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
         before = _render(tokenizer, messages[:i], tools, generate=True)
         if not before.startswith(text):
-            raise BadInput("the chat template rewrites earlier turns: train on prompt, completion rows instead")
+            raise BadInput("the chat template rewrites earlier turns: give rows of one answer to a prompt instead")
         if len(before) > len(text):
             pieces.append((before[len(text) :], False))
         answer = _turn(tokenizer, messages[: i + 1], before, tools)
-        pieces.append((answer, True))
+        pieces.append((answer, i >= fork))
         text = before + answer
-    return prompt, pieces
+    return pieces
 
 
 def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[list[int]] | None:
@@ -380,10 +415,13 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [], rendered=True)
 
     draft = _Draft(where, row, "", [], [1], turned=turned)
-    pair = "chosen" in form
+    pair, shared = "chosen" in form, 0
     if pair and ("prompt" not in form or implicit(row)):
-        prompt, values = shared_beginning(row)
+        prompt, values, shared = shared_beginning(row)
         names = ["chosen", "rejected"]
+        if isinstance(prompt, str):
+            draft.responses = [[(turn, i % 2 == 0 and i >= shared) for i, turn in enumerate(turns)] for turns in values]
+            values = ["".join(turns) for turns in values]
     else:
         prompt = row["prompt"]
         if kind == "prompts" and isinstance(prompt, str):  # a user message if the answers are messages
@@ -421,13 +459,15 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         raise Dropped("undesirable completions")
     if kind == "prompts":
         values, names, draft.ranks = [], [], []
-    elif kind == "sft":
+    elif len(values) > 1 and all(isinstance(x, list) and x for x in values) and any(len(x) > 1 for x in values):
+        shared = shared_turns(values)
+    if kind == "sft":
         values, names, draft.ranks, draft.margin, draft.probability = values[:1], names[:1], [1], None, 1.0
 
     if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
         require(not tools, STRINGS_AND_TOOLS)
         draft.prompt = check_text(prompt, "prompt")
-        draft.responses = [
+        draft.responses = draft.responses[: len(values)] or [
             [(check_text(value, name, draft.ended is not None), True)]
             for value, name in zip(values, names, strict=True)
         ]
@@ -440,9 +480,13 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             _require_used(tokenizer, prompt, tools, generate=True)
         closing = _closing(tokenizer, prompt, tools) if values else ""
         for i, (value, name) in enumerate(zip(values, names, strict=True)):
-            answer = check_answer(value, name, draft.ended is not None)
-            _require_used(tokenizer, [*prompt, answer], tools, generate=False)
-            fields = fields_of(answer)
+            turns = check_response(value, name, draft.ended is not None)
+            _require_used(tokenizer, [*prompt, *turns], tools, generate=False)
+            if len(turns) > 1:
+                fork = len(prompt) + shared
+                draft.responses.append(_pieces(tokenizer, prompt + turns, len(prompt), fork, draft.prompt, tools))
+                continue
+            answer, fields = turns[0], fields_of(turns[0])
             if draft.ended and not draft.ended[i]:
                 if fields:
                     raise BadInput(
@@ -466,13 +510,15 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
 # ------------------------------------------------------------------------------------------------ token ids
 
 
-def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
-    """Read a source, turn its rows into examples, and print the data report. A tokenizer without a chat template gets
-    HH_TEMPLATE if it was used.
+def load(source: str | Sequence[str], kind: str, tokenizer, a: Any) -> list[Example]:
+    """Read one or several sources, turn their rows into examples, and print the data report. A tokenizer without a chat
+    template gets HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
     skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
     """
+    alone = "reviews" not in sources(source) or source == "reviews"
+    require(alone, "reviews is the embedded task, which does not mix with other data: give it alone, or not at all")
     if source == "reviews":
         rows, skipped = reviews.rows(REVIEWS_KINDS[kind], reviews.ROWS), []
     else:
@@ -481,7 +527,7 @@ def load(source: str, kind: str, tokenizer, a: Any) -> list[Example]:
         kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
     examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
-    print(f"{source}\n{report}\n")
+    print(f"{' '.join(sources(source))}\n{report}\n")
     if report.hh_template:
         tokenizer.chat_template = HH_TEMPLATE
     return examples
@@ -493,11 +539,12 @@ def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tup
     require(bool(a.eval_data) or not a.eval_split, f"--eval-split {a.eval_split}: of which data? give --eval-data too")
     train = load(a.data, kind, tokenizer, a)
     if a.eval_data:
-        split = a.eval_split or (None if Path(a.eval_data).expanduser().is_file() else a.split)
+        are_files = all(Path(source).expanduser().is_file() for source in sources(a.eval_data))
+        split = a.eval_split or (None if are_files else a.split)
         held = load(a.eval_data, kind, tokenizer, replace(a, split=split))
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
-    require(bool(train), f"--data {a.data}: no example is left to train on")
+    require(bool(train), "--data: no example is left to train on")
     prompts = {group_of(example) for example in held}
     if n := len(prompts & {group_of(example) for example in train}):
         print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
@@ -523,10 +570,12 @@ def build(
         raise BadInput(f"--max-prompt-length {max_prompt_length}: leaves no token for the prompt: give 1 or more")
     if max_length < 2:
         raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
+    rows, as_written = [(where, from_sharegpt(row)) for where, row in rows], rows
     form = _choose_form(rows, kind)
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
+    report.sharegpt = sum(row is not other for (_, row), (_, other) in zip(rows, as_written, strict=True))
     used = {*form, "system", "tools", "where"}
     if "prompt" in form:
         other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]
@@ -561,6 +610,8 @@ def build(
         report.untemplated = len(drafts) - rendered
     else:
         report.hh_template = rendered
+    if form not in (["messages"], ["text"]):
+        report.dialogues = sum(any(len(pieces) > 1 for pieces in draft.responses) for draft in drafts)
     report.repeats = sum(_repeats_prompt(draft) for draft in drafts if not draft.rendered)
     texts = {piece for draft in drafts for response in _in_context(draft, pieces) for piece in response}
     ids = pieces.encode({("", ""), *texts, *(("", draft.prompt) for draft in drafts)})
@@ -600,7 +651,10 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     name = rows[0][0].rpartition(":")[0]
     others = [k for k in ("preference", "unpaired", "sft") if any(n.issuperset(f) for n in filled for f in KINDS[k])]
     hint = f"use {SCRIPTS[others[0]]}, or rename" if others else "rename"
-    raise BadInput(f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}")
+    raise BadInput(
+        f"{name}: its columns ({columns}) fit no form of {kind} rows: {hint} them to one of {needed}, or convert the "
+        "data: docs/data.md has code for known sets"
+    )
 
 
 def _in_context(draft: _Draft, pieces: tokens.Pieces) -> list[list[tuple[str, str]]]:
@@ -633,7 +687,8 @@ def _make_example(
             piece = list(ids[key])
             if train and not piece and draft.ended is None:
                 raise BadInput(f"a response has no token in this tokenizer ({text[:40]!r}): give it another text")
-            ends = i == len(texts) - 1 or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
+            ends = i == len(texts) - 1 or not draft.rendered
+            ends = ends or (tokenizer.chat_template or HH_TEMPLATE) == HH_TEMPLATE
             if train and ends and ended and eos is not None and piece[-1:] != [eos]:
                 piece.append(eos)
             response += piece
@@ -669,6 +724,8 @@ def _make_example(
     trained = [mask[:limit] for mask in trained]
     if len(set(draft.ranks)) > 1 and all(response == truncated[0] for response in truncated):
         raise Dropped("identical responses")
+    if not all(map(any, trained)):
+        raise Dropped("responses cut before their first trained token")
     report.prompts_cut += prompt_cut
     report.responses_cut += sum(len(response) > limit for response in responses)
     if draft.token_ids:
@@ -732,6 +789,7 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
     report.eos = sum(response[-1] == eos for response in responses)
     report.prompt_lengths = [len(example.prompt) for example in examples]
     report.response_lengths = [len(response) for response in responses]
+    report.trained_tokens = sum(sum(example.lengths) for example in examples)
     if tokenizer.unk_token_id not in (None, bos, eos):
         rows = [*(example.prompt for example in examples), *responses]
         report.unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) / sum(map(len, rows))
@@ -742,7 +800,7 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
     for example in examples:
         for better, worse in itertools.permutations(range(len(example.responses)), 2):
             if example.ranks[better] < example.ranks[worse]:
-                difference = len(example.responses[better]) - len(example.responses[worse])
+                difference = example.lengths[better] - example.lengths[worse]
                 probability = example.label_probability(better, worse)
                 differences.append((2 * probability - 1) * difference)
                 correct = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
@@ -789,7 +847,7 @@ def probes(prompts: Sequence[Example], tokens: int, without: Collection[int] = (
     extremes = [min(prompts, key=lambda e: len(e.prompt)), max(prompts, key=lambda e: len(e.prompt))]
     allowed = [token for token in extremes[1].prompt if token not in without] or [max(without) + 1]
     response = (allowed * tokens)[:tokens]
-    return [replace(e, responses=[response, response[::-1]], ranks=[1, 1]) for e in extremes]
+    return [replace(e, responses=[response, response[::-1]], ranks=[1, 1], trained=None) for e in extremes]
 
 
 def show(example: Example, tokenizer) -> str:

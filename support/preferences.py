@@ -81,8 +81,9 @@ def without_ties(examples: Sequence[Example], ties: str, seed: int) -> list[Exam
     return [replace(e, ranks=[o.index(i) + 1 for i in range(len(o))]) for e, o in zip(examples, orders, strict=True)]
 
 
-def mismatched(examples: Sequence[Example], seed: int) -> list[list[int]]:
-    """For each example, a response from another example, and from another prompt if possible.
+def mismatched(examples: Sequence[Example], seed: int) -> list[tuple[list[int], list[bool] | None]]:
+    """For each example, a response from another example, and from another prompt if possible; and which of its tokens
+    are trained (None: all).
 
     KTO's KL estimate needs them (Ethayarajh et al. 2024, arXiv 2402.01306). The examples are shuffled and grouped by
     prompt, largest group first. Each takes a random response of the example that comes n places later, cyclically; n is
@@ -97,7 +98,9 @@ def mismatched(examples: Sequence[Example], seed: int) -> list[list[int]]:
     by_size = sorted(groups.values(), key=len, reverse=True)
     order = [i for group in by_size for i in group]
     shift = len(by_size[0]) if len(by_size) > 1 else 1
-    responses: list[list[int]] = [[] for _ in examples]
+    responses: list[tuple[list[int], list[bool] | None]] = [([], None) for _ in examples]
     for position, i in enumerate(order):
-        responses[i] = rng.choice(examples[order[(position + shift) % len(order)]].responses)
+        other = examples[order[(position + shift) % len(order)]]
+        k = rng.randrange(len(other.responses))
+        responses[i] = other.responses[k], other.trained and other.trained[k]
     return responses

@@ -39,7 +39,7 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
         "weights": models.digest(model)[:32],
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template),
-        "rows": digest(*[(e.prompt, e.responses) for e in examples]),
+        "rows": digest(*[(e.prompt, e.responses, e.trained) for e in examples]),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, scores {SCORES_VERSION}",
         **{name: str(value) for name, value in settings.items()},
     }

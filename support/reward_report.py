@@ -63,7 +63,7 @@ def held_out_report(held: Sequence[Example], rewards: Sequence[Tensor], split_by
     `split_by` is the column whose values were held out together; intervals treat equal values as one group.
     """
     flat = torch.cat([*rewards]).double()
-    lengths = torch.tensor([len(r) for e in held for r in e.responses]).double()
+    lengths = torch.tensor([n for e in held for n in e.lengths]).double()
     better, worse, weights, label_probability = pair_tensors(held, flat)
     margins, length_margins = flat[better] - flat[worse], lengths[better] - lengths[worse]
 

@@ -1,6 +1,7 @@
-"""Read rows from a file, a `save_to_disk` folder or the hub, and check their fields.
+"""Read rows from files, folders or the hub, and check their fields.
 
     read_rows   source -> rows, each with its location ("prefs.jsonl:17")
+    from_sharegpt   a row whose messages are {"from", "value"}, as if they were {"role", "content"}
     standard    a row that names its prompt otherwise, as if it had named it `prompt`
     with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
@@ -9,10 +10,10 @@
 
 Each problem with a row is reported in one line that says how to fix it. The caller adds the file and the row number.
 
-A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and their last turns are the
-responses. If the dialogues already differ before the last turn, they do not compare answers to the same prompt; if a
-last turn is blank, there is nothing to train on. Both kinds of row are dropped and counted (5 and 4 of the 2,312
-harmless test rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
+A row in the hh-rlhf form holds two dialogues. Their common beginning is the prompt, and what follows are the responses:
+as a rule one answer each, but a response can go on with the user's next turn and further answers. If the turns of a
+dialogue do not alternate, or an answer is blank, the row is dropped and counted (5 and 4 of the 2,312 harmless test
+rows of hh-rlhf). Two texts of another form need a prompt beside them: answers can begin alike.
 """
 
 import csv
@@ -23,7 +24,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,23 @@ Message = dict[str, Any]  # role, content, and fields that some chat templates u
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+QUESTION = re.compile(r"(\n\nHuman:.*?\n\nAssistant:)", re.S)  # what stands between two answers of such a dialogue
 DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
 PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
-MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # a CSV cell with messages
-FILES = "a .jsonl, .json, .csv (or .gz of these) or .parquet file"
+NOT_ROWS = (*SAVED, "dataset_infos.json", "state.json")
+DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet)(\.gz)?$", re.I)
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # what follows the split in the name of one of its files
+SPLITS = {  # words in the names of files and folders -> their split, as the hub has it
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # a CSV cell with messages
+FILES = "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file"
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # names that ShareGPT has for roles
 
 
 class Dropped(Exception):
@@ -57,27 +67,39 @@ class Dropped(Exception):
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False) -> tuple[list[Row], list[str]]:
-    """Read the rows of a file, a `save_to_disk` folder or a hub data set; returns (rows, messages about skipped rows).
+def sources(source: str | Sequence[str]) -> list[str]:
+    """The values of a flag such as --data, which takes one or several."""
+    return [source] if isinstance(source, str) else [*source]
 
-    `split` selects a split of a folder or hub data set; the default is "train", or the only split. An unreadable row
-    raises BadInput; with `skip_bad_rows` it is skipped.
+
+def read_rows(
+    source: str | Sequence[str], split: str | None = None, skip_bad_rows: bool = False
+) -> tuple[list[Row], list[str]]:
+    """Read the rows of one or several files, folders or hub data sets; returns (rows, messages about skipped rows).
+
+    A folder is one that `save_to_disk` or `hf download` made, or any other with data files. `split` selects a split of
+    a folder or hub data set; the default is "train", or the only split. An unreadable row raises BadInput; with
+    `skip_bad_rows` it is skipped.
     """
+    if not isinstance(source, str):
+        parts = [_read_source(name, name, split, skip_bad_rows) for name in source]
+        return [row for rows, _ in parts for row in rows], [message for _, skipped in parts for message in skipped]
+    return _read_source(source, Path(source).name, split, skip_bad_rows)
+
+
+def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool) -> tuple[list[Row], list[str]]:
+    """`read_rows` of one source; `name` is what locations call it if it is a file."""
     path = Path(source).expanduser()
     skipped: list[str] = []
     try:
         if path.is_file():
             if split:
                 raise BadInput(f"{source}: a file, which has no splits: leave out --split {split}")
-            rows = list(_read_file(path, skipped if skip_bad_rows else None))
-        elif path.is_dir() and not any((path / name).exists() for name in SAVED):
-            names = sorted(f.name for f in path.iterdir() if f.name.endswith(SUFFIXES))
-            raise BadInput(
-                f"{source}: a folder, but not one of save_to_disk: "
-                + (f"name one of its files, such as {path / names[0]}" if names else f"give {FILES} or such a folder")
-            )
-        elif path.is_dir():
+            rows = list(_read_file(path, name, skipped if skip_bad_rows else None))
+        elif path.is_dir() and any((path / name).exists() for name in SAVED):
             rows = _number(path.resolve().name, _select_split(source, datasets.load_from_disk(str(path)), split))
+        elif path.is_dir():
+            rows = list(_read_folder(path, split, skipped if skip_bad_rows else None))
         elif not _may_be_hub_id(source):
             raise BadInput(f"{source}: no such file or folder")
         else:
@@ -86,7 +108,7 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
         raise
     except Exception as error:  # gzip, csv, Arrow and the disk raise different exceptions
         raise BadInput(
-            f"{source}: cannot be read ({one_line(error)}): give {FILES} or a save_to_disk folder"
+            f"{source}: cannot be read ({one_line(error)}): give {FILES}, or a folder of such files"
         ) from error
     if not rows:
         raise BadInput(f"{source}: holds no {'good ' if skipped else ''}rows")
@@ -96,7 +118,7 @@ def read_rows(source: str, split: str | None = None, skip_bad_rows: bool = False
 def _may_be_hub_id(source: str) -> bool:
     """Whether a source that is not on this disk could be a hub id: "name" or "owner/name"."""
     local = source.startswith(("/", ".", "~")) or "/" in source and Path(source).parent.is_dir()
-    return not local and source.count("/") < 2 and not source.endswith(SUFFIXES)
+    return not local and source.count("/") < 2 and not DATA_FILE.search(source)
 
 
 def one_line(error: BaseException) -> str:
@@ -114,8 +136,8 @@ def _load_from_hub(source: str, split: str | None):
     except Exception as error:  # network, unknown id, wrong split and broken files raise different exceptions
         raise BadInput(
             f"{source}: no such file, and not to be had from the hub ({one_line(error)}): check the name and the "
-            "split; without a network, download it elsewhere and pass a .jsonl or .parquet file or a save_to_disk "
-            "folder"
+            f"split; without a network, run `hf download {source} --repo-type dataset --local-dir DIR` elsewhere and "
+            "give DIR"
         ) from error
     return _select_split(source, data, split)
 
@@ -123,27 +145,71 @@ def _load_from_hub(source: str, split: str | None):
 def _select_split(source: str, data, split: str | None):
     if not isinstance(data, datasets.DatasetDict):
         return data
-    names = list(data)
+    return data[_choose_split(source, list(data), split)]
+
+
+def _choose_split(source: str, names: list[str], split: str | None) -> str:
     split = split or (names[0] if len(names) == 1 else "train")
     if split not in names:
         raise BadInput(f"{source}: no split {split!r}: choose --split among {', '.join(names)}")
-    return data[split]
+    return split
 
 
-def _read_file(path: Path, skipped: list[str] | None) -> Iterator[Row]:
-    """Rows of one file. For each unreadable row, append a message to `skipped`, or raise BadInput if that is None."""
+def _split_of(path: Path) -> str | None:
+    """The split that a file of a folder belongs to, if its path says so: data/test-00000-of-00001.parquet, or a word of
+    SPLITS in the name of the file or, failing that, of the nearest folder that has one."""
+    name = DATA_FILE.sub("", path.name)
+    if SHARD.search(name):
+        return SHARD.sub("", name)
+    for part in (name, *reversed(path.parts[:-1])):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return None
+
+
+def _read_folder(folder: Path, split: str | None, skipped: list[str] | None) -> Iterator[Row]:
+    """Rows of the files in a folder and its subfolders that belong to a split: to that of all of them if their names
+    say none, as the hub does it. A line says which files these are, and which others there are."""
+    for name in ("args.json", "config.json"):
+        require(not (folder / name).exists(), f"{folder}: holds a run or a model ({name}): name the file with the data")
+    splits: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if DATA_FILE.search(path.name) and path.is_file() and not hidden and path.name not in NOT_ROWS:
+            splits.setdefault(_split_of(inside), []).append(inside)
+    require(bool(splits), f"{folder}: a folder without data: give one that has {FILES}, or such a file")
+    others = splits.pop(None, [])
+    if not splits:
+        splits, others = {"train": others}, []
+    split = _choose_split(str(folder), [*splits], split)
+    shown = lambda files: ", ".join(map(str, files[:4])) + ", ..." * (len(files) > 4)  # noqa: E731
+    rest = [f"other splits: {', '.join(name for name in splits if name != split)}"] if len(splits) > 1 else []
+    rest += [f"of no split, and left out: {shown(others)}"] if others else []
+    files = splits[split]
+    number = f"{len(files)} file{'s' * (len(files) > 1)}"
+    print("; ".join([f"{folder}: split {split}, {number} ({shown(files)})", *rest]))
+    for inside in files:
+        yield from _read_file(folder / inside, str(inside), skipped)
+
+
+def _read_file(path: Path, name: str, skipped: list[str] | None) -> Iterator[Row]:
+    """Rows of one file, which locations call `name`. For each unreadable row, append a message to `skipped`, or raise
+    BadInput if that is None."""
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
-        yield from _number(path.name, parquet.read_table(path).to_pylist())
+        yield from _number(name, parquet.read_table(path).to_pylist())
         return
-    if suffix not in ("jsonl", "json", "csv"):
+    if suffix not in ("jsonl", "json", "csv", "tsv"):
         raise BadInput(f"{path}: unknown kind of file: give {FILES}")
     data = path.read_bytes()
     if path.name.lower().endswith(".gz"):
         data = gzip.decompress(data)
     data = data.removeprefix(b"\xef\xbb\xbf")
 
-    items = _parse_csv(data, path.name) if suffix == "csv" else _parse_json(data, path.name, suffix)
+    tables = {"csv": ",", "tsv": "\t"}
+    items = _parse_csv(data, name, tables[suffix]) if suffix in tables else _parse_json(data, name, suffix)
     for where, item in items:
         if isinstance(item, dict):
             yield where, item
@@ -190,6 +256,7 @@ def _parse_cell(column: str, cell: str | None) -> object:
     """Parse JSON in the columns that never hold text, and in cells that hold messages. Other cells stay text."""
     never_text = column in (
         "messages",
+        "conversations",
         "responses",
         "ranks",
         "label",
@@ -210,13 +277,13 @@ def _parse_cell(column: str, cell: str | None) -> object:
         return cell  # the checks of the row report it
 
 
-def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
+def _parse_csv(data: bytes, name: str, delimiter: str) -> Iterator[tuple[str, object]]:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not UTF-8 ({one_line(error)}): convert the file") from error
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), 1
     try:
         columns = list(reader.fieldnames or ())
         for column in columns:
@@ -225,7 +292,7 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
         line = reader.line_num + 1
         for row in reader:
             if None in row:
-                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas"
+                yield f"{name}:{line}", f"more than {len(columns)} cells: quote the text that has commas or tabs"
             else:
                 row = {column: _parse_cell(column, cell) for column, cell in row.items()}
                 bad = [c for c, cell in row.items() if isinstance(cell, str) and MESSAGES_CELL.match(cell)]
@@ -234,7 +301,9 @@ def _parse_csv(data: bytes, name: str) -> Iterator[tuple[str, object]]:
             line = reader.line_num + 1
     except csv.Error as error:  # an open quote would swallow the rest of the file
         advice = "close its quotes, and write a quote inside a quoted cell twice"
-        raise BadInput(f"{name}:{line}: not CSV ({one_line(error)}): {advice}") from error
+        raise BadInput(
+            f"{name}:{line}: not {'TSV' if delimiter == chr(9) else 'CSV'} ({one_line(error)}): {advice}"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -311,14 +380,22 @@ def check_prompt(messages: list[Message], name: str) -> list[Message]:
     return messages
 
 
-def check_answer(value: object, name: str, sampled: bool) -> Message:
-    """Check the response to a prompt that is a list of messages: a text, or exactly one assistant message."""
+def check_response(value: object, name: str, sampled: bool) -> list[Message]:
+    """Check the response to a prompt that is a list of messages: a text, an assistant message, or several messages of
+    which the first and the last are the assistant's. A sampled response is a single message."""
     if isinstance(value, str):
-        return {"role": "assistant", "content": check_text(value, name, sampled)}
+        return [{"role": "assistant", "content": check_text(value, name, sampled)}]
     messages = check_messages(value, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise BadInput(f"field {name!r}: roles out of order: give it exactly one assistant message")
-    return messages[0]
+    if not alternates(messages) or sampled and len(messages) > 1:
+        expected = "exactly one assistant message" + ("" if sampled else ", or turns that begin and end with one")
+        raise BadInput(f"field {name!r}: roles out of order: give it {expected}")
+    return messages
+
+
+def alternates(messages: list[Message]) -> bool:
+    """Whether the first and the last message are the assistant's, and no two of its messages follow each other."""
+    spoken = [message["role"] == "assistant" for message in messages]
+    return spoken[0] and spoken[-1] and not any(a and b for a, b in itertools.pairwise(spoken))
 
 
 def optional_number(row: dict, name: str, low: float, high: float) -> float | None:
@@ -339,6 +416,32 @@ def optional_list(row: dict, name: str, fits: Callable[[object], bool], expected
     return values
 
 
+def from_sharegpt(row: dict) -> dict:
+    """The row with its messages {"from", "value"} as {"role", "content"}, and with its column `conversations` as
+    `messages`, or as `prompt` if it has `chosen` and `rejected`. The row itself if it has neither."""
+    changed = {}
+    for name in ("conversations", "messages", "prompt", "chosen", "rejected", "completion"):
+        value = row.get(name)
+        items = [value] if isinstance(value, dict) else value
+        if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+            continue
+        if all({"from", "value"} <= item.keys() for item in items):
+            changed[name] = [
+                {"role": SPEAKERS.get(str(item["from"]), item["from"]), "content": item["value"]}
+                | {k: v for k, v in item.items() if k not in ("from", "value") and v is not None}
+                for item in items
+            ]
+        elif name == "conversations" and all("role" in item for item in items):
+            changed[name] = items
+    if "conversations" in changed:
+        pair = row.get("chosen") is not None and row.get("rejected") is not None
+        name, messages = "prompt" if pair else "messages", changed.pop("conversations")
+        if row.get(name) is None:
+            row = {k: v for k, v in row.items() if k != "conversations"}
+            changed[name] = messages
+    return row | changed if changed else row
+
+
 def prompt_columns(row: dict) -> list[str]:
     """The filled columns that can be the prompt of a row that has neither `prompt` nor `messages`."""
     if row.get("prompt") is not None or row.get("messages") is not None:
@@ -353,7 +456,8 @@ def standard(row: dict) -> dict:
     if not names:
         return row
     if len(names) > 1:
-        raise BadInput(f"fields {names[0]!r} and {names[1]!r} can both be the prompt: join them in a field 'prompt'")
+        both = f"fields {names[0]!r} and {names[1]!r} can both be the prompt"
+        raise BadInput(f"{both}: join them in a field 'prompt' (docs/data.md has the code)")
     for name in ("chosen", "rejected", "completion"):
         if isinstance(row.get(name), str) and DIALOGUE.match(row[name]):
             raise BadInput(f"fields {names[0]!r} and {name!r} both hold the prompt: leave it out of one of them")
@@ -401,16 +505,19 @@ def tools_of(row: dict) -> list[dict] | None:
     return tools
 
 
-def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
-    """Split `chosen` and `rejected` into the prompt that they share and the two responses that follow it."""
+def shared_beginning(row: dict) -> tuple[str | list[Message], list[list], int]:
+    """Split the dialogues `chosen` and `rejected` into the prompt that they share and the two responses that follow it,
+    each a list of turns: messages, or texts (the odd ones go from the end of an answer to the beginning of the next).
+    The third value is how many turns at their beginning the responses share: 0, unless the dialogues part in a user's
+    turn, because a prompt ends where the assistant speaks."""
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         dialogues = check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
-        shared = min(map(len, dialogues)) - 1
-        while dialogues[0][:shared] != dialogues[1][:shared]:
-            shared -= 1
-        prompt, responses = dialogues[0][:shared], [dialogue[shared:] for dialogue in dialogues]
-        differ_early = any(len(response) > 1 for response in responses)
+        start = min(min(map(len, dialogues)) - 1, _common(dialogues))
+        while start and not all(dialogue[start]["role"] == "assistant" for dialogue in dialogues):
+            start -= 1
+        prompt, responses = dialogues[0][:start], [dialogue[start:] for dialogue in dialogues]
+        out_of_turn = any(len(response) > 1 and not alternates(response) for response in responses)
     else:
         dialogues = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         if not all(DIALOGUE.match(dialogue) for dialogue in dialogues):
@@ -421,30 +528,47 @@ def shared_beginning(row: dict) -> tuple[str | list[Message], list]:
             )
         prompt = os.path.commonprefix(dialogues)
         prompt = prompt[: prompt.rfind(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in prompt else ""
-        responses = [dialogue[len(prompt) :] for dialogue in dialogues]
-        differ_early = any(HUMAN in response or ASSISTANT in response for response in responses)
+        responses = [QUESTION.split(dialogue[len(prompt) :]) for dialogue in dialogues]
+        out_of_turn = any(mark in answer for turns in responses for answer in turns[::2] for mark in (HUMAN, ASSISTANT))
     if chosen == rejected:
         raise Dropped("identical responses")
     if not prompt:
         raise BadInput("fields 'chosen' and 'rejected' share no beginning: give the row a 'prompt'")
-    if differ_early:
-        raise Dropped("dialogues that differ before the last turn")
-    if isinstance(prompt, str) and not all(response.strip() for response in responses):
-        raise Dropped("blank last turns")
+    if out_of_turn:
+        raise Dropped("dialogues whose turns do not alternate")
+    if isinstance(prompt, str) and not all(answer.strip() for turns in responses for answer in turns[::2]):
+        raise Dropped("blank answers")
+    shared = shared_turns(responses)
     asked = row.get("prompt")
     if isinstance(asked, str) and isinstance(prompt, list) and not any(asked.strip() in m["content"] for m in prompt):
         name = next((name for name in PROMPT_COLUMNS if row.get(name) is asked), "prompt")
         raise BadInput(f"field {name!r} is not in the dialogues, which are read instead: leave it out, or mend them")
-    return prompt, responses
+    return prompt, responses, shared
+
+
+def shared_turns(responses: Sequence[list]) -> int:
+    """How many turns at their beginning all responses to a prompt share. Dropped if one of them has no others."""
+    shared = _common(responses)
+    if shared == min(map(len, responses)):
+        raise Dropped("dialogues of which one goes on where the other ends")
+    return shared
+
+
+def _common(lists: Sequence[list]) -> int:
+    """How many elements at their beginning the lists share."""
+    same = [all(x == first for x in others) for first, *others in zip(*lists, strict=False)]
+    return (*same, False).index(False)
 
 
 # ------------------------------------------------------------------------------------ prompt and responses of a row
 
 
 def implicit(row: dict) -> bool:
-    """Whether chosen and rejected contain the prompt: `prompt` is missing, or is a text while both are dialogues."""
+    """Whether chosen and rejected contain the prompt: `prompt` is missing, or is a text while both are dialogues that
+    do not begin with an answer."""
     sides = [row.get("chosen"), row.get("rejected")]
     dialogues = all(isinstance(side, list) and len(side) > 1 for side in sides)
+    dialogues = dialogues and not all(isinstance(x[0], dict) and x[0].get("role") == "assistant" for x in sides)
     return None not in sides and (row.get("prompt") is None or isinstance(row["prompt"], str) and dialogues)
 
 
@@ -469,10 +593,14 @@ def texts_of(row: dict) -> list[str]:
         responses = row["responses"]
     else:
         responses = shared_beginning(row)[1] if implicit(row) else [row["chosen"], row["rejected"]]
-    for message in (x[-1] for x in responses if not isinstance(x, str)):
-        if fields := fields_of(message):
+    texts = []
+    for turns in ([x] if isinstance(x, str) else x for x in responses):
+        require(len(turns) == 1, "a response has several turns, and rewards are of one: leave it out, or --reward")
+        fields = [] if isinstance(turns[0], str) else fields_of(turns[0])
+        if fields:
             raise BadInput(f"an answer has {fields[0][:40]!r}, and rewards are of texts: leave it out, or --reward")
-    return [x if isinstance(x, str) else content_text(x[-1].get("content")) or "" for x in responses]
+        texts.append(turns[0] if isinstance(turns[0], str) else content_text(turns[0].get("content")) or "")
+    return texts
 
 
 def for_each_response(row: dict, name: str, n: int, default: Any = None) -> list:

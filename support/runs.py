@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,7 @@ OTHER_NAMES = {  # in other libraries -> here
 }
 SUMS = "SHA256SUMS"  # the file in a checkpoint with the checksums of the others, as `sha256sum --check` reads it
 LOCKS: dict[Path, int] = {}  # the run directories that this process has locked, and the handles that hold the locks
+Sources = Annotated[str | tuple[str, ...], tyro.conf.arg(metavar="SOURCE ...")]
 SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is missing
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -65,10 +66,10 @@ SFT_MODEL = "runs/sft"  # the default --model, which the scripts make if it is m
 class Flags:
     """Flags of every script that reads rows."""
 
-    data: str = "reviews"
-    """reviews (embedded), a .jsonl/.json/.csv/.parquet file (also .gz), a save_to_disk folder or a hub id"""
+    data: Sources = "reviews"
+    """reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub ids"""
     split: str | None = None
-    """split of a hub data set; default train"""
+    """split of a hub data set or a folder; default train"""
     skip_bad_rows: bool = False
     """drop and count rows that cannot be used instead of stopping at the first"""
     out: str = "runs/NAME"
@@ -140,7 +141,7 @@ class TrainingFlags(Flags):
 class EpochFlags(TrainingFlags):
     """Flags of the scripts that train in passes over a data set: SFT, the reward model, DPO."""
 
-    eval_data: str | None = None
+    eval_data: Annotated[Sources | None, tyro.conf.arg(metavar="SOURCE ...")] = None
     """held-out rows, in the same forms; default: a share of --data"""
     eval_split: str | None = None
     """split of --eval-data, which may be the same data set as --data; default: that of --split (a file has none)"""
@@ -284,7 +285,8 @@ def load_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, bool]:
 def repeated(args: Any, *names: str) -> str:
     """Those of these flags that differ from their defaults, as the next command is given them."""
     changed = [name for name in names if getattr(args, name) != getattr(type(args), name)]
-    return "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in changed)
+    values = {name: " ".join(map(str, x)) if isinstance(x := getattr(args, name), tuple) else x for name in changed}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 def start(args: Any, script: str) -> "Run":

@@ -180,7 +180,7 @@ def per_token(
         members = [examples[i] for i in group]
         numbers = measure(collate(members, batching.layout, batching.pad_id, batching.device))
         if weight:
-            values |= zip(group, numbers.split([sum(map(len, e.responses)) for e in members]), strict=True)
+            values |= zip(group, numbers.split([sum(e.lengths) for e in members]), strict=True)
     values = dict(parallel.gather([*values.items()]))
     return torch.cat([values[i] for i in range(len(examples))]).to(batching.device)
 

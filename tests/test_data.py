@@ -1,21 +1,27 @@
 import gzip
 import json
 import os
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
+import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_dpo
+import train_sft
 from rlhf import BadInput
 from support import reviews, tokens
 from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
-from support.rows import prompt_of, read_rows, texts_of
+from support.rows import _split_of, prompt_of, read_rows, texts_of
+from support.runs import repeated
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -81,6 +87,11 @@ def one(tokenizer, kind, row, prompt=100, total=200):
 
 def said(role, content):
     return {"role": role, "content": content}
+
+
+def talk(*texts):
+    """A dialogue of user and assistant in turn."""
+    return [said(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
 def file(tmp_path, *rows, name="prefs.jsonl"):
@@ -390,20 +401,22 @@ def test_dialogues_that_hold_no_preference_are_dropped_and_counted():
     good = (HH + " a", HH + " b")
     pairs = [
         good,
-        (HH + " a\n\nHuman: more\n\nAssistant: c", HH + " b\n\nHuman: more\n\nAssistant: d"),
+        (HH + " a\n\nAssistant: c", HH + " b"),
+        (HH + " a\n\nHuman: more", HH + " b"),
         (HH + " ", HH + " b"),
         (HH + " a", HH + " a"),
-        (
-            [said("user", "u"), *[said(r, "1") for r in ("assistant", "user", "assistant")]],
-            [said("user", "u"), *[said(r, "2") for r in ("assistant", "user", "assistant")]],
-        ),
+        (talk("u", "a", "v"), talk("u", "b")),
+        ([*talk("u", "a"), said("assistant", "c")], talk("u", "b")),
+        (HH + " a", HH + " a\n\nHuman: more\n\nAssistant: c"),
+        (talk("u", "a", "v", "b"), talk("u", "a")),
     ]
     rows = [(f"f:{i}", {"chosen": a, "rejected": b}) for i, (a, b) in enumerate(pairs)]
     examples, report = build(rows, PLAIN, "preference", 100, 200)
     assert [e.where for e in examples] == ["f:0"]
     assert report.dropped == {
-        "dialogues that differ before the last turn": 2,
-        "blank last turns": 1,
+        "dialogues whose turns do not alternate": 4,
+        "dialogues of which one goes on where the other ends": 2,
+        "blank answers": 1,
         "identical responses": 1,
     }
     with pytest.raises(BadInput, match="f:1: fields 'chosen' and 'rejected' share no beginning"):
@@ -450,6 +463,108 @@ def test_multi_turn_without_a_template():
     marks = "".join("+" if t else "." for t in example.trained[0])
     assert "".join(tokens) == " B</s>\n\nHuman: C\n\nAssistant: D</s>"
     assert marks == "+++" + "." * len("\n\nHuman: C\n\nAssistant:") + "+++"
+
+
+def marked(tokenizer, example):
+    """Each response as text, with a + or . for every token: trained or not."""
+    masks = example.trained or [[True] * len(response) for response in example.responses]
+    return [
+        (text(tokenizer, response), "".join("+" if t else "." for t in mask))
+        for response, mask in zip(example.responses, masks, strict=True)
+    ]
+
+
+NEXT = "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # what CHAT has between two answers
+GAP = "." * (1 + 1 + len("user\n") + 1 + 1 + 1 + len("assistant\n"))  # its tokens, but for those of the question
+
+
+@pytest.mark.parametrize("prompt", [None, "u", "messages"])
+def test_a_preference_between_dialogues_trains_all_answers_from_the_fork_on(prompt):
+    """The dialogues part in the second answer and go on for a turn; the prompt may stand beside them."""
+    before, chosen, rejected = talk("u", "a", "v"), talk("u", "bc", "Xyz", "d")[1:], talk("u", "e", "Z", "fgh")[1:]
+    row = {"chosen": before + chosen, "rejected": before + rejected}
+    if prompt == "messages":
+        row = {"prompt": before, "chosen": chosen, "rejected": rejected}
+    example, report = one(CHAT, "preference", row | ({"prompt": "u"} if prompt == "u" else {}))
+    assert text(CHAT, example.prompt) == (
+        "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>" + NEXT.format("v")
+    )
+    assert marked(CHAT, example) == [
+        (f"bc<|im_end|>{NEXT.format('Xyz')}d<|im_end|>", f"+++{GAP}...++"),
+        (f"e<|im_end|>{NEXT.format('Z')}fgh<|im_end|>", f"++{GAP}.++++"),
+    ]
+    assert example.lengths == [5, 6] and report.length_difference == -1 and report.longer_wins == 0
+    assert "turns      responses of 1 rows have several: the assistant's are trained, from where" in str(report)
+    assert [*map(len, example.responses)] == [28, 27]
+    assert "responses  27.5 tokens on average, 5.5 of them trained, 28 at most" in str(report)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT])
+def test_a_preference_between_hh_dialogues_trains_all_answers_from_the_fork_on(tokenizer):
+    """Texts are used as they are, but each trained answer ends in EOS, whichever template the tokenizer has."""
+    question, eos = "\n\nHuman: go on\n\nAssistant:", tokenizer.eos_token
+    row = {"chosen": f"{HH} b{question} cd", "rejected": f"{HH} e"}
+    example, report = one(tokenizer, "preference", row)
+    assert text(tokenizer, example.prompt).removeprefix("<s>") == HH
+    dots = "." * len(question)
+    assert marked(tokenizer, example) == [(f" b{eos}{question} cd{eos}", f"+++{dots}++++"), (f" e{eos}", "+++")]
+    assert example.lengths == [7, 3] and (report.dialogues, report.length_difference) == (1, 4)
+
+
+def test_dialogues_that_part_in_a_users_turn():
+    """The answer before it is shared: it is read, and not trained. The prompt ends where the assistant speaks."""
+    sides = talk("u", "a", "v", "b"), talk("u", "a", "ww", "c")
+    for row in (
+        {"chosen": sides[0], "rejected": sides[1]},
+        {"prompt": "u", "chosen": sides[0][1:], "rejected": sides[1][1:]},
+        {"prompt": "u", "responses": [side[1:] for side in sides], "ranks": [1, 2]},
+    ):
+        example, _ = one(CHAT, "preference", row)
+        assert example.prompt_text == "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+        assert marked(CHAT, example) == [
+            (f"a<|im_end|>{NEXT.format('v')}b<|im_end|>", f"..{GAP}.++"),
+            (f"a<|im_end|>{NEXT.format('ww')}c<|im_end|>", f"..{GAP}..++"),
+        ]
+    row = {"prompt": "u", "chosen": talk("u", "a")[1:], "rejected": sides[1][1:]}
+    with pytest.raises(BadInput, match="1 dialogues of which one goes on where the other ends"):
+        one(CHAT, "preference", row)
+    row = {side: f"{HH} a\n\nHuman: {q}\n\nAssistant: {q}" for side, q in (("chosen", "v"), ("rejected", "w"))}
+    example, _ = one(PLAIN, "preference", row)
+    assert example.prompt_text == HH
+    dots = "." * len(" a\n\nHuman: v\n\nAssistant:")
+    assert marked(PLAIN, example)[0] == (" a\n\nHuman: v\n\nAssistant: v</s>", f"{dots}+++")
+    rows = [("f:1", row), ("f:2", {side: f"{HH} {side}" for side in ("chosen", "rejected")})]
+    examples, report = build(rows, PLAIN, "preference", 100, len(example.prompt) + len(dots))
+    assert [e.where for e in examples] == ["f:2"]
+    assert report.dropped == {"responses cut before their first trained token": 1}
+
+
+def test_responses_with_several_turns_in_every_kind_of_row():
+    answers = talk("u", "b", "v", "d")[1:], talk("u", "e")[1:]
+    trained = [f"++{GAP}.++", "++"]
+    pair = {"prompt": "u", "chosen": answers[0], "rejected": answers[1]}
+    ranking = {"prompt": "u", "responses": [*answers[::-1]], "ranks": [2, 1]}
+    for kind, row, marks in (
+        ("preference", pair, trained),
+        ("preference", ranking, trained[::-1]),
+        ("unpaired", pair, trained),
+        ("unpaired", {"prompt": "u", "completion": answers[0], "label": True}, trained[:1]),
+        ("sft", pair, trained[:1]),
+        ("sft", {"prompt": "u", "completion": answers[0]}, trained[:1]),
+    ):
+        example, report = one(CHAT, kind, row)
+        assert [mark for _, mark in marked(CHAT, example)] == marks and report.dialogues == 1
+    example, report = one(CHAT, "prompts", {"chosen": talk("u", *"bvd"), "rejected": talk("u", *"evd")})
+    assert example.prompt_text == "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n" and not example.responses
+    assert report.dialogues == 0
+    row = ranking | {"responses": [*answers], "ended": [True, True]}
+    with pytest.raises(BadInput, match=r"field 'responses\[0\]': roles out of order: give it exactly one"):
+        one(CHAT, "preference", row)
+    with pytest.raises(BadInput, match="a response has several turns, and rewards are of one: leave"):
+        texts_of(pair)
+    assert texts_of({"chosen": HH + " a", "rejected": HH + " b"}) == [" a", " b"]
+    with pytest.raises(BadInput, match="the chat template rewrites earlier turns: give rows of one answer"):
+        one(THINKING, "preference", pair)
 
 
 def test_consecutive_turns_of_one_role_are_fine():
@@ -938,7 +1053,7 @@ def test_unreadable_files(tmp_path):
     for message, source in {
         r"/nowhere/x.jsonl: no such file or folder": "/nowhere/x.jsonl",
         r"nowhere.csv: no such file or folder": "nowhere.csv",
-        r"nobody/nothing: no such file, and not to be had from the hub .* download it elsewhere": "nobody/nothing",
+        r"nobody/nothing: no such file, and not to be had from the hub .* `hf download nobody/n": "nobody/nothing",
         r"a.jsonl:3: not JSON \(.*\): mend the line or use --skip-bad-rows": file(
             tmp_path, good, "", "{", name="a.jsonl"
         ),
@@ -952,8 +1067,7 @@ def test_unreadable_files(tmp_path):
         r"g.parquet: cannot be read": file(tmp_path, "hello", name="g.parquet"),
         r"h.csv:3: more than 2 cells": file(tmp_path, "prompt,completion", "a,b", "a,b,c", name="h.csv"),
         r"missing: no such file or folder": str(tmp_path / "missing"),
-        r": a folder, but not one of save_to_disk: name one of its files, such as .*/a.jsonl$": str(tmp_path),
-        r": a folder, but not one of save_to_disk: give a .jsonl": str(empty),
+        r"empty: a folder without data: give one that has a .jsonl": str(empty),
         r"j.csv:3: field 'prompt' holds messages that are not JSON": file(
             tmp_path, "prompt,completion", "a,b", "\"[{'role': 'user', 'content': 'hi'}]\",b", name="j.csv"
         ),
@@ -1028,6 +1142,311 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert len(read_rows(str(tmp_path / "two"), split="other")[0]) == 1
     with pytest.raises(BadInput, match="no split 'train': choose --split among test, other"):
         read_rows(str(tmp_path / "two"))
+
+
+def written(folder, name, *rows):
+    """A file with these rows in a folder, whose kind the name says."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list([*rows]).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def found_in(folder, split=None):
+    return [(where, row["prompt"]) for where, row in read_rows(str(folder), split)[0]]
+
+
+def test_a_folder_of_shards_as_hf_download_makes_it(tmp_path, capsys):
+    shards = {"train-00000-of-00002": "ab", "train-00001-of-00002": "c", "test-00000-of-00001-b42a775f407cee45": "d"}
+    for name, prompts in shards.items():
+        written(tmp_path, f"data/{name}.parquet", *({"prompt": p} for p in prompts))
+    written(tmp_path, ".cache/huggingface/download/data/train.jsonl", {"prompt": "hidden"})
+    written(tmp_path, "dataset_infos.json", {"default": {}})
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---")
+    first, second = (f"data/train-0000{i}-of-00002.parquet" for i in range(2))
+    assert found_in(tmp_path) == [(f"{first}:1", "a"), (f"{first}:2", "b"), (f"{second}:1", "c")]
+    assert capsys.readouterr().out == f"{tmp_path}: split train, 2 files ({first}, {second}); other splits: test\n"
+    assert [prompt for _, prompt in found_in(tmp_path, "test")] == ["d"]
+    assert found_in(tmp_path / "data") == [
+        (f"{name.removeprefix('data/')}", p)
+        for name, p in [(f"{first}:1", "a"), (f"{first}:2", "b"), (f"{second}:1", "c")]
+    ]
+    with pytest.raises(BadInput, match="no split 'dev': choose --split among test, train$"):
+        read_rows(str(tmp_path), "dev")
+
+
+def test_a_folder_in_the_form_of_hh_rlhf(tmp_path, capsys):
+    """Files of one name in subfolders; one that belongs to no split is left out, which is said."""
+    pair = {side: f"{HH} {side}" for side in ("chosen", "rejected")}
+    for i, part in enumerate(("harmless-base", "helpful-base")):
+        for split in ("train", "test"):
+            written(tmp_path, f"{part}/{split}.jsonl.gz", *[pair] * (i + 1))
+    written(tmp_path, "red-team-attempts/red_team_attempts.jsonl.gz", {"transcript": "x"})
+    a = train_dpo.Args(data=str(tmp_path), eval_data=str(tmp_path), eval_split="test")
+    train, held = load_split("preference", byte_level(), a)
+    wanted = [
+        f"{part}/{{}}.jsonl.gz:{i}" for part, i in (("harmless-base", 1), ("helpful-base", 1), ("helpful-base", 2))
+    ]
+    assert [[e.where for e in part] for part in (train, held)] == [
+        [where.format(split) for where in wanted] for split in ("train", "test")
+    ]
+    out = capsys.readouterr().out
+    assert (
+        "split train, 2 files (harmless-base/train.jsonl.gz, helpful-base/train.jsonl.gz); other splits: test; of no "
+        in out
+    )
+    assert "of no split, and left out: red-team-attempts/red_team_attempts.jsonl.gz\n" in out
+    assert len(read_rows(str(tmp_path / "harmless-base"), "test")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train.jsonl", "train"),
+        ("my_training_set.json", "train"),
+        ("validation/part1.csv", "validation"),
+        ("dev-0.tsv", "validation"),
+        ("test/train.jsonl", "train"),  # the file's own name says more than its folder's
+        ("default/test/0000.parquet", "test"),
+        ("data/train_prefs-00000-of-00001.parquet", "train_prefs"),
+        ("latest.jsonl", None),
+        ("data/rlaif.parquet", None),
+    ],
+)
+def test_the_split_of_a_file(name, split):
+    assert _split_of(Path(name)) == split
+
+
+def test_a_folder_whose_names_say_no_split_and_several_sources(tmp_path, capsys):
+    for name in ("b/0.jsonl", "a.jsonl", "notes.txt"):
+        written(tmp_path / "all", name, {"prompt": name, "completion": "y"})
+    assert found_in(tmp_path / "all") == [("a.jsonl:1", "a.jsonl"), ("b/0.jsonl:1", "b/0.jsonl")]
+    capsys.readouterr()
+    paths = [f"{tmp_path}/all/{name}" for name in ("b/0.jsonl", "a.jsonl")]
+    a = tyro.cli(train_sft.Args, args=["--data", *paths, "--eval-data", paths[0]])
+    assert (a.data, a.eval_data) == (tuple(paths), paths[0])
+    train, held = load_split("sft", byte_level(), a)
+    assert [e.where for e in train + held] == [f"{paths[0]}:1", f"{paths[1]}:1", "0.jsonl:1"]
+    assert capsys.readouterr().out.startswith(f"{paths[0]} {paths[1]}\nexamples   2 of 2 rows")
+    assert tyro.cli(train_sft.Args, args=["--data", paths[0]]).data == paths[0]
+    assert repeated(a, "data", "seed") == f" --data {paths[0]} {paths[1]}"
+    with pytest.raises(BadInput, match="^reviews is the embedded task"):
+        load(("reviews", paths[0]), "sft", byte_level(), a)
+    with pytest.raises(BadInput, match=f"{tmp_path}/none.jsonl: no such file or folder"):
+        read_rows((paths[0], f"{tmp_path}/none.jsonl"))
+    written(tmp_path / "run", "args.json", {})
+    with pytest.raises(BadInput, match=r"run: holds a run or a model \(args.json\): name the file with the data"):
+        read_rows(f"{tmp_path}/run")
+
+
+def test_a_tsv(tmp_path):
+    source = file(tmp_path, "prompt\tcompletion", 'p, q\t"a\tb ""c"""', "r\ts", name="t.tsv")
+    rows = [{"prompt": "p, q", "completion": 'a\tb "c"'}, {"prompt": "r", "completion": "s"}]
+    assert read_rows(source)[0] == [("t.tsv:2", rows[0]), ("t.tsv:3", rows[1])]
+    with pytest.raises(BadInput, match=r"u.tsv:2: not TSV \(unexpected end of data\): close its quotes"):
+        read_rows(file(tmp_path, "prompt\tcompletion", 'p\t"a', name="u.tsv"))
+
+
+# --------------------------------------------------------------------------------------- data sets of other columns
+
+
+def from_to(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_sharegpt_messages_are_read():
+    """In `conversations`, alone or as the prompt of a preference; null fields beside them do not count."""
+    turns = [{**turn, "weight": None} for turn in [{"from": "system", "value": "s"}, *from_to("u", "a", "v", "b")]]
+    wanted, _ = one(CHAT, "sft", {"messages": [said("system", "s"), *talk("u", "a", "v", "b")]})
+    example, report = one(CHAT, "sft", {"conversations": turns})
+    assert (example.prompt, example.responses, example.trained) == (wanted.prompt, wanted.responses, wanted.trained)
+    assert "messages   of 1 rows have from and value in place of role and content" in str(report)
+    assert "unused" not in str(report) and prompt_of(example.row) == [said("system", "s"), *talk("u", "a", "v")]
+    pair = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
+    wanted, _ = one(CHAT, "preference", {"prompt": talk("u", "a", "v"), "chosen": "good", "rejected": "bad"})
+    for prompt in (from_to("u", "a", "v"), talk("u", "a", "v")):
+        example, _ = one(CHAT, "preference", {"conversations": prompt, **pair})
+        assert (example.prompt, example.responses) == (wanted.prompt, wanted.responses)
+        assert texts_of(example.row) == ["good", "bad"]
+    for bad, message in (
+        (from_to("u", 3), "field 'messages' is not text but int"),
+        ([*from_to("u"), {"from": "bot", "value": "a"}], "field 'messages', message 2 has the role 'bot'"),
+        ([*from_to("u"), {"from": ["gpt"], "value": "a"}], "field 'messages', message 2 has the role"),
+        ([*from_to("u"), {"value": "a"}], "its columns .'conversations'. fit no form of sft rows"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            one(CHAT, "sft", {"conversations": bad})
+
+
+DATA_PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text()
+PROGRAM, *FUNCTIONS = re.findall(r"```python\n(.*?)```", DATA_PAGE.split("## Conversions")[1], re.S)
+WHOSE = re.findall(r"^\*\*(.*?)\*\*", DATA_PAGE.split("## Conversions")[1], re.M)
+MORE = {"language": "English"}  # a column that is not read
+KNOWN = {  # data set -> rows in its form, and what becomes of them
+    "HelpSteer2": (
+        [
+            {"split": "train", "prompt": "c#", "response_1": "x", "response_2": "y", "preference_strength": -2},
+            {
+                "split": "val",
+                "prompt": "u\n<extra_id_1>Assistant\na\nb\n<extra_id_1>User\nv",
+                "response_1": "x",
+                "response_2": "y",
+                "preference_strength": 1,
+            },
+            {"split": "train", "prompt": "c#", "response_1": "x", "response_2": "y", "preference_strength": 0},
+        ],
+        [
+            {"prompt": talk("c#"), "chosen": "x", "rejected": "y", "margin": 2},
+            {"prompt": talk("u", "a\nb", "v"), "chosen": "y", "rejected": "x", "margin": 1},
+        ],
+    ),
+    "HelpSteer3": (
+        [
+            {"context": talk("u"), "response1": "x", "response2": "y", "overall_preference": score, **MORE}
+            for score in (3, 0, -1)
+        ],
+        [
+            {"prompt": talk("u"), "chosen": "y", "rejected": "x", "margin": 3},
+            {"prompt": talk("u"), "chosen": "x", "rejected": "y", "margin": 1},
+        ],
+    ),
+    "Arena": (
+        [
+            {
+                "model_a": "m",
+                "model_b": "n",
+                "winner": winner,
+                "conversation_a": [{**m, "num_tokens": 1} for m in talk("u", "a", "v", "b")],
+                "conversation_b": [{**m, "num_tokens": 1} for m in talk("u", "c", "v", "d")],
+            }
+            for winner in ("model_b", "tie", "tie (bothbad)", "model_a")
+        ],
+        [
+            {"chosen": talk("u", "c", "v", "d"), "rejected": talk("u", "a", "v", "b")},
+            {"chosen": talk("u", "a", "v", "b"), "rejected": talk("u", "c", "v", "d")},
+        ],
+    ),
+    "Nectar": (
+        [
+            {
+                "prompt": "\n\nHuman: is Human: a mark?\n\nAssistant: yes\n\nHuman: ok\n\nAssistant: ",
+                "answers": [{"answer": x, "model": "m", "rank": rank} for x, rank in (("x", 2.0), ("y", 1.0))],
+                "turns": 2,
+            }
+        ],
+        [{"prompt": talk("is Human: a mark?", "yes", "ok"), "responses": ["x", "y"], "ranks": [2, 1]}],
+    ),
+    "UltraFeedback": (
+        [
+            {
+                "source": "flan",
+                "instruction": "u",
+                "models": ["m"] * 4,
+                "completions": [
+                    {"model": "m", "response": x, "overall_score": score, "annotations": {}}
+                    for x, score in zip("wxyz", scores, strict=True)
+                ],
+            }
+            for scores in ([7.0, 8.5, 7.0, 1.0], [3.0] * 4)
+        ],
+        [{"prompt": talk("u"), "responses": [*"wxyz"], "ranks": [2, 1, 2, 4]}],
+    ),
+    "argilla": (
+        [
+            {
+                "source": "s",
+                "instruction": "u",
+                "chosen_response": "x",
+                "rejected_response": "y",
+                "chosen_avg_rating": 5.0,
+            }
+        ],
+        [{"prompt": talk("u"), "chosen": "x", "rejected": "y"}],
+    ),
+    "argilla 2": (
+        [
+            {"system": "s", "input": "u", "chosen": "x", "rejected": "y", "status": status, "order": ["chosen"]}
+            for status in ("unchanged", "tie", "swapped")
+        ],
+        [{"system": "s", "input": "u", "chosen": "x", "rejected": "y"}] * 2,
+    ),
+    "SHP": (
+        [
+            {
+                "post_id": "1",
+                "history": "u",
+                "human_ref_A": "x",
+                "human_ref_B": "y",
+                "labels": label,
+                "score_ratio": 2.0,
+            }
+            for label in (1, 0)
+        ],
+        [
+            {"prompt": talk("u"), "chosen": "x", "rejected": "y"},
+            {"prompt": talk("u"), "chosen": "y", "rejected": "x"},
+        ],
+    ),
+    "LLaMA-Factory": (
+        [
+            {"instruction": "i", "input": "j", "chosen": "x", "rejected": "y"},
+            {"instruction": "i", "input": "", "chosen": "x", "rejected": "y", "system": "s", "history": [["u", "a"]]},
+        ],
+        [
+            {"prompt": talk("i\nj"), "system": None, "chosen": "x", "rejected": "y"},
+            {"prompt": talk("u", "a", "i"), "system": "s", "chosen": "x", "rejected": "y"},
+        ],
+    ),
+    "LLaMA-Factory 2": (
+        [{"conversations": from_to("u", "a", "v", "b"), "kto_tag": False}],
+        [{"prompt": from_to("u", "a", "v"), "completion": from_to("", "b")[1:], "label": False}],
+    ),
+    "OpenAI": (
+        [
+            {
+                "input": {"messages": talk("u"), "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [said("assistant", "x")],
+                "non_preferred_output": [said("assistant", "y")],
+            }
+        ],
+        [{"prompt": talk("u"), "tools": [], "chosen": [said("assistant", "x")], "rejected": [said("assistant", "y")]}],
+    ),
+}
+
+
+def test_the_page_on_data_has_code_for_each_data_set():
+    named = [name if WHOSE[:i].count(name) == 0 else f"{name} 2" for i, name in enumerate(WHOSE)]
+    assert named == [*KNOWN] and len(FUNCTIONS) == len(KNOWN)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_code_of_the_page_on_data(name, tmp_path, monkeypatch):
+    """It makes of a data set's own rows, in a folder, rows that a script takes; those themselves are refused."""
+    rows, wanted = KNOWN[name]
+    written(tmp_path / "source", "data/train-00000-of-00001.jsonl", *rows)
+    code = PROGRAM.replace("# convert(row)\n", FUNCTIONS[[*KNOWN].index(name)])
+    monkeypatch.setattr(sys, "argv", ["convert.py", f"{tmp_path}/source", f"{tmp_path}/new.jsonl"])
+    exec(compile(code, "convert.py", "exec"), {})
+    found = read_rows(f"{tmp_path}/new.jsonl")[0]
+    assert [row for _, row in found] == wanted
+    kind = "unpaired" if "label" in wanted[0] else "preference"
+    tokenizer = byte_level(bos=None, eos="<|im_end|>", template=CHATML, specials=["<|im_start|>"])
+    examples, report = build(found, tokenizer, kind, 500, 1000)
+    assert len(examples) == len(wanted) and not report.dropped and not report.untemplated
+    if name not in ("argilla 2",):
+        with pytest.raises(BadInput, match="docs/data.md"):
+            build([("f:1", row) for row in rows], tokenizer, kind, 500, 1000)
+
+
+def test_the_code_of_the_page_on_data_for_labels_and_sft_of_llama_factory():
+    made = {"user": lambda text: [said("user", text)]}
+    exec(FUNCTIONS[[*KNOWN].index("LLaMA-Factory")], made)
+    row = {"instruction": "i", "input": "", "output": "o"}
+    new = {"prompt": talk("i"), "system": None, "completion": "o"}
+    assert made["convert"](row) == new and made["convert"](row | {"kto_tag": True}) == new | {"label": True}
 
 
 def test_a_ranking_in_a_csv(tmp_path):
@@ -1172,7 +1591,7 @@ def test_the_split_of_the_held_out_rows(tmp_path, capsys):
 def test_mismatched_is_a_derangement(prompts, seed):
     examples = [example_of(prompt, response=f"answer {i}") for i, prompt in enumerate(prompts)]
     owner = {tuple(e.responses[0]): i for i, e in enumerate(examples)}
-    given_to = [owner[tuple(ids)] for ids in mismatched(examples, seed)]
+    given_to = [owner[tuple(ids)] for ids, _ in mismatched(examples, seed)]
     assert sorted(given_to) == list(range(len(prompts)))
     assert all(i != j for i, j in enumerate(given_to))
     largest = max(prompts.count(p) for p in prompts)
@@ -1186,6 +1605,12 @@ def test_mismatched_needs_two():
     with pytest.raises(BadInput, match="^f:1: the only example"):
         mismatched([example_of("a")], 0)
     assert len({str(mismatched([example_of(c, c) for c in "abcdefgh"], seed)) for seed in range(8)}) > 1
+
+
+def test_mismatched_responses_bring_their_masks():
+    examples = [replace(example_of(c, c), responses=[[5, 6, 7]], trained=[[c == "b", False, True]]) for c in "ab"]
+    assert mismatched(examples, 0) == [([5, 6, 7], [True, False, True]), ([5, 6, 7], [False, False, True])]
+    assert mismatched([example_of("a"), examples[1]], 0)[1][1] is None
 
 
 def test_show():
@@ -1234,7 +1659,7 @@ def test_raw_hh_rows_are_the_message_rows():
         pytest.skip(f"no {raw}: set RLHF_TEST_DATA to a folder that has it")
     implicit, report = build(read_rows(str(raw))[0], PLAIN, "preference", 10**6, 10**7)
     explicit, _ = build(read_rows(str(clean))[0], PLAIN, "preference", 10**6, 10**7)
-    assert report.dropped == {"blank last turns": 4, "dialogues that differ before the last turn": 5}
+    assert report.dropped == {"blank answers": 4, "dialogues whose turns do not alternate": 5}
 
     def words(example):  # the message rows have stripped texts
         return [text.split() for text in (example.prompt_text, *example.response_texts)]

@@ -272,6 +272,34 @@ def test_gradient_and_metrics_depend_neither_on_the_budget_nor_on_the_layout(nam
     assert len({len(run.evals) for _, run in found}) == 1 and len(first.evals) == 2
 
 
+def test_the_reward_of_a_dialogue_is_at_its_end(world, go, tmp_path):
+    """Of pairs that part before their last turn, by transformers' own class; both layouts agree."""
+    said = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    more = [said("user", "the plot was dull ,"), said("assistant", "good .")]
+    rows = [
+        {"prompt": [said("user", row["prompt"])], "chosen": [said("assistant", row["chosen"]), *more]}
+        | {"rejected": row["rejected"]}
+        for row in pairs(9)
+    ]
+    write_rows(tmp_path / "dialogues.jsonl", rows)
+    data = f"{tmp_path}/dialogues.jsonl"
+    tokenizer = reviews.tokenizer()
+    examples, _ = build([(f"d:{i}", row) for i, row in enumerate(rows)], tokenizer, "preference", 512, 1024)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(world / "rm").eval()
+    with torch.no_grad():
+        r = [[model(torch.tensor([e.prompt + y])).logits.item() for y in e.responses] for e in examples]
+    assert [tokenizer.decode(e.responses[0][-3:]) for e in examples] == ["good . <eos>"] * 9
+    want = {"loss": mean(-math.log(sigmoid(x - y)) for x, y in r), "rewards/chosen": mean(x for x, _ in r)}
+    runs = [go(data=data, eval_data=data, layout=layout, micro_batch_tokens=100) for layout in ("tree", "padded")]
+    assert {name: runs[0].train[0][name] for name in want} == pytest.approx(want, rel=1e-4, abs=1e-5)
+    for mine, theirs in zip(*(run.train + run.evals for run in runs), strict=True):
+        numbers = [{k: v for k, v in row.items() if "perf" not in k} for row in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-5)
+    trained = [[sum(mask) for mask in e.trained] for e in examples]
+    longer = mean((x > y) + 0.5 * (x == y) for x, y in trained)
+    assert runs[0].results["longer_wins"] == pytest.approx(longer) and longer < 1
+
+
 def test_the_gradient_is_that_of_the_library(world, go, monkeypatch):
     """Two rows, their pairs by hand, and autograd through transformers' own class: backbone and head."""
     rows = rankings(2)

@@ -205,6 +205,98 @@ def test_every_loss_from_its_value_at_the_start(loss, go, train_logps):
     assert run.evals[0]["eval/loss"] != run.evals[-1]["eval/loss"]
 
 
+def dialogues(n: int, seed: int = 0) -> list[dict]:
+    """Pairs of dialogues that part in their first answer. All chosen ones go on for a turn, and half of the others."""
+    said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    rows = []
+    for i, row in enumerate(pairs(n, seed)):
+        start, more = said("user", row["prompt"]), said("user", "it was" + " dull" * i) + said("assistant", "bad .")
+        sides = [start + said("assistant", row[side]) for side in ("chosen", "rejected")]
+        rows.append({"chosen": sides[0] + more, "rejected": sides[1] + (more if i % 2 else [])})
+    return rows
+
+
+@torch.no_grad()
+def masked_logps(model, examples) -> list[list[float]]:
+    """log pi of the trained tokens of every response by the library's own logits, a sequence at a time."""
+    found = []
+    for e in examples:
+        found.append([])
+        for response, mask in zip(e.responses, e.trained, strict=True):
+            logps = model(torch.tensor([e.prompt + response])).logits[0].double().log_softmax(-1)
+            scored = [j for j, trained in enumerate(mask) if trained]
+            found[-1].append(sum(logps[len(e.prompt) - 1 + j, response[j]].item() for j in scored))
+    return found
+
+
+@pytest.fixture(scope="session")
+def dialogue_logps(world):
+    """The pairs of dialogues, and the log-probs of their answers under the starting weights."""
+    write_rows(world / "dialogues.jsonl", dialogues(8))
+    examples = read(world / "dialogues.jsonl")
+    assert all(0 < sum(mask) < len(mask) for e in examples for mask in e.trained[:1])
+    return examples, masked_logps(load(world / "model"), examples)
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+def test_every_loss_on_dialogues_is_that_of_their_answers(loss, world, go, dialogue_logps, capsys):
+    """The first loss and log-probs by the library's logits at the trained tokens; both layouts give the same run."""
+    settings = {"length_penalty": 0.02, "nll_coef": 0.7, "dpop_lambda": 2.0, "gamma_beta_ratio": 0.4}
+    settings |= {"orpo_lambda": 0.2} | ({"label_smoothing": E} if loss in ("dpo", "robust", "exo") else {})
+    data = f"{world}/dialogues.jsonl"
+    settings |= {"loss": loss, "data": data, "eval_data": data, "max_steps": 2, "epochs": 2, "micro_batch_tokens": 120}
+    tree, padded = (go(layout=layout, **settings) for layout in ("tree", "padded"))
+    pairs = [*zip(*dialogue_logps, strict=True)]
+    want = mean(AT_ZERO[loss](*logps, *(sum(mask) for mask in e.trained)) for e, logps in pairs)
+    losses_at_first = [tree.train[0]["loss"], tree.evals[0]["eval/loss"]]
+    assert losses_at_first == pytest.approx([want, want], rel=1e-4)
+    for i, side in enumerate(("chosen", "rejected")):
+        assert tree.train[0][f"logps/{side}"] == pytest.approx(mean(logps[i] for _, logps in pairs), abs=1e-3)
+    for mine, theirs in zip(tree.train + tree.evals, padded.train + padded.evals, strict=True):
+        numbers = [{k: v for k, v in row.items() if "perf" not in k} for row in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-5)
+    weights = [load_file(run.out / "model.safetensors") for run in (tree, padded)]
+    assert all((x - weights[1][name]).abs().max() < 1e-4 for name, x in weights[0].items())
+
+
+def test_z0_of_kto_is_of_the_trained_tokens(world, go, dialogue_logps, monkeypatch):
+    seen = []
+
+    def spy(*args, z0=None, objective=train_dpo.objective):
+        seen.append(args[6])
+        return objective(*args)
+
+    monkeypatch.setattr(train_dpo, "objective", spy)
+    data, examples = f"{world}/dialogues.jsonl", read(world / "dialogues.jsonl", "unpaired")
+    others = [
+        dataclasses.replace(e, responses=[y], trained=[mask])
+        for e, (y, mask) in zip(examples, train_dpo.mismatched(examples * 2, 0), strict=False)
+    ]
+    largest = 0.0
+    for model, ref in (("model", "other"), ("other", "model")):  # one of them has a mean above 0
+        seen.clear()
+        go(loss="kto", data=data, eval_data=data, model=f"{world}/{model}", ref=f"{world}/{ref}", max_steps=1)
+        both = [masked_logps(load(world / name), others) for name in (model, ref)]
+        want = max(0.0, mean(x - y for [x], [y] in zip(*both, strict=True)))
+        assert seen[1].item() == pytest.approx(want, abs=1e-4)
+        largest = max(largest, want)
+    assert largest > 0.01
+
+
+def test_cached_reference_log_probs_are_of_the_trained_tokens(world, go, dialogue_logps, capsys):
+    """A second run reads them. Rows with the same tokens and another mask have log-probs of their own."""
+    examples, logps = dialogue_logps
+    data = f"{world}/dialogues.jsonl"
+    first, second = (go(data=data, eval_data=data, max_steps=1) for _ in range(2))
+    assert capsys.readouterr().out.count("reference log-probs: from") == 1
+    assert first.train[0]["logps/chosen_delta"] == pytest.approx(0, abs=1e-4)
+    assert first.train[0]["logps/chosen_delta"] == second.train[0]["logps/chosen_delta"]
+    model, tokenizer = load(world / "model"), reviews.tokenizer()
+    whole = [dataclasses.replace(e, trained=None) for e in examples]
+    keys = [refcache.cache_key(model, tokenizer, x)["rows"] for x in (examples, whole)]
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha", "chi_po"])
 def test_every_divergence(divergence, go):
     run = go(divergence=divergence, batch_size=22, max_steps=2, epochs=2, clip=3.0)
@@ -374,7 +466,7 @@ def test_kto_z0_is_of_the_whole_step_and_bco_delta_of_all_steps_before(world, go
     for model, ref in (("model", "other"), ("other", "model")):  # one of them has a mean above 0
         seen.clear(), steps.clear()
         go(loss="kto", batch_size=22, micro_batch_tokens=100, model=f"{world}/{model}", ref=f"{world}/{ref}")
-        others = [dataclasses.replace(e, responses=[mismatched[e.where]]) for e in steps[0]]
+        others = [dataclasses.replace(e, responses=[mismatched[e.where][0]]) for e in steps[0]]
         policy, reference = (plain_logps(load(world / name), others) for name in (model, ref))
         want = max(0.0, mean(x - y for [x], [y] in zip(policy, reference, strict=True)))
         assert len(seen) > 1 and [z0 for *_, z0 in seen] == pytest.approx([want] * len(seen), abs=1e-4)
@@ -402,7 +494,7 @@ def test_the_last_evaluation_has_its_own_z0_of_kto(world, go):
     run = go(loss="kto", model=f"{world}/other", ref=f"{world}/model", **flags)
     train, held = read(world / "train.jsonl", "unpaired"), read(world / "held.jsonl", "unpaired")
     other = train_dpo.mismatched(train + held, 0)
-    others = [dataclasses.replace(e, responses=[y]) for e, y in zip(train + held, other, strict=True)]
+    others = [dataclasses.replace(e, responses=[y]) for e, (y, _) in zip(train + held, other, strict=True)]
     models = load(run.out), load(world / "model")
 
     def ratios(examples):
@@ -430,7 +522,7 @@ def test_ties(world, go, tmp_path):
         go(loss="plackett_luce", data=data, eval_data=data)
     examples = load_examples(data, "preference", reviews.tokenizer(), train_dpo.Args())
     tied = str(write_rows(tmp_path / "tied.jsonl", rows[:4]))
-    with pytest.raises(BadInput, match="tied.jsonl: no ranking without ties is left to train on"):
+    with pytest.raises(BadInput, match="--data: no ranking without ties is left to train on"):
         go(loss="plackett_luce", data=tied, eval_data=data, ties="drop")
     seen = {ties: [e.ranks for e in without_ties(examples, ties, 0)] for ties in ("drop", "random")}
     assert seen["drop"] == [[2, 1, 3]] * 6
@@ -1033,7 +1125,7 @@ def test_files_and_models_that_are_not_there(script, world, tmp_path, monkeypatc
     cases = [
         ({"data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"eval_data": tmp_path / "none.jsonl"}, "none.jsonl: no such file or folder"),
-        ({"data": "somebody/something"}, "without a network, download it elsewhere"),
+        ({"data": "somebody/something"}, "without a network, run `hf download somebody/something --repo-type dataset"),
         ({"model": tmp_path / "no-model"}, "the folder has no causal language model"),
         ({"model": tmp_path / "none"}, "no such folder"),
         ({"model": "somebody/something"}, "hf download somebody/something --local-dir DIR"),
