@@ -38,6 +38,7 @@ import evaluate
 import train_ppo
 from rlhf import BadInput
 from rlhf.tree import collate
+from support import generate as sampling
 from support import models, report, reviews, runs, scoring
 from support.generate import answer, cached_logps, generate
 from support.report import ANSWER_STATS
@@ -824,16 +825,19 @@ def test_a_scorer_at_another_temperature_is_stopped(go, monkeypatch):
 
 
 def test_a_sampler_with_another_model_is_stopped(go, monkeypatch):
-    """What the cache computes is what the sampler saw: a model that answers otherwise there is found out."""
+    """What the cache computes is what the sampler saw: a model that answers otherwise there is found out, at the start
+    and, if only then, before an update."""
     forward = transformers.LlamaForCausalLM.forward
 
     def other(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        if kwargs.get("use_cache") and kwargs.get("logits_to_keep") == 1:
+        if kwargs.get("use_cache"):
             out.logits[..., 5] += 0.5
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", other)
+    stops(go, "llama: cannot be sampled from: log-probs differ by")
+    monkeypatch.setattr(sampling, "choose_sampler", lambda *args: "loop")
     stops(go, "sampler and scorer differ by")
 
 
@@ -1026,7 +1030,7 @@ def test_the_table_is_that_of_the_answers(world, go, monkeypatch, capfd):
     gold = []
     for side, answers, folder in zip(("before", "after"), seen, (world / "model", run.out), strict=True):
         rows = Rows(answers)
-        sampled = generate(load(folder), TOKENIZER, [e.prompt for e in answers], 7, 1.0, 0)
+        sampled = generate(load(folder), TOKENIZER, [e.prompt for e in answers], 7, 1.0, 0)[0]
         assert [e.responses for e in answers] == [[ids] for ids in sampled]
         with torch.no_grad():
             mine, theirs = (rows.taken(rows.distributions(load(x))) for x in (folder, world / "other"))
