@@ -1438,3 +1438,27 @@ def test_a_run_is_not_overwritten_and_other_flags_are_refused(world, straight, t
         train_ppo.main(dataclasses.replace(a, resume=True, advantage="remax", seed=3))
     assert "--advantage reinforce++ -> remax" in str(error.value) and "--seed 0 -> 3" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_on_policy_distillation(own, world, go):
+    """A reward of 0 and the exact KL to a teacher in the loss: the answers that the student samples come to be the
+    teacher's. recipes/distil.py has the command."""
+    own.fail = lambda prompts, responses, found: [0.0] * len(found)
+    run = go(
+        reward="own_reward:reward",
+        advantage="rloo",
+        kl_in="loss",
+        kl_coef=1.0,
+        kl_estimator="exact",
+        epochs_per_rollout=1,
+        batch_size=12,
+        max_steps=60,
+    )
+    teacher, batching = load(world / "other"), scoring.Batching("padded", 0)
+    distances = []
+    for policy, rollout in ((load(world / "model"), run.rollouts[0]), (load(run.out), run.rollouts[-1])):
+        with torch.no_grad():
+            exact = lambda batch, policy=policy: scoring.exact_kl(policy, teacher, batch)  # noqa: E731
+            distances.append(scoring.per_token(exact, rollout.examples, batching).mean().item())
+    assert distances[0] > 0.1 and distances[1] < 0.2 * distances[0]
