@@ -31,7 +31,7 @@ from rlhf import advantages, losses, require
 from rlhf.tree import collate, send
 from support import models, report, reviews, runs, scoring, sharding
 from support.examples import Example, held_out, load, probes, show
-from support.generate import answer, cached_logps, end_ids
+from support.generate import answer, end_ids
 from support.parallel import gather, shares
 from support.rewards import load_reward
 from support.rows import prompt_of
@@ -116,6 +116,12 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     overlong: Literal["keep", "mask"] = "keep"
     """mask: the policy's loss leaves out answers that were cut at --max-new-tokens, which still count in the baseline
     of the others"""
+    sampler_correction: Literal["none", "token", "sequence"] | None = None
+    """importance weights of the loss where sampling computes other log-probs than training. token: p_train / p_sampler
+    of each token, at most --sampler-cap; sequence: that of the whole answer, or 0 above --sampler-cap. Default:
+    sequence in bfloat16, none in float32, in which the two must agree"""
+    sampler_cap: float | None = None
+    """see --sampler-correction, > 0; default 3 (token: 2)"""
     resample_groups: int = 0
     """if the answers to a prompt all score the same, a group method learns nothing from them: they are replaced by
     answers to the epoch's next prompts, in at most this many more rounds of sampling, >= 0"""
@@ -193,6 +199,7 @@ class Rollout:
     advantages: Tensor  # [n]
     returns: Tensor | None  # [n], the critic's regression target
     kept: Tensor  # [p k], 1 for answers that are in the policy's loss, else 0; on the CPU
+    weights: Tensor  # [n], of the policy's loss, from --sampler-correction
 
     def by_prompt(self, name: str) -> list[Tensor]:
         """A per-token tensor, split by prompt."""
@@ -254,6 +261,8 @@ def main(a: Args) -> dict[str, float]:
     clip_range, clip_high = (3e-4, 4e-4) if sequence else (0.2, 0.2)  # GSPO's and PPO's
     defaults = defaults | {"clip_range": clip_range, "clip_high": a.clip_range or clip_high}
     defaults["average"] = "responses" if sequence else AVERAGES[a.advantage]
+    correction = a.sampler_correction or ("sequence" if a.dtype == "bfloat16" else "none")
+    defaults |= {"sampler_correction": correction, "sampler_cap": 2.0 if correction == "token" else 3.0}
     a = runs.with_defaults(a, defaults)
     check_flags(a)
     run = runs.start(a, __file__)
@@ -406,6 +415,10 @@ def main(a: Args) -> dict[str, float]:
         values = None
         if critic:
             values = scoring.per_token(lambda batch: scoring.token_values(critic, batch, dtype), examples, batching)
+        sampled = torch.tensor([x for e in examples for y in e.sampled_logps for x in y], device=a.device)
+        weights = torch.ones_like(logps)
+        if a.sampler_correction != "none":
+            weights = advantages.sampler_weights(logps, sampled, lengths, a.sampler_correction, a.sampler_cap)
         k1 = logps - ref_logps
         if a.kl_estimator == "exact":
             exact = lambda batch: scoring.exact_kl(policy, reference, batch, dtype, a.temperature)  # noqa: E731
@@ -414,7 +427,7 @@ def main(a: Args) -> dict[str, float]:
             kl = advantages.kl_estimate(k1, a.kl_estimator)
         estimates, returns = compute_advantages(a, kl_coef, kl, scores, lengths, values, greedy)
         kept = rearrange(ended.float() if a.overlong == "mask" else torch.ones(len(ended)), "(p k) -> p k", k=a.k).cpu()
-        rollout = Rollout(examples, logps, ref_logps, values, estimates, returns, kept)
+        rollout = Rollout(examples, logps, ref_logps, values, estimates, returns, kept, weights)
 
         # ------------------------------------------------------------------------------ minibatch epochs on the rollout
         share = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
@@ -437,7 +450,7 @@ def main(a: Args) -> dict[str, float]:
                     totals["critic_norm"] = sharding.clip_gradients(critic_optimizer, a.max_grad_norm)
                 parts.append(numbers(totals))
                 if len(parts) == 1:
-                    guard(a, policy, rollout, step, parts[0]["gap"], batching)
+                    guard(a, policy, rollout, step, parts[0]["gap"], (logps - sampled).abs().max().item())
                 for loss, norm in (("loss/policy", "grad_norm"), ("loss/value", "critic_norm"))[: 1 + bool(critic)]:
                     run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
                 optimizer.step()
@@ -453,6 +466,9 @@ def main(a: Args) -> dict[str, float]:
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
+            "sampler/log_ratio": (logps - sampled).mean().item(),
+            "sampler/log_ratio_max": (logps - sampled).abs().max().item(),
+            "sampler/kl": advantages.kl_estimate(sampled - logps, "k3").mean().item(),
             "objective/scores": raw.mean().item(),
             "objective/kl": mean_kl,
             "objective/entropy": entropy.mean().item(),
@@ -465,6 +481,9 @@ def main(a: Args) -> dict[str, float]:
         if a.k > 1:
             grouped = rearrange(scores, "(p k) -> p k", k=a.k)
             metrics["frac_reward_zero_std"] = (grouped.std(1) < 1e-4).float().mean().item()
+        if a.sampler_correction != "none":
+            cut = weights == (a.sampler_cap if a.sampler_correction == "token" else 0)
+            metrics["sampler/cut"] = cut.float().mean().item()
         if a.resample_groups:
             metrics["resampled"] = replaced / len(examples)
         if critic:
@@ -526,7 +545,7 @@ def main(a: Args) -> dict[str, float]:
 def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef: float, batching: Batching):
     """Backpropagate one minibatch, the rollout's prompts at these places; returns its metrics."""
     examples = [rollout.examples[i] for i in places]
-    names = ["logps", "ref_logps", "advantages", *(["values", "returns"] if critic else [])]
+    names = ["logps", "ref_logps", "advantages", "weights", *(["values", "returns"] if critic else [])]
     by_prompt = {name: rollout.by_prompt(name) for name in names}
     lengths = torch.tensor([len(r) for e in examples for r in e.responses])
     tokens = float(sum(len(r) for e in examples for r in e.responses))
@@ -537,7 +556,8 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
         answers = torch.tensor([len(r) for i in group for r in examples[i].responses])
-        weights = weight * send(torch.cat([by_answer[i] for i in group]).repeat_interleave(answers), a.device)
+        weights = torch.cat([by_answer[i] for i in group]).repeat_interleave(answers)
+        weights = weight * send(weights, a.device) * old["weights"]
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)
         else:
@@ -586,28 +606,24 @@ def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batchin
     return {"loss/ptx": total}
 
 
-def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, batching: Batching) -> None:
+def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap: float) -> None:
     """In float32, raise BadInput unless sampling, scoring and loss agree on log-probs before a rollout's first update.
 
-    `gap` is the `relative_gap` between scoring and loss in the first minibatch. Up to two answers (after the first step
-    only 16 tokens of each) are also scored token by token with a cache, as in sampling. This catches log-probs at
-    another temperature, dropout, attention that leaks and a wrong shift.
+    `gap` is the `relative_gap` between scoring and loss in the first minibatch, `sampling_gap` the largest difference
+    in nats between sampling, token by token with a cache, and scoring. This catches log-probs at another temperature,
+    dropout, attention that leaks and a wrong shift.
     """
-    e, logps = rollout.examples[0], rollout.by_prompt("logps")[0]
-    two = [response[: 16 if step else None] for response in e.responses[:2]]
-    prompts = [e.prompt] * len(two)
-    sampled = torch.cat(cached_logps(policy, prompts, two, a.temperature, batching.pad_id, batching.dtype))
-    scored = [x[: len(r)] for x, r in zip(logps.split([*map(len, e.responses)]), two, strict=False)]
-    cache_gap = (sampled - torch.cat(scored)).abs().max().item()
     if a.dtype != "float32":
         if step == 0:
-            gaps = f"scoring and loss differ by {gap:.3g} (relative), sampling and scoring by {cache_gap:.3g} nats"
+            gaps = f"scoring and loss differ by {gap:.3g} (relative), sampling and scoring by {sampling_gap:.3g} nats"
             print(f"guard: in {a.dtype} {gaps}")
         return
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
     problem = f"step {step + 1}: before its first update, the log-probs of"
     require(gap < rounding, f"{problem} scoring and loss differ by {gap:.3g} (relative), more than rounding")
-    require(cache_gap < 1e-3, f"{problem} sampling and scoring differ by {cache_gap:.3g} nats, more than rounding")
+    require(
+        sampling_gap < 1e-3, f"{problem} sampling and scoring differ by {sampling_gap:.3g} nats, more than rounding"
+    )
     if step == 0 and not a.ref:
         ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
         require(ref_gap < rounding, f"step 1: the log-probs of policy and reference differ by {ref_gap:.3g} (relative)")

@@ -221,7 +221,7 @@ def run_sampling(case: dict, device: str) -> dict:
 
     def sample() -> list[list[int]]:
         if options is None:
-            return generate.generate(model, tokenizer, prompts, case["tokens"], k=k, dtype=dtype)
+            return generate.generate(model, tokenizer, prompts, case["tokens"], k=k, dtype=dtype)[0]
         return rollout.library(model, tokenizer, prompts, case["tokens"], 1.0, k, **options)
 
     sample()

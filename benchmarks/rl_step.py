@@ -69,10 +69,10 @@ def ours(job: dict) -> dict:
 
     def watched_generate(model, tokenizer, prompts, *args, **kwargs):
         began = time.perf_counter()
-        sample(model, tokenizer, prompts, *args, **kwargs)
+        _, logps = sample(model, tokenizer, prompts, *args, **kwargs)
         sampled.append(time.perf_counter())
         phases.append({"rollout": sampled[-1] - began})
-        return [answer for prompt in prompts for answer in given[compare.key(prompt)]]
+        return [answer for prompt in prompts for answer in given[compare.key(prompt)]], logps
 
     def watched_update(a, policy, reference, critic, rollout, *args, **kwargs):
         phases[-1].setdefault("scoring", time.perf_counter() - sampled[-1])

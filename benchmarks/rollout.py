@@ -55,7 +55,7 @@ def worker(side: str, job: dict) -> dict:
     def sample(temperature: float, tokens: int) -> list[list[int]]:
         if side == "library":
             return library(model, tokenizer, prompts, tokens, temperature, k)
-        return generate(model, tokenizer, prompts, tokens, temperature, k=k)
+        return generate(model, tokenizer, prompts, tokens, temperature, k=k)[0]
 
     greedy = sample(0.0, 16)
     passes = []

@@ -118,6 +118,9 @@ class Example:
     row: dict
     rewards: list[float] | None = None  # ranked by a simulated annotator: the true rewards of the responses
     noise: float | None = None  # ranked by a simulated annotator: the scale of the noise on those rewards
+    sampled_logps: list[list[float]] | None = (
+        None  # sampled responses: each token's log-prob in nats, when it was drawn
+    )
 
     @property
     def lengths(self) -> list[int]:

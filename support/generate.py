@@ -1,22 +1,41 @@
-"""Batched sampling with the library's own `generate`, from exactly softmax(logits / temperature)."""
+"""Sampling from exactly softmax(logits / temperature), with a decode loop of our own (support/decode.py).
 
-import inspect
-import math
-from collections.abc import Sequence
+A token is drawn by inverting the distribution at one uniform number, a hash of seed, prompt, answer and token number.
+So an answer depends on no other row: neither on the batch, nor on rows that leave it, nor on the number of processes.
+
+Before a model is first used, `choose_sampler` compares its log-probs of given tokens, as each of three ways of sampling
+computes them, with those of support/scoring.py. The first that agrees samples:
+
+    loop      our loop: any transformer whose keys and values fit in fixed places
+    library   the library's `generate`, with prompts of several lengths padded to the left
+    alone     the library's `generate`, with one row at a time (a model that ignores the mask, or mixes up rows)
+"""
+
+import hashlib
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import transformers
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from rlhf import require
-from support import models, parallel, reviews, sharding, tokens
+from rlhf.tree import Tree
+from support import decode, models, parallel, reviews, scoring, sharding, tokens
 from support.examples import Example
-from support.sharding import as_forward
+
+MEANS = {
+    "loop": "the decode loop",
+    "library": "the library's generate",
+    "alone": "the library's generate, one answer at a time",
+}
+_samplers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {dtype: (tokens checked, its sampler)}
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -37,105 +56,214 @@ def generate(
     batch_size: int = 256,
     k: int = 1,
     dtype: torch.dtype = torch.float32,
-) -> list[list[int]]:
-    """k responses (token ids, with the EOS if it was reached) to each prompt (token ids), prompt after prompt.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """k responses (token ids, with the EOS if it was reached) to each prompt (token ids), prompt after prompt; and the
+    log-prob (nats) of each of their tokens under the distribution that it was drawn from.
 
-    y_i ~ softmax(logits / temperature), and greedy at temperature 0. The model's own generation settings (top-k, top-p,
-    repetition penalty, ...) are left out, so that log-probs scored later are those of the sampling distribution. The
-    same seed, prompts and batch size give the same responses; the global random state is not touched. Prompts of
-    similar length share a batch of `batch_size` sequences, which ends with its longest. A prompt is encoded once, and
-    its k responses start from copies of its cache. If the model has learnt a number of positions, responses are cut at
-    the last one. Several processes (support/parallel.py) each sample their share of every batch; together they sample
-    what one process does, up to rounding. Matrix products are in `dtype`.
+    y_i ~ softmax(logits / temperature); at temperature 0 greedy, with log-probs at temperature 1. The model's own
+    generation settings (top-k, top-p, repetition penalty, ...) are left out. The same seed and prompt give the same
+    responses, up to rounding, whatever the other prompts, `batch_size` (in sequences) and the number of processes
+    (support/parallel.py) are; a prompt that is asked again gets other ones. The global random state is not used. If the
+    model has learnt a number of positions, a response is cut at the last one. Matrix products are in `dtype`.
     """
-    models.set_attention(model.eval(), packed=False)
-    device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), models.pad_id(tokenizer)
-    pad = min(pad, model.get_input_embeddings().num_embeddings - 1)  # it is masked: any id that the model has will do
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, do_sample=temperature > 0, top_k=0
-    )
-    if temperature > 0:
-        config.temperature = temperature
-    if parallel.several():
-        config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, do_sample=False)
+    pad, limit = _filler(model, models.pad_id(tokenizer)), models.positions(model)
+    if not prompts:
+        return [], []
+    longest = max(map(len, prompts))
+    require(limit is None or longest < limit, f"a prompt has {longest} tokens, and the model {limit} positions")
+    sampler = choose_sampler(model, prompts, max_new_tokens, pad, dtype)
+    if sampler == "alone":
+        prompts, k, batch_size = [p for p in prompts for _ in range(k)], 1, 1
+    ends, keys, prompts_at_once = end_ids(model, tokenizer), noise_keys(seed, prompts, k), max(batch_size // k, 1)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[list[int]]] = [[] for _ in prompts]
-    prompts_at_once = max(batch_size // k, 1)
-    original_config, model.generation_config = model.generation_config, transformers.GenerationConfig()
-    try:
-        random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with models.eager(model), random_state, sharding.gathered(model, dtype), sharding.autocast(model, dtype):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), prompts_at_once):
-                group = order[start : start + prompts_at_once]
-                width, local_group = max(len(prompts[i]) for i in group), parallel.local_items(group)
-                padding = [width - len(prompts[i]) for i in local_group]
-                ids = [[pad] * n + prompts[i] for n, i in zip(padding, local_group, strict=True)]
-                mask = [[0] * n + [1] * (width - n) for n in padding]
-                if limit := models.positions(model):
-                    require(width < limit, f"a prompt has {width} tokens, and the model {limit} positions")
-                    config.max_new_tokens = min(max_new_tokens, limit - width)
-                ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
-                cache = repeated_cache(model, ids[:, :-1], mask[:, :-1], k) if k > 1 and width > 1 else None
-                ids, mask = (repeat(x, "p t -> (p k) t", k=k) for x in (ids, mask))
-                extra = _in_step(local_group, group, k, width, temperature, ends) | {cache_name(model): cache}
-                out = model.generate(ids, attention_mask=mask, generation_config=config, **extra)
-                sampled = out[:, width:].tolist()
-                for place, i in enumerate(local_group):
-                    for tokens in sampled[place * k : (place + 1) * k]:
-                        stop = next((j + 1 for j, token in enumerate(tokens) if token in ends), len(tokens))
-                        responses[i].append(tokens[:stop])
-    finally:
-        model.generation_config = original_config
-    responses = [next(filter(None, answers)) for answers in zip(*parallel.gather([responses]), strict=True)]
-    return [response for answers in responses for response in answers]
+    responses: dict[int, list[tuple[list[int], list[float]]]] = {}
+    for start in range(0, len(order), prompts_at_once):
+        group = order[start : start + prompts_at_once]
+        local_group = parallel.local_items(group)
+        asked = [prompts[i] for i in local_group]
+        group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
+        most = [min(max_new_tokens, limit - len(p)) if limit else max_new_tokens for p in asked for _ in range(k)]
+        choose = sampling(group_keys, temperature)
+        drawn = [x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype)]
+        for place, i in enumerate(local_group):
+            rows = range(place * k, (place + 1) * k)
+            stops = [_stop(drawn[0][row][: most[row]], ends) for row in rows]
+            responses[i] = [tuple(x[row][:stop] for x in drawn) for row, stop in zip(rows, stops, strict=True)]
+    responses = dict(parallel.gather([*responses.items()]))
+    ids, logps = zip(*(response for i in range(len(prompts)) for response in responses[i]), strict=True)
+    return [*ids], [*logps]
 
 
-def _in_step(
-    local_group: Sequence[int], group: Sequence[int], k: int, width: int, temperature: float, ends: Sequence[int]
-) -> dict[str, Any]:
-    """Arguments with which the library's greedy, endless `generate` samples on several processes what one would sample.
+def _stop(ids: list[int], ends: Sequence[int]) -> int:
+    """The number of tokens up to the first end."""
+    return next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
 
-    Every process draws the noise of torch.multinomial for the whole group and uses its own prompts' rows, and none
-    stops before all responses have ended. `width` is that of the padded prompts. Empty in one process.
-    """
-    if not parallel.several():
-        return {}
-    rows = [group.index(i) * k + j for i in local_group for j in range(k)]
 
-    def draw(_, logits: Tensor) -> Tensor:
-        noise = torch.empty(len(group) * k, logits.shape[1], device=logits.device).exponential_()[rows]
-        drawn = (logits / temperature).softmax(-1).div(noise).argmax(-1, keepdim=True)
-        return torch.full_like(logits, -math.inf).scatter(1, drawn, 0.0)
+def _filler(model, pad_id: int) -> int:
+    """An id for places that are masked: any that the model has will do."""
+    return min(pad_id, model.get_input_embeddings().num_embeddings - 1)
+
+
+# --------------------------------------------------------------------------------------------------- drawing one token
+
+Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # logits, rows, number of the token -> token, logp
+
+
+def noise_keys(seed: int, prompts: Sequence[list[int]], k: int) -> list[list[int]]:
+    """A 64-bit key for each prompt's k answers: a hash of seed, prompt, and the number of the answer to it."""
+    asked: Counter = Counter()
+    keys = []
+    for prompt in prompts:
+        text = f"{seed} {prompt}"
+        digests = [hashlib.sha256(f"{text} {asked[text] + i}".encode()).digest() for i in range(k)]
+        keys.append([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
+        asked[text] += k
+    return keys
+
+
+def uniform(keys: Int[Tensor, " b"], number: Int[Tensor, "1"]) -> Float64[Tensor, " b"]:
+    """Number `number` of each key's own stream of uniform numbers in (0, 1): SplitMix64 (Steele et al. 2014), of whose
+    64 bits 50 are used. All of them are exact, and none is 0 or rounds to 1."""
+    x = keys + (number + 1) * -0x61C8864680B583EB  # 64-bit integers wrap; the factors are the paper's, signed
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (((x >> 14) & ((1 << 50) - 1)).double() + 0.5) * 2.0**-50
+
+
+def sampling(keys: Int[Tensor, " b"], temperature: float) -> Choose:
+    """Draw the first token at which the cumulative distribution exceeds the row's uniform number; greedy at temperature
+    0. The sums are float64, so that a token as rare as 1e-12 comes as often as it should."""
+
+    def choose(logits, rows, number):
+        logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            sums = logps.exp().cumsum(-1, dtype=torch.float64)
+            wanted = uniform(keys[rows], number) * sums[:, -1]
+            token = torch.searchsorted(sums, wanted[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        return token, logps.gather(1, token[:, None])[:, 0]
+
+    return choose
+
+
+def given(responses: Sequence[list[int]], temperature: float, device: torch.device) -> Choose:
+    """Take the tokens of given responses, and 0 after them."""
+    width = max(map(len, responses))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in responses], device=device)
+
+    def choose(logits, rows, number):
+        token = ids[rows, number]
+        return token, (logits.float() / temperature).log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    return choose
+
+
+# --------------------------------------------------------------------------------------- which code computes the logits
+
+
+def _run(sampler: str, model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int, dtype: torch.dtype):
+    """Tokens and log-probs of k answers to each prompt, (p k) rows of max(most); what follows a row's end is void."""
+    models.set_attention(model.eval(), packed=False)
+    way = decode.decode if sampler == "loop" else _library
+    with models.eager(model), sharding.gathered(model, dtype), sharding.autocast(model, dtype):
+        return way(model, prompts, k, most, choose, ends, pad, dtype)
+
+
+def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int, dtype: torch.dtype):
+    """`_run` with the library's `generate`, from prompts padded to the left. `choose` is a logits processor that leaves
+    only its token possible."""
+    device, width = model.device, max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    ids, mask = (repeat(torch.tensor(x, device=device), "p t -> (p k) t", k=k) for x in (ids, mask))
+    rows, ends, logps = torch.arange(len(ids), device=device), torch.tensor(ends, device=device), []
+
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:
+        token, logp = choose(logits, rows, torch.full((1,), ids.shape[1] - width, device=device))
+        logps.append(logp)
+        return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
 
     def all_ended(ids: Tensor, _) -> Tensor:
-        waiting = (~torch.isin(ids[:, width:], torch.tensor(ends, device=ids.device)).any(1)).sum()
-        dist.all_reduce(waiting)
-        return (waiting == 0).expand(len(ids))
+        waiting = len(ids) - int(torch.isin(ids[:, width:], ends).any(1).sum())
+        return torch.full((len(ids),), parallel.add_up(waiting, device) == 0, device=device)
 
-    return {
-        "logits_processor": transformers.LogitsProcessorList([draw] if temperature else []),
-        "stopping_criteria": transformers.StoppingCriteriaList([all_ended]),
-    }
+    limit = models.positions(model)
+    number = min(max(most), limit - width) if limit else max(most)
+    config = transformers.GenerationConfig(max_new_tokens=number, pad_token_id=pad, do_sample=False)
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=transformers.LogitsProcessorList([draw]),
+            stopping_criteria=transformers.StoppingCriteriaList([all_ended]),
+        )
+    finally:
+        model.generation_config = own
+    return out[:, width:], torch.stack(logps, 1)
 
 
-def cache_name(model) -> str:
-    """The library's keyword for a key-value cache: "cache" from version 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad: int, dtype: torch.dtype) -> str:
+    """loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are of three
+    lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the layout check
+    (`scoring.tolerance`). It prints a line if it is not the loop. BadInput if none agrees.
+
+    The result is remembered with the model object, for sequences of up to the length that was checked.
+    """
+    longest, shortest = max(prompts, key=len), min(prompts, key=len)
+    length, limit = 1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model)
+    length = min(length, limit) if limit else length
+    checked, before = _samplers.setdefault(model, {}).get(dtype, (0, "loop"))
+    if checked >= length:
+        return before
+    text = [*itertools.islice(itertools.cycle(longest), length)]
+    n = min(8, length - 1)
+    rows = [(text[:-n], text[-n:]), (text[: -(-(length - n) // 2)], text[:n]), (shortest[: length - n], text[:n])]
+    rows = [SimpleNamespace(prompt=prompt, responses=[response], trained=None) for prompt, response in rows]
+    batching = scoring.Batching("padded", pad, dtype)
+    with models.eager(model):
+        plain = torch.cat([scoring.token_numbers(model, [row], batching, "padded") for row in rows])
+        allowed = scoring.tolerance(model, rows, plain, batching)
+    reasons = {}
+    for sampler in MEANS:
+        reasons[sampler] = next(
+            filter(None, parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])), None
+        )
+        if not reasons[sampler]:
+            break
+    kind = model.config.model_type
+    require(not reasons[sampler], f"{kind}: cannot be sampled from: {reasons[sampler]}")
+    if sampler != before:
+        print(f"sampling: with {MEANS[sampler]}, because the decode loop does not fit {kind} ({reasons['loop']})")
+    _samplers[model][dtype] = length, sampler
+    return sampler
 
 
-@as_forward
-def repeated_cache(model, ids: Int[Tensor, "p t"], mask: Int[Tensor, "p t"], k: int):
-    """The key-value cache of these left-padded tokens, k times each, from which `generate` continues. None if the model
-    has no cache, or one that cannot be repeated (linear attention)."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    cache = getattr(out, cache_name(model), None)
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+def _misfit(
+    sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pad: int, dtype: torch.dtype
+) -> str | None:
+    """Why a way of sampling does not fit the model; None if its log-probs are `plain`, up to `allowed`."""
+    groups = [[row] for row in rows] if sampler == "alone" else [rows]
+    try:
+        logps = [x for group in groups for x in _given_logps(sampler, model, group, 1.0, pad, dtype)]
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the code of an architecture stumbles over
+        return " ".join(f"{type(error).__name__}: {error}".split())[:100]
+    difference = (torch.cat(logps) - plain).abs().max().item()
+    if difference <= allowed:
         return None
-    cache.batch_repeat_interleave(k)
-    return cache
+    return f"log-probs differ by {difference:.2g}, where rounding explains {allowed:.2g}"
+
+
+def _given_logps(sampler: str, model, rows: Sequence[Tree], temperature: float, pad: int, dtype: torch.dtype):
+    """Log-probs of each row's response, as this way of sampling computes them."""
+    prompts, responses = [row.prompt for row in rows], [row.responses[0] for row in rows]
+    choose = given(responses, temperature, model.device)
+    _, logps = _run(sampler, model, prompts, 1, [*map(len, responses)], choose, [], pad, dtype)
+    return [x[: len(r)] for x, r in zip(logps, responses, strict=True)]
 
 
 @torch.no_grad()
@@ -147,23 +275,16 @@ def cached_logps(
     pad_id: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[Float[Tensor, " n"]]:
-    """Log-probs (nats) of given response tokens, one by one with the key-value cache and left padding: as they were
-    computed while `generate` sampled them. For comparison with what scores them."""
-    models.set_attention(model.eval(), packed=False)
-    device, width = next(model.parameters()).device, max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions, cache, columns = (mask.cumsum(1) - 1).clamp(min=0), None, []
-    for t in range(max(map(len, responses))):
-        state = {"attention_mask": mask, "position_ids": positions, cache_name(model): cache}
-        with models.eager(model), sharding.autocast(model, dtype):
-            out = model(ids, **state, use_cache=True, logits_to_keep=1)
-        ids = torch.tensor([[r[t] if t < len(r) else pad_id] for r in responses], device=device)
-        columns.append((out.logits[:, -1].float() / temperature).log_softmax(-1).gather(1, ids)[:, 0])
-        cache, positions = out[cache_name(model)], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-    rows = torch.stack(columns, 1)
-    return [row[: len(r)] for row, r in zip(rows, responses, strict=True)]
+    """Log-probs (nats) of given response tokens, as `generate` computes them while it samples: one by one, with a
+    key-value cache. For comparison with what scores them."""
+    pad = _filler(model, pad_id)
+    sampler = choose_sampler(model, prompts, max(map(len, responses)), pad, dtype)
+    rows = [SimpleNamespace(prompt=p, responses=[r], trained=None) for p, r in zip(prompts, responses, strict=True)]
+    groups = [[row] for row in rows] if sampler == "alone" else [rows]
+    return [x for group in groups for x in _given_logps(sampler, model, group, temperature, pad, dtype)]
+
+
+# ------------------------------------------------------------------------------------------------- answers to examples
 
 
 def answer(
@@ -179,14 +300,14 @@ def answer(
 ) -> list[Example]:
     """The examples' prompts with k sampled responses each, in place of their own; arguments as in `generate`."""
     prompts = [e.prompt for e in examples]
-    ids = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed, batch_size, k, dtype)
+    ids, logps = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed, batch_size, k, dtype)
     pieces = tokens.Pieces(tokenizer)
     contexts = [pieces.context(e.prompt_text) for e in examples]
     texts = [pieces.decode(contexts[i // k], response) for i, response in enumerate(ids)]
     places = [slice(i * k, (i + 1) * k) for i in range(len(examples))]
     unknown = {"ranks": [1] * k, "labels": None, "trained": None, "margin": None, "probability": 1.0}
     return [
-        replace(e, responses=ids[place], response_texts=texts[place], **unknown)
+        replace(e, responses=ids[place], response_texts=texts[place], sampled_logps=logps[place], **unknown)
         for e, place in zip(examples, places, strict=True)
     ]
 

@@ -54,6 +54,15 @@ def gather(items: list) -> list:
     return [item for local_items in lists for item in local_items]
 
 
+def add_up(number: int, device: torch.device) -> int:
+    """The sum of all processes' numbers, each sent from the process's device."""
+    if not several():
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
 def on_main(function: Callable[[], Any]) -> Any:
     """Run function() on the main process and broadcast its result or its BadInput: for what is costly or varies."""
     if not several():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlhf import BadInput, require
 from rlhf.logprobs import Head, token_kl, token_logps
-from rlhf.tree import Batch, collate, tokens
+from rlhf.tree import Batch, Tree, collate, tokens
 from support import models, parallel
 from support.examples import Example
 from support.sharding import as_forward
@@ -209,7 +209,7 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     """
     rows = _probe_rows(examples)
     check_positions(model, examples)
-    plain = torch.cat([_token_numbers(model, [e], batching, "padded") for e in rows])
+    plain = torch.cat([token_numbers(model, [e], batching, "padded") for e in rows])
     check_against_library(model, rows, plain, batching)
     if batching.layout == "padded":
         return "padded"
@@ -243,30 +243,33 @@ def check_against_library(model, rows: Sequence[Example], plain: Float[Tensor, "
 
 
 def compare_layouts(model, rows: Sequence[Example], plain: Float[Tensor, " n"], batching: Batching) -> str | None:
-    """Why the tree layout does not fit the model; None if it does. `plain`: the numbers, one padded example at a time.
-
-    The tolerance is 1e-4 (nats, or reward) a token. In half precision it is 4 times the difference of two padded
-    batchings of the same rows, and at least the rounding of the largest number.
-    """
-    tolerance = 1e-4
-    if batching.dtype != torch.float32:
-        together = _token_numbers(model, rows, batching, "padded")
-        rounding = torch.finfo(batching.dtype).eps / 2 * plain.abs().max().item()
-        tolerance = max(tolerance, rounding, 4 * (together - plain).abs().max().item())
+    """Why the tree layout does not fit the model; None if it does. `plain`: the numbers, one padded row at a time."""
+    allowed = tolerance(model, rows, plain, batching)
     try:
-        tree_numbers = _token_numbers(model, rows, batching, "tree")
+        tree_numbers = token_numbers(model, rows, batching, "tree")
         difference = (tree_numbers - plain).abs().max().item()
         leak = _leak(model, rows, tree_numbers, batching)
     except torch.cuda.OutOfMemoryError:
         raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError, ImportError, OSError) as error:
         return str(error).split("\n")[0]
-    if max(difference, leak) <= tolerance:
+    if max(difference, leak) <= allowed:
         return None
     return (
         f"the layouts differ by {difference:.2g} at a token and a branch moves another by {leak:.2g}, "
-        f"where rounding explains {tolerance:.2g}"
+        f"where rounding explains {allowed:.2g}"
     )
+
+
+def tolerance(model, rows: Sequence[Tree], plain: Float[Tensor, " n"], batching: Batching) -> float:
+    """How far two ways to compute these rows' token numbers may differ at a token: 1e-4 (nats, or reward). In half
+    precision 4 times the difference of two padded batchings, and at least the rounding of the largest number. `plain`
+    are the numbers, one padded row at a time."""
+    if batching.dtype == torch.float32:
+        return 1e-4
+    together = token_numbers(model, rows, batching, "padded")
+    rounding = torch.finfo(batching.dtype).eps / 2 * plain.abs().max().item()
+    return max(1e-4, rounding, 4 * (together - plain).abs().max().item())
 
 
 def _probe_rows(examples: Sequence[Example]) -> list[Example]:
@@ -276,7 +279,7 @@ def _probe_rows(examples: Sequence[Example]) -> list[Example]:
     return [min(examples, key=tokens), longest, *([largest] if largest is not longest else [])]
 
 
-def _token_numbers(model, examples: Sequence[Example], batching: Batching, layout: str) -> Float[Tensor, " n"]:
+def token_numbers(model, examples: Sequence[Tree], batching: Batching, layout: str) -> Float[Tensor, " n"]:
     """What the layouts must agree on at each response token, from one batch of all these examples."""
     batch = collate(examples, layout, batching.pad_id, next(model.parameters()).device)
     if models.has_reward_head(model):
@@ -331,5 +334,5 @@ def _leak(model, rows: Sequence[Example], before: Float[Tensor, " n"], batching:
     changed = [t - 1 if t else 1 for t in rows[0].responses[0]]
     changed_rows = [replace(rows[0], responses=[changed, *rows[0].responses[1:]]), *rows[1:]]
     first_branch = sum(rows[0].trained[0]) if rows[0].trained else len(changed)
-    moved = (_token_numbers(model, changed_rows, batching, "tree") - before)[first_branch:]
+    moved = (token_numbers(model, changed_rows, batching, "tree") - before)[first_branch:]
     return moved.abs().max().item() if len(moved) else 0.0

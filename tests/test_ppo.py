@@ -38,6 +38,7 @@ import evaluate
 import train_ppo
 from rlhf import BadInput
 from rlhf.tree import collate
+from support import generate as sampling
 from support import models, report, reviews, runs, scoring
 from support.generate import answer, cached_logps, generate
 from support.report import ANSWER_STATS
@@ -316,14 +317,14 @@ def per(a, rows: Rows):
     return each / a.max_new_tokens / answers
 
 
-def wanted(world, run, of, update):
-    """Gradients and metrics of one update, at the weights that it found."""
+def wanted(world, run, of, update, factor=1.0):
+    """Gradients and metrics of one update, at the weights that it found; `factor` [b t] weighs the policy's loss."""
     a, k = run.a, run.a.k
     at = torch.tensor([i * k + j for i in update.places for j in range(k)])
     rows = Rows([run.rollouts[0].examples[i] for i in update.places])
     width = rows.ids.shape[1]
     cut = lambda x: x[at][:, :width]  # noqa: E731
-    policy, weights = load(world / "model"), per(a, rows)
+    policy, weights = load(world / "model"), per(a, rows) * (cut(factor) if torch.is_tensor(factor) else factor)
     policy.load_state_dict(update.policy)
     p = rows.distributions(policy, a.temperature)
     logps, old, A = rows.taken(p), cut(of.logps), cut(of.advantages)
@@ -453,8 +454,62 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
     [metrics] = run.metrics
     assert {name: metrics[name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
     assert metrics["policy/clipfrac"] > 0 and abs(metrics["objective/kl"]) > 0.1  # else little was tested
-    known = {"step", *want} | (set() if critics else {"loss/value"})  # whether that belongs there: the test below
+    sampler = {"sampler/log_ratio", "sampler/log_ratio_max", "sampler/kl"}
+    assert max(abs(metrics[name]) for name in sampler) < 1e-4
+    known = {"step", *want, *sampler} | (
+        set() if critics else {"loss/value"}
+    )  # whether that belongs there: the test below
     assert {name for name in metrics if "perf" not in name} | ({"loss/value"} - {*want}) == known
+
+
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_the_samplers_log_probs_weigh_the_whole_loss(correction, world, go, monkeypatch):
+    """A sampler whose log-probs are off by 0.4 sin(i) at the i-th token: surrogate, KL and entropy are all weighted."""
+
+    def off_by_a_sine(*args):
+        examples = answer(*args)
+        number = itertools.count()
+        for e in examples:
+            e.sampled_logps = [[x + 0.4 * math.sin(next(number)) for x in logps] for logps in e.sampled_logps]
+        return examples
+
+    monkeypatch.setattr(train_ppo, "answer", off_by_a_sine)
+    monkeypatch.setattr(train_ppo, "guard", lambda *rest: None)
+    flags = {"advantage": "rloo", "kl_in": "loss", "kl_estimator": "k2", "entropy_coef": 0.1, "sampler_cap": 1.2}
+    run = go(**flags | SHORT | {"sampler_correction": correction})
+    of = shaped(world, run)
+    rows, log_ratio = of.rows, torch.zeros_like(of.logps)
+    log_ratio[rows.mask] = -0.4 * torch.arange(int(rows.mask.sum())).double().sin()
+    if correction == "token":
+        factor = log_ratio.exp().clamp(max=1.2)
+        cut = log_ratio.exp() > 1.2
+    else:
+        factor = log_ratio.sum(1, keepdim=True).exp().expand_as(log_ratio)
+        cut = factor > 1.2
+        factor = torch.where(cut, 0, factor)
+    assert 0 < rows.mean(cut.double()) < 1
+    assert run.rollouts[0].weights.tolist() == pytest.approx(factor[rows.mask].tolist(), rel=1e-4)
+    for mine, update in zip(run.gradients, run.updates, strict=True):
+        _, [gradient] = wanted(world, run, of, update, factor)
+        assert off(mine, gradient) < 1e-3 and off(mine, wanted(world, run, of, update)[1][0]) > 0.01
+    want = {"log_ratio": rows.mean(log_ratio), "log_ratio_max": log_ratio.abs().max().item()}
+    want |= {"kl": rows.mean(log_ratio.exp() - 1 - log_ratio), "cut": rows.mean(cut.double())}
+    assert {name: run.metrics[0][f"sampler/{name}"] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, correction, cap",
+    [
+        ({}, "none", 3.0),
+        ({"dtype": "bfloat16"}, "sequence", 3.0),
+        ({"dtype": "bfloat16", "sampler_correction": "token"}, "token", 2.0),
+    ],
+)
+def test_the_default_correction_follows_the_dtype(flags, correction, cap, go):
+    run = go(**CHEAP | flags)
+    assert (run.a.sampler_correction, run.a.sampler_cap) == (correction, cap)
+    assert ("sampler/cut" in run.metrics[0]) == (correction != "none")
+    assert run.metrics[0]["sampler/log_ratio_max"] < (1e-4 if correction == "none" else 0.5)
 
 
 def test_what_coefficients_of_kl_and_entropy_multiply():
@@ -491,7 +546,7 @@ def test_the_kl_in_the_loss_has_the_coefficient_of_its_rollout(world):
     with torch.no_grad():
         logps, _ = scoring.response_logps(policy, collate(examples, "padded", 0))
     ref_logps, none = logps - torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0, 1.0]), torch.zeros(6)
-    rollout = train_ppo.Rollout(examples, logps, ref_logps, None, none, None, torch.ones(2, 2))
+    rollout = train_ppo.Rollout(examples, logps, ref_logps, None, none, None, torch.ones(2, 2), torch.ones(6))
     a = train_ppo.Args(device="cpu", advantage="reinforce++", kl_in="loss", kl_estimator="k2", kl_coef=0.3)
     a.average, a.clip_range = "tokens", 0.2
     found = train_ppo.update(a, policy, None, None, rollout, [0, 1], 2.0, batching)
@@ -868,16 +923,19 @@ def test_a_scorer_at_another_temperature_is_stopped(go, monkeypatch):
 
 
 def test_a_sampler_with_another_model_is_stopped(go, monkeypatch):
-    """What the cache computes is what the sampler saw: a model that answers otherwise there is found out."""
+    """What the cache computes is what the sampler saw: a model that answers otherwise there is found out, at the start
+    and, if only then, before an update."""
     forward = transformers.LlamaForCausalLM.forward
 
     def other(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        if kwargs.get("use_cache") and kwargs.get("logits_to_keep") == 1:
+        if kwargs.get("use_cache"):
             out.logits[..., 5] += 0.5
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", other)
+    stops(go, "llama: cannot be sampled from: log-probs differ by")
+    monkeypatch.setattr(sampling, "choose_sampler", lambda *args: "loop")
     stops(go, "sampling and scoring differ by")
 
 
@@ -1070,7 +1128,7 @@ def test_the_table_is_that_of_the_answers(world, go, monkeypatch, capfd):
     gold = []
     for side, answers, folder in zip(("before", "after"), seen, (world / "model", run.out), strict=True):
         rows = Rows(answers)
-        sampled = generate(load(folder), TOKENIZER, [e.prompt for e in answers], 7, 1.0, 0)
+        sampled = generate(load(folder), TOKENIZER, [e.prompt for e in answers], 7, 1.0, 0)[0]
         assert [e.responses for e in answers] == [[ids] for ids in sampled]
         with torch.no_grad():
             mine, theirs = (rows.taken(rows.distributions(load(x))) for x in (folder, world / "other"))
@@ -1380,3 +1438,27 @@ def test_a_run_is_not_overwritten_and_other_flags_are_refused(world, straight, t
         train_ppo.main(dataclasses.replace(a, resume=True, advantage="remax", seed=3))
     assert "--advantage reinforce++ -> remax" in str(error.value) and "--seed 0 -> 3" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_on_policy_distillation(own, world, go):
+    """A reward of 0 and the exact KL to a teacher in the loss: the answers that the student samples come to be the
+    teacher's. recipes/distil.py has the command."""
+    own.fail = lambda prompts, responses, found: [0.0] * len(found)
+    run = go(
+        reward="own_reward:reward",
+        advantage="rloo",
+        kl_in="loss",
+        kl_coef=1.0,
+        kl_estimator="exact",
+        epochs_per_rollout=1,
+        batch_size=12,
+        max_steps=60,
+    )
+    teacher, batching = load(world / "other"), scoring.Batching("padded", 0)
+    distances = []
+    for policy, rollout in ((load(world / "model"), run.rollouts[0]), (load(run.out), run.rollouts[-1])):
+        with torch.no_grad():
+            exact = lambda batch, policy=policy: scoring.exact_kl(policy, teacher, batch)  # noqa: E731
+            distances.append(scoring.per_token(exact, rollout.examples, batching).mean().item())
+    assert distances[0] > 0.1 and distances[1] < 0.2 * distances[0]

@@ -24,9 +24,10 @@ from enumerable import (
     sequences,
     transformer_logps,
 )
-from tiny import no_float32
+from tiny import example, no_float32
 from torch import Tensor
 
+import train_ppo
 from rlhf.advantages import (
     drgrpo,
     gae,
@@ -44,7 +45,7 @@ from rlhf.advantages import (
 )
 from rlhf.losses import cispo, ppo_clip, value_loss
 from rlhf.tree import collate
-from support.scoring import response_logps
+from support.scoring import Batching, response_logps
 
 BETA = 0.4
 
@@ -589,3 +590,30 @@ def test_the_angle_of_each_surrogate_to_the_policy_gradient(world, moved):
     after = {n: cosine(expected_gradient(world, old, new, f), later) for n, f in surrogates.items()}
     assert at_once == pytest.approx({"token": 1, "sequence": 0.989, "cispo": 1}, abs=1e-3)
     assert after == pytest.approx({"token": 0.996, "sequence": 0.539, "cispo": 0.996}, abs=1e-3)
+
+
+# --- on-policy distillation
+
+
+def test_on_policy_distillation_reaches_its_teacher():
+    """--ref TEACHER --advantage rloo --kl-in loss --kl-coef 1 --kl-estimator exact with a reward of 0: a student that
+    samples its own answers, against the exact KL over all sequences."""
+    length, g = 2, torch.Generator().manual_seed(0)
+    student, teacher = random_transformer(seed=0, dtype=torch.float32), random_transformer(seed=1, dtype=torch.float32)
+    of_teacher, complete = transformer_logps(teacher, length), sequences(length)
+    distance = lambda: kl(transformer_logps(student, length), of_teacher).item()  # noqa: E731
+    a = train_ppo.Args(advantage="rloo", kl_in="loss", kl_estimator="exact", device="cpu", k=32)
+    a.average, a.clip_range = "sequences", 0.2
+    optimizer, start = torch.optim.AdamW(student.parameters(), lr=3e-3), distance()
+    for _ in range(150):
+        which = torch.multinomial(transformer_logps(student, length).exp(), a.k, replacement=True, generator=g)
+        examples = [example([EOS], [complete[i] for i in which.tolist()])]
+        n = sum(map(len, examples[0].responses))
+        none, ones = torch.zeros(n), torch.ones(n)
+        with torch.no_grad():
+            logps, _ = response_logps(student, collate(examples, "padded", EOS))
+        rollout = train_ppo.Rollout(examples, logps, none, None, none, None, torch.ones(1, a.k), ones)
+        train_ppo.update(a, student, teacher, None, rollout, [0], 1.0, Batching("padded", EOS))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert start > 0.5 and distance() < 0.05 * start

@@ -161,7 +161,7 @@ def test_training(world, tmp_path, patched, monkeypatch, name):  # noqa: F811
 
 
 def test_dropout_is_stopped(world, tmp_path, patched):  # noqa: F811
-    """The guard sees that scorer and update disagree before anything has been learnt."""
-    with pytest.raises(BadInput, match=r"step 1: before its first update, the log-probs of scoring and loss differ by"):
+    """The sampler's check sees that the same tokens score differently, before anything has been learnt."""
+    with pytest.raises(BadInput, match=r"llama: cannot be sampled from: log-probs differ by"):
         two_steps(patched("dropout"), world, tmp_path / "out")
     assert not (tmp_path / "out/metrics.jsonl").exists()

@@ -106,7 +106,8 @@ def test_every_flag_of_the_methods_table_exists():
         name = flag.replace("-", "_")
         owners = [x[name] for x in fields if name in x]
         assert owners, f"no script has --{flag}"
-        choices = {choice for owner in owners for choice in typing.get_args(owner.type)}
+        types = [x for owner in owners for x in (owner.type, *typing.get_args(owner.type))]  # of X | None too
+        choices = {choice for x in types for choice in typing.get_args(x)}
         assert all(value in choices for value in values if value), f"--{flag} {values}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import recipes.distil
 import recipes.gsm8k
 from rlhf import BadInput
 from support.runs import check
@@ -134,6 +135,13 @@ def test_gsm8k_parses():
     (words,) = commands(recipes.gsm8k.__doc__)
     a = parse(words)
     assert (a.reward, a.advantage, a.k, a.kl_coef) == ("recipes.gsm8k:correct", "rloo", 8, 0.01)
+
+
+def test_distillation_parses():
+    _, words = commands(recipes.distil.__doc__)
+    a = parse(words)
+    assert (a.ref, a.kl_in, a.kl_coef, a.kl_estimator) == ("runs/dpo", "loss", 1.0, "exact")
+    assert recipes.distil.nothing([], ["a", "b"], []) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,11 @@ def ids(monkeypatch):
     found: dict[tuple, list[list[int]]] = {}
 
     def spy(model, tokenizer, prompts, *args, generate=generate.generate):
-        responses = generate(model, tokenizer, prompts, *args)
+        responses, logps = generate(model, tokenizer, prompts, *args)
         k = len(responses) // len(prompts)
         for i, prompt in enumerate(prompts):
             found.setdefault(tuple(prompt), []).extend(responses[i * k : (i + 1) * k])
-        return responses
+        return responses, logps
 
     monkeypatch.setattr(generate, "generate", spy)
     return found

@@ -25,7 +25,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
-from tiny import ARCHITECTURES, example, random_examples, tiny
+from tiny import example, random_examples, tiny
 
 import train_dpo
 import train_sft
@@ -34,7 +34,7 @@ from rlhf.tree import collate
 from support import models, refcache, report, reviews, runs, scoring
 from support.examples import build
 from support.examples import load as load_examples
-from support.generate import cache_name, end_ids, generate
+from support.generate import generate
 from support.preferences import without_ties
 from support.runs import schedule
 
@@ -545,7 +545,7 @@ def test_answers_end_at_the_last_position_that_a_model_has_learnt(go, world, tmp
     run = go(**flags, max_prompt_length=6, max_length=12)
     assert run.results["after/length"] <= 14
     prompts = [[1, 5, 6], [1, *range(5, 15)]]
-    answers = generate(load(tmp_path / "gpt2"), tokenizer, prompts, 40, batch_size=1)
+    answers = generate(load(tmp_path / "gpt2"), tokenizer, prompts, 40, batch_size=1)[0]
     assert len(answers[0]) <= 13 and len(answers[1]) <= 5
 
 
@@ -1217,7 +1217,7 @@ def test_kl_is_that_of_the_answers(world, go):
     run = go(lr=3e-3, epochs=3, eval_prompts=5, max_new_tokens=6, layout="padded")
     held, tokenizer = read(world / "held.jsonl"), reviews.tokenizer()
     policy, reference = load(run.out), load(world / "model")
-    sampled = generate(policy, tokenizer, [e.prompt for e in held], 6, seed=0)
+    sampled = generate(policy, tokenizer, [e.prompt for e in held], 6, seed=0)[0]
     answers = [dataclasses.replace(e, responses=[ids]) for e, ids in zip(held, sampled, strict=True)]
     ratios = zip(plain_logps(policy, answers), plain_logps(reference, answers), strict=True)
     assert run.results["after/kl"] == pytest.approx(mean(x - y for [x], [y] in ratios), abs=1e-3)
@@ -1345,133 +1345,6 @@ def test_wandb_offline(go, whole):
     [folder] = (run.out / "wandb").glob("offline-run-*")
     assert [*folder.glob("*.wandb")]
     assert [path.name for path in folder.rglob("*.png")] and [*folder.rglob("*.table.json")]
-
-
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)
-PADDED_WITH_EOS = SimpleNamespace(eos_token_id=2, pad_token_id=2)
-PROMPTS = [[1, 7, 9], [1, 20, 21, 22, 23, 24, 25], [1], [1, 5, 6, 40, 41], [1, 7, 9, 30]]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_follow_the_softmax(temperature):
-    """Chi-square of 6,000 first tokens; what the model's own settings ask for is left out, and put back."""
-    model, n = tiny("llama"), 6000
-    model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=5.0, temperature=3.0, do_sample=True)
-    own = model.generation_config.to_dict()
-    sampled = generate(model, IDS, [PROMPTS[0]] * n, 1, temperature, seed=3, batch_size=2000)
-    with torch.no_grad():
-        expected = n * (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
-    counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=len(expected))
-    common = expected >= 5
-    observed = [*counts[common].tolist(), counts[~common].sum().item()]
-    wanted = [*expected[common].tolist(), max(expected[~common].sum().item(), 1e-9)]
-    if wanted[-1] < 5:
-        observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
-    chi2 = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True))
-    freedom = len(wanted) - 1
-    assert freedom > 10 and chi2 < freedom + 4 * math.sqrt(2 * freedom)
-    other = [
-        *((model(torch.tensor([PROMPTS[0]])).logits[0, -1] / (temperature + 0.3)).softmax(-1) * n)[common].tolist()
-    ]
-    assert (
-        sum((o - w) ** 2 / w for o, w in zip(observed, other, strict=False)) > 2 * chi2
-    )  # it tells temperatures apart
-    assert model.generation_config.to_dict() == own
-
-
-def test_the_second_token_follows_the_first():
-    """The log-probs scored later are those of what was sampled: mean of -log pi is the entropy of two tokens."""
-    model, n = tiny("llama"), 4000
-    sampled = generate(model, IDS, [PROMPTS[0]] * n, 2, seed=1, batch_size=2000)
-    with torch.no_grad():
-        first = model(torch.tensor([PROMPTS[0]])).logits[0, -1].log_softmax(-1)
-        pairs = torch.tensor([[*PROMPTS[0], token] for token in range(len(first))])
-        second = model(pairs).logits[:, -1].log_softmax(-1)
-    ended = torch.arange(len(first)) == 2
-    entropies = torch.where(ended, 0, -(second.exp() * second).sum(-1))
-    want = -(first.exp() * first).sum() + (first.exp() * entropies).sum()
-    found = torch.tensor(
-        [-sum(([first] + [second[ids[0]]])[i][t].item() for i, t in enumerate(ids)) for ids in sampled]
-    )
-    assert (found.mean() - want).abs() < 4 * found.std() / math.sqrt(n)
-
-
-@pytest.mark.parametrize("tokenizer", [IDS, PADDED_WITH_EOS], ids=["pad", "pad is eos"])
-def test_left_padding_changes_nothing(tokenizer):
-    model = tiny("llama")
-    together = generate(model, tokenizer, PROMPTS, 8, temperature=0.0)
-    for prompt, response in zip(PROMPTS, together, strict=True):
-        assert generate(model, tokenizer, [prompt], 8, temperature=0.0) == [response]
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 8 and (len(ids) == len(prompt) or ids[-1] != 2):
-            with torch.no_grad():
-                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert ids[len(prompt) :] == response
-    assert generate(model, tokenizer, PROMPTS, 8, temperature=0.0, batch_size=2) == together
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_prompt_is_encoded_once_for_all_its_responses(name, monkeypatch):
-    """Greedy, each of the k is the response alone; sampled with one seed, they are those of the prompt k times over.
-    The library's generate is given all but the last token of each prompt in the cache, if it can be repeated."""
-    model, given = tiny(name), []
-    own = model.generate
-    monkeypatch.setattr(model, "generate", lambda ids, **kw: given.append(kw[cache_name(model)]) or own(ids, **kw))
-    alone = generate(model, IDS, PROMPTS, 8, temperature=0.0)
-    assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3) == [r for r in alone for _ in range(3)]
-    assert generate(model, IDS, PROMPTS, 8, temperature=0.0, k=3, batch_size=7) == [r for r in alone for _ in range(3)]
-    repeated = generate(model, IDS, [p for p in PROMPTS for _ in range(3)], 8, seed=5)
-    caches = given[1:2]
-    assert generate(model, IDS, PROMPTS, 8, seed=5, k=3) == repeated
-    assert given[0] is None and all((cache is None) == (name == "qwen3_next") for cache in caches)
-
-
-@pytest.mark.parametrize("kind", ["Mamba", "OpenAIGPT"])
-def test_a_model_without_a_cache_that_can_be_repeated(kind):
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2} if kind == "Mamba" else None
-    sizes = sizes or {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    prompts = [[5, 9, 7, 8], [6, 11, 12, 30]]  # of one length: these families know no left padding
-    alone = generate(model, IDS, prompts, 6, temperature=0.0)
-    assert generate(model, IDS, prompts, 6, temperature=0.0, k=2) == [r for r in alone for _ in range(2)]
-
-
-def test_seeds_decide_and_the_global_state_stays():
-    model = tiny("llama")
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first, again, other = (generate(model, IDS, PROMPTS, 10, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other and torch.equal(torch.get_rng_state(), before)
-    assert generate(model, IDS, [], 10) == []
-
-
-@pytest.mark.parametrize("tokenizer", [IDS, PADDED_WITH_EOS], ids=["pad", "pad is eos"])
-def test_a_response_ends_with_its_eos(tokenizer):
-    model = tiny("llama")
-    model.generation_config.eos_token_id = [2, 11]  # as chat models have it: the end of a turn too
-    assert end_ids(model, tokenizer) == [2, 11]
-    with torch.no_grad():  # as likely as not
-        model.get_input_embeddings().weight[[2, 11]] *= 3
-    responses = generate(model, tokenizer, PROMPTS * 40, 12, seed=4)
-    ends = [[i for i, token in enumerate(ids) if token in (2, 11)] for ids in responses]
-    assert all(found in ([], [len(ids) - 1]) for found, ids in zip(ends, responses, strict=True))
-    assert all(found or len(ids) == 12 for found, ids in zip(ends, responses, strict=True))
-    assert {ids[-1] for ids, found in zip(responses, ends, strict=True) if found} == {2, 11}
-    assert 20 < sum(map(bool, ends)) < 200 and len({*map(len, responses)}) > 4
-
-
-def test_sampling_uses_the_models_own_attention():
-    model = tiny("llama")
-    own = model.config._attn_implementation
-    plain = generate(model, IDS, PROMPTS, 6, seed=1)
-    models.set_attention(model, packed=True)
-    assert model.config._attn_implementation == f"tree_{own.encode().hex()}"
-    assert generate(model, IDS, PROMPTS, 6, seed=1) == plain
-    assert model.config._attn_implementation == own and not model.training
 
 
 # --------------------------------------------------------------------------------------------------------- pad is eos

@@ -1,0 +1,193 @@
+"""The decode loop: one token's step, from embedding to sampled token, that a CUDA graph can hold.
+
+Rows are prompts with their answers. A prompt is encoded once, padded to the right, and its keys and values are copied
+to the rows of its k answers. Then every row gets one token a step. All that a step reads and writes has a fixed place:
+
+    slot of the cache     0  1  2  3  4 | 5  6  7 ...        prompts of 4 and 6 tokens; the last of a prompt is the
+    its token's position  0  1  2  -  - | 3  4  5 ...        input of the first step
+                          0  1  2  3  4 | 5  6  7 ...
+
+A step writes one slot for all rows, and a row sees the slots whose position is not behind its own (nor, with a sliding
+window, too far before it). So there is no padding that a model could see, and no step depends on the number of tokens
+so far. On CUDA a step is captured once and replayed; on a CPU, and in several processes, it runs as it is.
+
+Rows that have ended stay until half of the rows are enough for the others. Those then move to the first half, which has
+a graph of its own. Graphs live as long as one call of `decode`: they hold the weights' addresses, and memory.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+from support import models, parallel
+from support.sharding import as_forward
+
+# by type of device: how often ends are looked for, in tokens (on CUDA the CPU waits for it); the fewest rows of a step
+LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 8}
+
+
+def cache_name(model) -> str:
+    """The library's keyword for a key-value cache: "cache" from version 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+
+
+class Slots(StaticLayer):
+    """A layer's keys and values, (b heads slots d). The first update brings those of the prompts, and stores them k
+    times; each later one brings a token of the first rows, and stores it at `slot`, which the caller moves on."""
+
+    def __init__(self, k: int, slots: int, slot: Int[Tensor, "1"], dtype: torch.dtype):
+        super().__init__(slots)
+        self.k, self.slot, self.dtype = k, slot, dtype
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values = self._stored(keys), self._stored(values)
+            self.is_initialized = True
+            return keys, values
+        b = len(keys)
+        for place, new in ((self.keys, keys), (self.values, values)):
+            place[:b].index_copy_(2, self.slot, new.to(place.dtype))
+        return self.keys[:b], self.values[:b]
+
+    def _stored(self, x: Tensor) -> Tensor:
+        dtype = x.dtype if self.dtype == torch.float32 else self.dtype
+        places = x.new_zeros(len(x) * self.k, x.shape[1], self.max_cache_len, x.shape[3], dtype=dtype)
+        places[:, :, : x.shape[2]] = x.repeat_interleave(self.k, 0)
+        return places
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # asked for prompts only
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are given
+
+
+class Rows:
+    """The rows that are decoded together. The first `size` of them take part in a step."""
+
+    def __init__(self, model, prompts: Sequence[list[int]], k: int, most: list[int], choose, ends, pad: int, dtype):
+        self.model, self.choose, self.size = model, choose, len(most)
+        self.windows = windows(model.config.get_text_config())
+        device, width = model.device, max(max(map(len, prompts)) - 1, 1)
+        slots = -(-(width + max(most)) // 16) * 16  # the kernels on CUDA like multiples of 16
+        ids = torch.tensor([[*p[:-1], *[pad] * (width + 1 - len(p))] for p in prompts], device=device)
+        lengths = torch.tensor([len(p) - 1 for p in prompts for _ in range(k)], device=device)[:, None]
+        place = torch.arange(slots, device=device)
+        self.positions = torch.where(place < width, place, place - width + lengths)  # of the tokens in the slots
+        self.positions[(place >= lengths) & (place < width)] = 1 << 40
+        self.token = torch.tensor([[p[-1]] for p in prompts for _ in range(k)], device=device)
+        self.position, self.last = lengths, (models.positions(model) or 1 << 40) - 1
+        self.row = torch.arange(len(most), device=device)
+        self.ended = torch.zeros(len(most), dtype=torch.bool, device=device)
+        self.ends, self.most = torch.tensor(ends, device=device), torch.tensor(most, device=device)
+        self.number, self.slot = torch.tensor([0], device=device), torch.tensor([width], device=device)
+        self.tokens = torch.zeros(len(most), max(most), dtype=torch.long, device=device)
+        self.logps = torch.zeros(len(most), max(most), device=device)
+        self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
+        _encode(model, ids, self.cache)
+
+    def step(self) -> None:
+        """Draw the next token of the first `size` rows. Reads nothing back to the CPU, and changes no shape."""
+        n = self.size
+        state = {"attention_mask": self.mask(), "position_ids": self.position[:n], cache_name(self.model): self.cache}
+        logits = self.model(self.token[:n], **state, use_cache=True).logits[:, -1]
+        row = self.row[:n]
+        token, logp = self.choose(logits, row, self.number)
+        self.tokens.index_put_((row, self.number), token)
+        self.logps.index_put_((row, self.number), logp)
+        self.ended[:n] |= (token[:, None] == self.ends).any(1) | (self.number + 1 >= self.most[row])
+        self.token[:n, 0] = token
+        self.position[:n] = (self.position[:n] + 1).clamp(max=self.last)
+        self.number += 1
+        self.slot += 1
+
+    def mask(self) -> Tensor | dict[str, Tensor]:
+        """What each row sees of the slots, (b 1 1 slots): numbers that are added to scores, for each kind of layer."""
+        positions, position = self.positions[: self.size], self.position[: self.size]
+        dtype, masks = self.cache.layers[0].keys.dtype, {}
+        for kind, window in self.windows.items():
+            hidden = positions > position
+            if window:
+                hidden |= positions <= position - window
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+            masks[kind] = rearrange(mask, "b slots -> b 1 1 slots")
+        return masks if len(masks) > 1 else mask[:, None, None]
+
+    def keep(self, size: int, ended: list[bool]) -> None:
+        """Move the rows that go on, and as many others as it takes, to the first `size` places."""
+        rows = sorted(range(len(ended)), key=lambda i: ended[i])[:size]
+        rows = torch.tensor(rows, device=self.row.device)
+        layers = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        for x in (self.positions, self.token, self.position, self.row, self.ended, *layers):
+            x[:size] = x[rows]
+        self.size = size
+
+
+@as_forward
+def _encode(model, ids: Int[Tensor, "p t"], cache: Cache) -> None:
+    """Fill the cache with right-padded prompts: causal attention keeps the padding out of what comes before it."""
+    positions = repeat(torch.arange(ids.shape[1], device=ids.device), "t -> p t", p=len(ids))
+    model.base_model(ids, position_ids=positions, use_cache=True, **{cache_name(model): cache})
+
+
+def windows(config) -> dict[str, int | None]:
+    """The sliding window of each kind of layer that a model has; None: the layer sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {kind: {"full_attention": None, "sliding_attention": window}[kind] for kind in sorted({*kinds})}
+
+
+def decode(
+    model, prompts: Sequence[list[int]], k: int, most: list[int], choose: Callable, ends: Sequence[int], pad: int, dtype
+) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
+    """Tokens and their log-probs of k answers to each prompt. Row i gets most[i] tokens, or ends with one of `ends`;
+    what follows in it is void. `choose(logits, rows, number)` gives the next token and its log-prob, where `rows` are
+    the numbers of the rows (b = p k, in order) and `number` that of the token. KeyError, TypeError, ... from the code
+    of architectures that have no such cache."""
+    rows, device = Rows(model, prompts, k, most, choose, ends, pad, dtype), model.device.type
+    steps: dict[int, Callable[[], None]] = {}
+    for number in range(max(most)):
+        if number and number % LOOK_EVERY[device] == 0:
+            ended = rows.ended[: rows.size].tolist()
+            waiting = ended.count(False)
+            if not parallel.add_up(waiting, model.device):
+                break
+            size = rows.size
+            while size > FEWEST[device] and waiting <= (size + 1) // 2:
+                size = (size + 1) // 2
+            if size < rows.size:
+                rows.keep(size, ended)
+        if device == "cpu" or parallel.several():
+            rows.step()
+        elif rows.size in steps:
+            steps[rows.size]()
+        else:
+            steps[rows.size] = _captured(rows)
+    return rows.tokens, rows.logps
+
+
+def _captured(rows: Rows) -> Callable[[], None]:
+    """Run a step as it is, which also warms up what must not happen first in a capture, and capture the next ones. A
+    step in which the CPU waits for the GPU cannot be captured; a line says so, and the next ones run as they are."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            rows.step()
+    except RuntimeError as error:
+        torch.cuda.set_sync_debug_mode("default")
+        print(f"sampling: no CUDA graph can hold a step of {rows.model.config.model_type}: {str(error)[:100]}")
+        rows.step()
+        return rows.step
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
+        rows.step()
+    return graph.replay
