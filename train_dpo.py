@@ -26,7 +26,7 @@ from torch import Tensor
 import train_sft
 from rlhf import losses, require
 from rlhf.tree import collate, send
-from support import models, report, runs, scoring, sharding
+from support import generate, models, report, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.parallel import gather
 from support.preferences import by_prompt, ceiling, expected_accuracy, mismatched, pair_tensors, without_ties
@@ -221,6 +221,8 @@ def main(a: Args) -> dict[str, float]:
     dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
+    if a.eval_prompts:
+        generate.choose_sampler(policy, [e.prompt for e in held or train], a.max_new_tokens, batching.pad_id, dtype)
     run.check_same(data=train, eval_data=held, model=policy)
 
     # ------------------------------------------------------------ reference: score once, then free it

@@ -24,7 +24,7 @@ from rlhf import losses
 from rlhf.tree import collate
 from support import models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
-from support.generate import answer, answer_stats, end_ids
+from support.generate import answer, answer_stats, choose_sampler, end_ids
 from support.parallel import gather
 from support.report import (
     ANSWER_STATS,
@@ -99,6 +99,8 @@ def main(a: Args) -> dict[str, float]:
     dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
+    if a.eval_prompts:
+        choose_sampler(policy, [e.prompt for e in held or train], a.max_new_tokens, batching.pad_id, dtype)
 
     def evaluate() -> dict[str, float]:
         """Mean negative log-likelihood of all response tokens of the held-out rows."""

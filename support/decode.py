@@ -19,16 +19,21 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
+import transformers
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, StaticLayer
 
 from support import models, parallel
 from support.sharding import as_forward
 
-# by type of device: how often ends are looked for, in tokens (on CUDA the CPU waits for it); the fewest rows of a step
+# tokens between two looks for ends, and the fewest rows of a step: on CUDA the CPU waits for a look, and each number of
+# rows takes a capture
 LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 8}
+NEVER = 1 << 40  # a position that no row reaches
+ONE_TOKEN = "sdpa_one_token"  # the name of `one_token_attention`
 
 
 def cache_name(model) -> str:
@@ -79,9 +84,9 @@ class Rows:
         lengths = torch.tensor([len(p) - 1 for p in prompts for _ in range(k)], device=device)[:, None]
         place = torch.arange(slots, device=device)
         self.positions = torch.where(place < width, place, place - width + lengths)  # of the tokens in the slots
-        self.positions[(place >= lengths) & (place < width)] = 1 << 40
+        self.positions.masked_fill_((place >= lengths) & (place < width), NEVER)
         self.token = torch.tensor([[p[-1]] for p in prompts for _ in range(k)], device=device)
-        self.position, self.last = lengths, (models.positions(model) or 1 << 40) - 1
+        self.position, self.last = lengths, (models.positions(model) or NEVER) - 1
         self.row = torch.arange(len(most), device=device)
         self.ended = torch.zeros(len(most), dtype=torch.bool, device=device)
         self.ends, self.most = torch.tensor(ends, device=device), torch.tensor(most, device=device)
@@ -136,10 +141,29 @@ def _encode(model, ids: Int[Tensor, "p t"], cache: Cache) -> None:
 
 
 def windows(config) -> dict[str, int | None]:
-    """The sliding window of each kind of layer that a model has; None: the layer sees everything."""
+    """The sliding window of each kind of layer that a model has; None: the layer sees everything. NotImplementedError
+    if it has layers of another kind."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    return {kind: {"full_attention": None, "sliding_attention": window}[kind] for kind in sorted({*kinds})}
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in {*kinds} - known.keys():
+        raise NotImplementedError(f"it has layers of the kind {kind}")
+    return {kind: known[kind] for kind in sorted({*kinds})}
+
+
+def one_token_attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
+    """SDPA of one token in each row. The heads that share keys become queries of one head, so that keys and values are
+    not copied for each of them (transformers 5.17 would do that)."""
+    query = rearrange(query, "b (heads group) 1 d -> b heads group d", heads=key.shape[1])
+    out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return rearrange(out, "b heads group d -> b 1 (heads group) d"), None
+
+
+def attention(model) -> models.Attention:
+    """A context in which the model attends as steps need it: where it uses SDPA, with `one_token_attention`."""
+    own = model.config._attn_implementation
+    transformers.AttentionInterface.register(ONE_TOKEN, one_token_attention)
+    return models.Attention(model, ONE_TOKEN if own in ("sdpa", models.MASKED) else own)
 
 
 def decode(
@@ -147,27 +171,28 @@ def decode(
 ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
     """Tokens and their log-probs of k answers to each prompt. Row i gets most[i] tokens, or ends with one of `ends`;
     what follows in it is void. `choose(logits, rows, number)` gives the next token and its log-prob, where `rows` are
-    the numbers of the rows (b = p k, in order) and `number` that of the token. KeyError, TypeError, ... from the code
-    of architectures that have no such cache."""
+    the numbers of the rows (b = p k, in order) and `number` that of the token. NotImplementedError, TypeError,
+    ... for architectures that have no such cache."""
     rows, device = Rows(model, prompts, k, most, choose, ends, pad, dtype), model.device.type
     steps: dict[int, Callable[[], None]] = {}
-    for number in range(max(most)):
-        if number and number % LOOK_EVERY[device] == 0:
-            ended = rows.ended[: rows.size].tolist()
-            waiting = ended.count(False)
-            if not parallel.add_up(waiting, model.device):
-                break
-            size = rows.size
-            while size > FEWEST[device] and waiting <= (size + 1) // 2:
-                size = (size + 1) // 2
-            if size < rows.size:
-                rows.keep(size, ended)
-        if device == "cpu" or parallel.several():
-            rows.step()
-        elif rows.size in steps:
-            steps[rows.size]()
-        else:
-            steps[rows.size] = _captured(rows)
+    with attention(model):
+        for number in range(max(most)):
+            if number and number % LOOK_EVERY[device] == 0:
+                ended = rows.ended[: rows.size].tolist()
+                waiting = ended.count(False)
+                if not parallel.add_up(waiting, model.device):
+                    break
+                size = rows.size
+                while size > FEWEST[device] and waiting <= (size + 1) // 2:
+                    size = (size + 1) // 2
+                if size < rows.size:
+                    rows.keep(size, ended)
+            if device == "cpu" or parallel.several():
+                rows.step()
+            elif rows.size in steps:
+                steps[rows.size]()
+            else:
+                steps[rows.size] = _captured(rows)
     return rows.tokens, rows.logps
 
 

@@ -205,14 +205,16 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
     return out[:, width:], torch.stack(logps, 1)
 
 
-def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad: int, dtype: torch.dtype) -> str:
+@torch.no_grad()
+def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad_id: int, dtype: torch.dtype) -> str:
     """loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are of three
     lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the layout check
     (`scoring.tolerance`). It prints a line if it is not the loop. BadInput if none agrees.
 
-    The result is remembered with the model object, for sequences of up to the length that was checked.
+    `generate` calls this, scripts that sample late call it at their start. The result is remembered with the model
+    object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
     """
-    longest, shortest = max(prompts, key=len), min(prompts, key=len)
+    pad, longest, shortest = _filler(model, pad_id), max(prompts, key=len), min(prompts, key=len)
     length, limit = 1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model)
     length = min(length, limit) if limit else length
     checked, before = _samplers.setdefault(model, {}).get(dtype, (0, "loop"))
@@ -228,9 +230,8 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
         allowed = scoring.tolerance(model, rows, plain, batching)
     reasons = {}
     for sampler in MEANS:
-        reasons[sampler] = next(
-            filter(None, parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])), None
-        )
+        found = parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])
+        reasons[sampler] = next(filter(None, found), None)
         if not reasons[sampler]:
             break
     kind = model.config.model_type
@@ -251,7 +252,7 @@ def _misfit(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the code of an architecture stumbles over
-        return " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        return " ".join(str(error).split())[:100] or type(error).__name__
     difference = (torch.cat(logps) - plain).abs().max().item()
     if difference <= allowed:
         return None

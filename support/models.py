@@ -482,7 +482,7 @@ def checkpoint_layers(model) -> None:
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _Attention(model, model.config._attn_implementation)
+        return nullcontext(), Attention(model, model.config._attn_implementation)
 
     kind = model.config.model_type
     able = any(isinstance(module, modeling_layers.GradientCheckpointingLayer) for module in model.modules())
@@ -565,7 +565,7 @@ def set_attention(model, packed: bool) -> None:
     model.set_attn_implementation(name)
 
 
-class _Attention:
+class Attention:
     """Set the attention of this name inside, and the current one again afterwards; may be entered several times."""
 
     def __init__(self, model, name: str):

@@ -399,6 +399,7 @@ def test_a_cuda_graph_could_hold_a_step(name):
     choose = sampling.sampling(torch.tensor(sum(sampling.noise_keys(0, PROMPTS, 2), [])), 0.7)
     with torch.no_grad():
         rows = decode.Rows(model, PROMPTS, 2, [20] * 10, choose, [2], 0, torch.float32)
+    with torch.no_grad(), decode.attention(model):
         for number in range(12):
             with (
                 torch.profiler.profile(record_shapes=True) if number in (2, 11) else contextlib.nullcontext() as profile

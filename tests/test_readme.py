@@ -165,7 +165,7 @@ def test_the_first_command(tmp_path):
     print(out)
     assert "runs/sft is missing: making it with train_sft.py first" in out
     found = json.loads((tmp_path / "runs/dpo/results.json").read_text())
-    assert found["gain/gold"] - found["gain/gold_interval"] >= 1.0
+    assert found["gain/gold"] - found["gain/gold_interval"] >= 0.9
     assert found["after/grammatical"] >= 0.9 * found["before/grammatical"]
     assert 0.78 <= found["ceiling"] <= 0.88
     assert found["after/eval/rewards/accuracies"] >= found["ceiling"] - 0.05

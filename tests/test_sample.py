@@ -79,7 +79,7 @@ def world(tmp_path_factory):
     write_model(folder / "other", seed=1)
     model, tokenizer = load(folder / "model"), reviews.tokenizer()
     with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 4
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 8
     models.save(model, tokenizer, folder / "model")
     write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     return folder
