@@ -221,7 +221,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
         estimates = advantages.remax(totals, greedy)
     else:
         estimates = GROUPED[a.advantage](totals)
-    return rearrange(estimates, "p k -> (p k)").repeat_interleave(lengths), None
+    return rearrange(estimates, "p k -> (p k)").repeat_interleave(lengths, output_size=len(kl)), None
 
 
 def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:

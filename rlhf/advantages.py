@@ -35,7 +35,7 @@ def sequence_sums(per_token: Float[Tensor, " n"], lengths: Int[Tensor, " b"]) ->
 
 def sequence_means(per_token: Float[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Float[Tensor, " n"]:
     """Each sequence's mean, at each of its tokens. Gradient flows to per_token."""
-    return (sequence_sums(per_token, lengths) / lengths).repeat_interleave(lengths)
+    return (sequence_sums(per_token, lengths) / lengths).repeat_interleave(lengths, output_size=len(per_token))
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards
@@ -249,7 +249,7 @@ def sampler_weights(
         return log_weights.exp().clamp(max=sampler_cap)
     require(correction == "sequence", f"correction must be token or sequence, not {correction}")
     weights = sequence_sums(log_weights, lengths).exp()
-    return torch.where(weights > sampler_cap, 0, weights).repeat_interleave(lengths)
+    return torch.where(weights > sampler_cap, 0, weights).repeat_interleave(lengths, output_size=len(logps))
 
 
 def explained_variance(values: Float[Tensor, " n"], returns: Float[Tensor, " n"]) -> Float[Tensor, ""]:
