@@ -6,10 +6,12 @@ and backward on tensors without data, and `LiveBytes` adds up what is alive. `es
 peak. docs/scaling.md has the formulas that follow for a Llama.
 """
 
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -55,9 +57,9 @@ class Shape(NamedTuple):
     largest: int  # elements of the largest weight
     adapters: int
     tokens: int
-    kept: float  # by each layer, from the forward to the backward pass
-    kept_outside: float  # by the rest of the model, without the output head
-    transient: float  # what the backward pass of a layer takes in addition, without sums of gradients
+    kept: int  # by each layer, from the forward to the backward pass
+    kept_outside: int  # by the rest of the model, without the output head
+    transient: int  # what the backward pass of a layer takes in addition, without sums of gradients
 
 
 class LiveBytes(TorchDispatchMode):
@@ -146,7 +148,7 @@ def trace(
     adapters = sum(x.numel() for name, x in model.named_parameters() if "lora_" in name)
     embeddings.weight.requires_grad_(False)  # `estimate` adds their gradient
     embeddings.register_forward_hook(lambda module, inputs, states: states.detach().requires_grad_())
-    batch = tree.collate(examples, layout, 0)
+    batch = tree.collate(_joined(examples) if layout == "tree" else examples, layout, 0)
     batch.attention_mask = None  # the library looks at a mask's values
     after: list[int] = []
     with _without_data(model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -158,6 +160,17 @@ def trace(
     each = after[-1] - after[0] if len(after) > 1 else after[0]
     adapters = adapters * len(layers) // len(after)
     return Shape(*counts, adapters, measure(examples, layout)[0], each, kept - len(after) * each, live.peak - kept)
+
+
+def _joined(examples: Sequence[Example], most: int = 8) -> list[Example]:
+    """At most 8 trees with as many tokens, targets and keys in all, so that attention takes few operations to trace."""
+    join = lambda rows: [[*itertools.chain(*parts)] for parts in itertools.zip_longest(*rows, fillvalue=())]  # noqa: E731
+    trees = []
+    for group in (examples[i::most] for i in range(min(most, len(examples)))):
+        trained = join(e.trained or [[True] * len(r) for r in e.responses] for e in group)
+        prompt = [token for e in group for token in e.prompt]
+        trees.append(replace(group[0], prompt=prompt, responses=join(e.responses for e in group), trained=trained))
+    return trees
 
 
 @contextmanager
@@ -185,7 +198,7 @@ def _without_data(model) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- bytes and operations
 
 
-def state_bytes(elements: float, plan: Plan, trained: bool = True, shards: int = 1) -> dict[str, float]:
+def state_bytes(elements: float | int, plan: Plan, trained: bool = True, shards: int = 1) -> dict[str, float]:
     """Bytes on each device of weights and, if they are trained, of what belongs to them. A weight takes
 
     weights      4; with --dtype bfloat16 in one process 2
@@ -202,7 +215,7 @@ def state_bytes(elements: float, plan: Plan, trained: bool = True, shards: int =
     return {name: elements * size / shards for name, size in each.items()}
 
 
-def head_bytes(n: int, v: int, d: int, plan: Plan) -> tuple[float, float, float]:
+def head_bytes(n: int, v: int, d: int, plan: Plan) -> tuple[float | int, ...]:
     """Bytes of `token_logps` for n tokens: kept from its forward to its backward pass, and what each pass takes in
     addition. The backward pass makes gradients of hidden states (n d) and, without adapters, of the weight (v d)."""
     low = plan.dtype == "bfloat16" and plan.on_gpu  # a CPU converts to float32
@@ -224,7 +237,7 @@ def head_bytes(n: int, v: int, d: int, plan: Plan) -> tuple[float, float, float]
     )  # logits, softmax, gradient
 
 
-def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: float = 0) -> dict[str, float]:
+def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: float = 0.0) -> dict[str, float]:
     """Bytes of training on each device: of each part at its largest, and the `peak` of their sum, which is smaller.
 
     `steps` are the micro-batches of each optimizer step; `others` are the bytes of other models. The sum is largest in
@@ -268,10 +281,10 @@ def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: 
                 until_first + tied + outside + kept + transient,
                 at_end + outside,
             )
-    return parts
+    return {name: float(size) for name, size in parts.items()}
 
 
-def operations(shape: Shape, tokens: float, scored: float, plan: Plan | None = None) -> float:
+def operations(shape: Shape, tokens: int, scored: int, plan: Plan | None = None) -> int:
     """Floating-point operations of the products with weights; attention does not count. A token takes for each weight
 
         6 if weights are trained, 4 if adapters are, 2 without a backward pass (no plan); 2 more in recomputed layers
