@@ -151,12 +151,16 @@ def trace(
     batch = tree.collate(_joined(examples) if layout == "tree" else examples, layout, 0)
     batch.attention_mask = None  # the library looks at a mask's values
     after: list[int] = []
-    with _without_data(model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        for layer in models.layers(model):
-            layer.register_forward_hook(lambda *_: after.append(live.now))
-        states = scoring.hidden_states(model, batch, batch.ends if reward else batch.sources, models.DTYPES[plan.dtype])
-        kept, live.peak = live.now, 0
-        states.sum().backward()
+    places, dtype = batch.ends if reward else batch.sources, models.DTYPES[plan.dtype]
+    with _without_data(model):
+        for bucket in batch.segments.buckets if batch.segments else ():
+            bucket.mask(None)  # which joined trees would make too large
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            for layer in models.layers(model):
+                layer.register_forward_hook(lambda *_: after.append(live.now))
+            states = scoring.hidden_states(model, batch, places, dtype)
+            kept, live.peak = live.now, 0
+            states.sum().backward()
     each = after[-1] - after[0] if len(after) > 1 else after[0]
     adapters = adapters * len(layers) // len(after)
     return Shape(*counts, adapters, measure(examples, layout)[0], each, kept - len(after) * each, live.peak - kept)

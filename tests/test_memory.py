@@ -797,9 +797,8 @@ def dry_run(world, capsys, script=train_dpo, **settings):
     text = capsys.readouterr().out.partition("Does it fit")[2]
     header, *lines = text.partition("\n\n")[2].partition("\n\n")[0].splitlines()
     names = re.split(r"\s{2,}", header)
-    return {
-        cells[0]: dict(zip(names, cells, strict=True)) for cells in (re.split(r"\s{2,}", x) for x in lines[1:])
-    }, text
+    rows = [re.split(r"\s{2,}", line) for line in lines[1:]]
+    return {cells[0]: dict(zip(names, cells, strict=True)) for cells in rows}, text
 
 
 def test_dry_run_says_what_fits_without_loading_weights(world, capsys, monkeypatch):
