@@ -105,7 +105,7 @@ def _report(
     rows, speeds = [], {}
     for name, changes in {"flags as given": {}, **SAVING}.items():
         same = all(flags.get(x, value) == value for x, value in changes.items())
-        if changes and (same or not changes.keys() <= flags.keys() or processes > 1 and "gradient_dtype" in changes):
+        if changes and (same or not changes.keys() <= flags.keys() or processes > 1 and "optimizer_state" in changes):
             continue
         plan = given._replace(**changes)
         shape = memory.trace(config, largest, plan, layout, reward, a.trust_remote_code)

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf import tree
-from rlhf.optim import CHUNK
+from rlhf.optim import BLOCK, CHUNK
 from support import models, scoring
 from support.examples import Example
 
-BLOCK = 256  # elements of an 8-bit moment that share a float32 scale
 MOST_OPERATIONS = 100_000  # of a trace: a model that needs more loops over tokens in Python
+FEW = 8  # trees that are traced one by one
 Size = tuple[int, int]  # of a micro-batch: tokens with padding, and response tokens that a loss scores
 
 
@@ -148,13 +148,14 @@ def trace(
     adapters = sum(x.numel() for name, x in model.named_parameters() if "lora_" in name)
     embeddings.weight.requires_grad_(False)  # `estimate` adds their gradient
     embeddings.register_forward_hook(lambda module, inputs, states: states.detach().requires_grad_())
-    batch = tree.collate(_joined(examples) if layout == "tree" else examples, layout, 0)
+    joined = layout == "tree" and len(examples) > FEW
+    batch = tree.collate(_joined(examples) if joined else examples, layout, 0)
     batch.attention_mask = None  # the library looks at a mask's values
     after: list[int] = []
     places, dtype = batch.ends if reward else batch.sources, models.DTYPES[plan.dtype]
     with _without_data(model):
-        for bucket in batch.segments.buckets if batch.segments else ():
-            bucket.mask(None)  # which joined trees would make too large
+        for bucket in batch.segments.buckets if joined else ():
+            bucket.mask(None)  # not counted, since those of joined trees are too large
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             for layer in models.layers(model):
                 layer.register_forward_hook(lambda *_: after.append(live.now))
@@ -166,11 +167,11 @@ def trace(
     return Shape(*counts, adapters, measure(examples, layout)[0], each, kept - len(after) * each, live.peak - kept)
 
 
-def _joined(examples: Sequence[Example], most: int = 8) -> list[Example]:
-    """At most 8 trees with as many tokens, targets and keys in all, so that attention takes few operations to trace."""
+def _joined(examples: Sequence[Example]) -> list[Example]:
+    """A few trees with as many tokens, targets and keys in all, so that attention takes few operations to trace."""
     join = lambda rows: [[*itertools.chain(*parts)] for parts in itertools.zip_longest(*rows, fillvalue=())]  # noqa: E731
     trees = []
-    for group in (examples[i::most] for i in range(min(most, len(examples)))):
+    for group in (examples[i::FEW] for i in range(FEW)):
         trained = join(e.trained or [[True] * len(r) for r in e.responses] for e in group)
         prompt = [token for e in group for token in e.prompt]
         trees.append(replace(group[0], prompt=prompt, responses=join(e.responses for e in group), trained=trained))
@@ -208,14 +209,14 @@ def state_bytes(elements: float | int, plan: Plan, trained: bool = True, shards:
     weights      4; with --dtype bfloat16 in one process 2
     low bits     of its master, there: 2
     gradients    4, or 2 with --gradient-dtype bfloat16
-    optimizer    8, or with --optimizer-state 8bit 2 (1 + 4 / 256)
+    optimizer    8, or with --optimizer-state 8bit 2 + 12 / 256 (norms and biases, which keep 8, are not told apart)
     """
     half = plan.dtype == "bfloat16" and shards == 1
     each = {"weights": 2.0 if half else 4.0, "low bits": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if trained:
         each["low bits"] = 2.0 if half else 0.0
         each["gradients"] = 2.0 if plan.gradient_dtype == "bfloat16" else 4.0
-        each["optimizer"] = 2 * (1 + 4 / BLOCK) if plan.optimizer_state == "8bit" else 8.0
+        each["optimizer"] = 2 + 12 / BLOCK if plan.optimizer_state == "8bit" else 8.0
     return {name: elements * size / shards for name, size in each.items()}
 
 
@@ -264,7 +265,10 @@ def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: 
     whole = not lora and shards == 1  # else no gradient of head and embeddings, or it is part of `gathered`
     d_head = words * width * (size if plan.on_gpu else 4) * whole
     d_embeddings = shape.embeddings * (2 if half else 4) * whole
-    update = 20 * min(CHUNK, shape.largest) * (half and whole and not plan.on_gpu)  # AdamW's temporary tensors
+    temporary = (
+        33 if plan.optimizer_state == "8bit" else 20 if half and not plan.on_gpu else 0
+    )  # bytes of AdamW's tensors
+    update = temporary * min(CHUNK, shape.largest) * whole
     parts["peak"] = held + sums + update
     for sizes in steps:
         for i, (tokens, scored) in enumerate(sizes):

@@ -48,7 +48,9 @@ def test_six_minutes_three_when_quick_and_ours_alone():
     }
 
 
-@pytest.mark.parametrize("shape, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("8B", 8.03)])
+@pytest.mark.parametrize(
+    "shape, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("7B", 7.616), ("8B", 8.03), ("70B", 70.554)]
+)
 def test_shapes_have_the_sizes_of_the_published_models(shape, billions):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(shapes.config_of(shape))

@@ -637,6 +637,7 @@ FLAGS = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16 gradients": {"dtype": "bfloat16", "gradient_dtype": "bfloat16"},
+    "8-bit moments": {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "optimizer_state": "8bit"},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
     "adapters": {"lora_rank": 8},
@@ -711,13 +712,11 @@ def test_the_padded_layout_is_estimated_too():
 
 
 def test_many_prompts_are_traced_as_few():
-    """The same tokens and keys in fewer segments; 40 prompts take 5 times what 8 take."""
+    """The same tokens and keys in fewer segments: 40 prompts take 5 times what 8 take, which are traced one by one."""
     config, plan = llama_config("small"), memory.Plan()
     shapes = [memory.trace(config, random_examples([(60, [70, 50])] * n), plan, "tree") for n in (8, 40)]
     assert [shape.tokens for shape in shapes] == [8 * 180, 40 * 180]
-    for name in ("kept", "kept_outside"):
-        few, many = (getattr(shape, name) for shape in shapes)
-        assert many == pytest.approx(5 * few, rel=0.05)
+    assert shapes[1].kept == pytest.approx(5 * shapes[0].kept, rel=0.02)
 
 
 def test_layers_are_traced_as_docs_scaling_counts():
@@ -737,13 +736,18 @@ def test_layers_are_traced_as_docs_scaling_counts():
 
 
 def test_bytes_of_a_weight_by_hand():
-    """The figures of an 8B model in one process: 60.1 GiB with bfloat16 gradients, 75.0 with float32 ones."""
+    """The figures of an 8B model in one process: 60.2 GiB with bfloat16 gradients, 75.0 with float32 ones."""
     plan = memory.Plan("bfloat16", "bfloat16", "8bit")
     parts = memory.state_bytes(8.03e9, plan)
-    assert parts == {"weights": 16.06e9, "low bits": 16.06e9, "gradients": 16.06e9, "optimizer": 2 * 8.03e9 * 65 / 64}
-    assert sum(parts.values()) / 2**30 == pytest.approx(60.1, abs=0.05)
+    assert parts == {
+        "weights": 16.06e9,
+        "low bits": 16.06e9,
+        "gradients": 16.06e9,
+        "optimizer": 8.03e9 * (2 + 12 / 256),
+    }
+    assert sum(parts.values()) / 2**30 == pytest.approx(60.2, abs=0.05)
     assert sum(memory.state_bytes(8.03e9, plan._replace(gradient_dtype="float32")).values()) / 2**30 == pytest.approx(
-        75.0, abs=0.1
+        75.1, abs=0.1
     )
     assert sum(memory.state_bytes(1000, memory.Plan()).values()) == 16000
     assert sum(memory.state_bytes(1000, memory.Plan("bfloat16"), shards=4).values()) == 4000
