@@ -52,7 +52,7 @@ def flags_of(plan: Plan) -> str:
     named = {name: getattr(plan, name) for name in ("optimizer_state", "gradient_dtype", "lora_rank")}
     flags = ["--gradient-checkpointing"] if plan.gradient_checkpointing else []
     flags += [f"--{name.replace('_', '-')} {x}" for name, x in named.items() if x != Plan._field_defaults[name]]
-    return " ".join(flags) or "none"
+    return " ".join(flags)
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def main() -> None:
         sizes = parts(shape, rows, 64, budget, plan)
         fits = ", ".join(name for name, size in DEVICES.items() if sizes["peak"] <= FULL * size) or "none"
         cells = [f"{sizes[name] / GIB:.1f}" for name in shown]
-        lines.append([shape, flags_of(plan), str(plan.processes), str(budget), *cells, fits])
-    print(table(["model", "flags", "devices", "tokens", *shown, "fits"], lines))
+        lines.append([shape, str(plan.processes), str(budget), *cells, fits, flags_of(plan)])
+    print(table(["model", "devices", "tokens", *shown, "fits", "flags"], lines))
 
 
 if __name__ == "__main__":

@@ -265,10 +265,8 @@ def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: 
     whole = not lora and shards == 1  # else no gradient of head and embeddings, or it is part of `gathered`
     d_head = words * width * (size if plan.on_gpu else 4) * whole
     d_embeddings = shape.embeddings * (2 if half else 4) * whole
-    temporary = (
-        33 if plan.optimizer_state == "8bit" else 20 if half and not plan.on_gpu else 0
-    )  # bytes of AdamW's tensors
-    update = temporary * min(CHUNK, shape.largest) * whole
+    update = 33 if plan.optimizer_state == "8bit" else 20 if half and not plan.on_gpu else 0  # of rlhf.optim, measured
+    update *= min(CHUNK, shape.largest) * whole
     parts["peak"] = held + sums + update
     for sizes in steps:
         for i, (tokens, scored) in enumerate(sizes):
