@@ -138,7 +138,7 @@ memory   activations and logits are those of the largest pass; the peak is less 
          activations go while gradients come; it fits if it takes at most {FULL:.0%} of the device
          not counted: sampling, compiling, what the libraries and the allocator need for themselves
 time     {tokens} tokens an epoch; operations for each weight and token: 6, with adapters 4, without gradient 2, and
-         2 more in recomputed layers; not counted: attention, sampling, evaluation
+         2 more in recomputed layers; all experts of a mixture count; attention, sampling and evaluation do not
          assumed operations a second of {where}: {", ".join(speeds.values())}"""
     )
     if scored_before:

@@ -831,12 +831,15 @@ def test_dry_run_says_what_fits_without_loading_weights(world, capsys, monkeypat
 
 def test_dry_run_compares_with_the_memory_that_there_is(world, capsys, monkeypatch):
     monkeypatch.setattr(dryrun, "_memory", lambda device: ("1 KiB of RAM", 1024))
+    monkeypatch.setattr(dryrun, "SAVING", {"rank 16": {"lora_rank": 16}})
     rows, _ = dry_run(world, capsys)
+    assert [*rows] == ["flags as given", "rank 16"]
     assert all(row["fits 1 KiB of RAM"] == "no" and row["fits an 80 GB GPU"] == "yes" for row in rows.values())
 
 
-def test_dry_run_of_ppo_counts_every_model(world, capsys):
+def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
     """Reference 4 bytes a weight; the critic, made of the policy, 16; with adapters the reference is the policy."""
+    monkeypatch.setattr(dryrun, "SAVING", {})
     settings = {"reward": "gold", "value_init": "policy", "max_new_tokens": 6, "k": 2, "batch_size": 4}
     rows, text = dry_run(world, capsys, train_ppo, **settings)
     size = models.load_model(str(world / "model"), "cpu").num_parameters()
@@ -858,7 +861,8 @@ def test_dry_run_says_what_it_cannot_estimate(name, reason, world, tmp_path, cap
     assert reason in line and len(line) < 400
 
 
-def test_a_model_that_takes_no_trees_is_estimated_in_padded_rows(world, tmp_path, capsys):
+def test_a_model_that_takes_no_trees_is_estimated_in_padded_rows(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun, "SAVING", {})
     config = ARCHITECTURES["stablelm"]()
     config.save_pretrained(tmp_path)
     for path in (world / "model").glob("tokenizer*"):
