@@ -102,13 +102,19 @@ def _report(
     device, total = _memory(a.device)
     places = [f"fits {device}"] + ["fits an 80 GB GPU"] * (not given.on_gpu)
     header = ["GiB a device", *parts_shown, *places, "hours an epoch"]
-    rows, speeds = [], {}
+    rows, speeds, refused = [], {}, []
     for name, changes in {"flags as given": {}, **SAVING}.items():
         same = all(flags.get(x, value) == value for x, value in changes.items())
         if changes and (same or not changes.keys() <= flags.keys() or processes > 1 and "optimizer_state" in changes):
             continue
         plan = given._replace(**changes)
-        shape = memory.trace(config, largest, plan, layout, reward, a.trust_remote_code)
+        try:
+            shape = memory.trace(config, largest, plan, layout, reward, a.trust_remote_code)
+        except BadInput as error:  # checkpoints or adapters that this architecture cannot have
+            if not changes:
+                raise
+            refused.append(f"{name}: {error}")
+            continue
         beside = 0.0
         work = updates * memory.operations(shape, tokens, scored, plan)
         work += scorings * memory.operations(shape, tokens, scored)
@@ -127,7 +133,7 @@ def _report(
         if not changes:
             once = memory.operations(shape, tokens, scored) * scored_before / len(examples)
             before = once / rate / processes / 3600
-    print(table(header, rows))
+    print("\n".join([table(header, rows), *refused]))
     most, targets = memory.measure(largest, layout)
     chosen = f"{layout} layout" + (", if the check of the loaded model agrees" if a.layout == "auto" else "")
     where = "a GPU" if given.on_gpu else f"{torch.get_num_threads()} threads of a CPU"
