@@ -26,7 +26,7 @@ from torch import Tensor
 import train_sft
 from rlhf import losses, require
 from rlhf.tree import collate, send
-from support import generate, models, report, runs, scoring, sharding
+from support import dryrun, generate, models, report, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.parallel import gather
 from support.preferences import by_prompt, ceiling, expected_accuracy, mismatched, pair_tensors, without_ties
@@ -213,6 +213,8 @@ def main(a: Args) -> dict[str, float]:
         train = random.Random(a.seed).sample(train, steps * a.batch_size)
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
+        to_score = 0 if a.loss in REFERENCE_FREE else len(train + held) * (2 if a.loss == "kto" else 1)
+        dryrun.dry_run(a, train, tokenizer, scored_before=to_score)
         return {}
 
     # ----------------------------------------------------------------------------------------------------------- model

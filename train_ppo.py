@@ -14,10 +14,11 @@ answer turned out than expected from a value model (GAE's critic) or from other 
 gradient follow (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ import train_rm
 import train_sft
 from rlhf import advantages, losses, require
 from rlhf.tree import collate, send
-from support import models, report, reviews, runs, scoring, sharding
+from support import dryrun, models, report, reviews, runs, scoring, sharding
 from support.examples import Example, held_out, load, probes, show
 from support.generate import answer, end_ids
 from support.parallel import gather, shares
@@ -246,6 +247,19 @@ def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, leng
     return losses.ppo_clip(logps, old_logps, estimates, *bounds), losses.clipped(logps, old_logps, estimates, *bounds)
 
 
+def other_models(a: Args) -> list[dryrun.Other]:
+    """The models beside the policy, for --dry-run: the reference, and what scores token ids."""
+    models = [] if a.lora_rank and not a.ref else [dryrun.Other(a.ref or a.model, "--ref")]
+    scores_ids = Path(a.reward).is_dir() or a.reward == train_rm.Args.out
+    made_of = a.reward if runs.is_made(a.reward) else a.model
+    if scores_ids:
+        models.append(dryrun.Other(made_of, "--reward", reward=True))
+    if a.advantage == "gae":
+        critic = made_of if a.value_init == "reward" else a.model
+        models.append(dryrun.Other(critic, "--value-init", reward=True, trained=True))
+    return models
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -276,6 +290,12 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(prompts)} prompts to train on, {len(held)} held out")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
+        answered = [replace(e, responses=[[0] * a.max_new_tokens] * a.k) for e in prompts]  # the longest there can be
+        per_step, others = math.ceil(a.batch_size / a.minibatches), other_models(a)
+        scorings = 2 if a.lora_rank and not a.ref else 1  # the policy, and the reference if it is not one of the others
+        dryrun.dry_run(
+            a, answered, tokenizer, others=others, per_step=per_step, updates=a.epochs_per_rollout, scorings=scorings
+        )
         return {}
 
     # ----------------------------------------------------------------------------- policy, reference, reward and critic

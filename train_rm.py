@@ -30,7 +30,7 @@ from torch import Tensor
 import train_sft
 from rlhf import losses, require
 from rlhf.tree import collate, send
-from support import models, reviews, runs, scoring, sharding
+from support import dryrun, models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer
 from support.parallel import gather
@@ -134,6 +134,7 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(train)} examples to train on, {len(held)} held out")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
+        dryrun.dry_run(a, train, tokenizer, reward=True)
         return {}
 
     # ----------------------------------------------------------------------------------------------------------- model

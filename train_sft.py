@@ -22,7 +22,7 @@ import transformers
 
 from rlhf import losses
 from rlhf.tree import collate
-from support import models, reviews, runs, scoring, sharding
+from support import dryrun, models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer, answer_stats, choose_sampler, end_ids
 from support.parallel import gather
@@ -88,6 +88,7 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(train)} examples to train on, {len(held)} held out")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
+        dryrun.dry_run(a, train, tokenizer)
         return {}
 
     # ----------------------------------------------------------------------------------------------------------- model

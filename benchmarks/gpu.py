@@ -164,10 +164,24 @@ def run_steps(case: dict, device: str) -> dict:
         "layout": result.get("layout", "padded"), "s/step": seconds / steps,
         "real tokens/s": sum(len(x["prompt"]) + len(r) for x in rows for r in x["responses"]) / seconds,
         "TF/s": work / seconds / 1e12, "of products": work / seconds / products, "of square": work / seconds / square,
-        "of 989": work / seconds / compare.H100, "reserved GiB": result["reserved"] / 1024, "reads": result["reads"],
+        "of 989": work / seconds / compare.H100, "reserved GiB": result["reserved"] / 1024,
+        "estimated GiB": estimated(case, rows, flags, result.get("layout", "padded"), device), "reads": result["reads"],
         "graphs": graphs[steps - 1], "recompiled": graphs[-1] - graphs[steps - 1],
         "gap, nats": max((abs(logps[name] - first[name]) for name in logps.keys() & first.keys()), default=0.0),
     }  # fmt: skip
+
+
+def estimated(case: dict, rows: list[dict], flags: dict, layout: str, device: str) -> float | str:
+    """The peak of a step that `--dry-run` gives, in GiB; for others than ours nothing."""
+    if case["side"] not in OURS:
+        return ""
+    import train_dpo
+    from benchmarks import fits
+
+    budget = flags.get("micro_batch_tokens", train_dpo.Args.micro_batch_tokens)
+    changes = {name: value for name, value in flags.items() if name in fits.Plan._fields}
+    plan = fits.Plan("bfloat16", on_gpu=watch.on_gpu(device))._replace(**changes)
+    return fits.parts(case["model"], rows, case["pairs"], budget, plan, layout)["peak"] / 2**30
 
 
 @functools.cache

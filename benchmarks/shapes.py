@@ -13,10 +13,12 @@ import transformers
 from benchmarks import compare, watch
 from support import models
 
-SHAPES = {  # type, words, width, width of the MLP, layers, heads, heads of keys and values; Qwen2 ties its embeddings
+SHAPES = {  # type, words, width, width of the MLP, layers, heads, heads of keys and values; small Qwen2 tie embeddings
     "0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2),
     "1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2),
+    "7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4),
     "8B": ("llama", 128256, 4096, 14336, 32, 32, 8),
+    "70B": ("llama", 128256, 8192, 28672, 80, 64, 8),
     "tiny": ("qwen2", 512, 64, 128, 2, 4, 2),
 }
 
@@ -25,7 +27,7 @@ def config_of(shape: str) -> transformers.PretrainedConfig:
     kind, words, width, mlp_width, layers, heads, kv_heads = SHAPES[shape]
     return transformers.AutoConfig.for_model(
         kind, vocab_size=words, hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=kind == "qwen2",
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=kind == "qwen2" and width < 3584,
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=1, pad_token_id=0,
         architectures=[{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
     )  # fmt: skip

@@ -6,6 +6,8 @@
     preferences.py    pairs, ties, ceilings, expected accuracy
     models.py         loading and saving policies, references and reward models; adapters
     scoring.py        log-probs and rewards of batches; which layout a model accepts
+    memory.py         what a training step takes, from a config and the lengths of the rows
+    dryrun.py         what --dry-run prints of memory and time
     refcache.py       the reference's log-probs on disk
     generate.py       batched sampling
     rewards.py        gold reward, a reward model or a function of yours, all called alike

@@ -73,15 +73,22 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     return without_dropout(model).to(device)
 
 
+def load_config(name: str, trust_remote_code: bool = False, flag: str = "--model"):
+    """The config of a run directory, local folder or hub id; of adapters, that of the model below them."""
+    while base := base_of_adapters(name):
+        name, flag = base, f"{flag} {name}: its base model"
+    with _one_line_errors(name, flag):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def is_reward_model(name: str, trust_remote_code: bool = False, flag: str = "--model") -> bool:
     """Whether the config of a run directory, local folder or hub id names a sequence classifier."""
     while base := base_of_adapters(name):
         if _adapter_config(name).get("task_type") == "SEQ_CLS":
             return True
         name, flag = base, f"{flag} {name}: its base model"
-    with _one_line_errors(name, flag):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+    architectures = load_config(name, trust_remote_code, flag).architectures or ()
+    return any(kind.endswith("ForSequenceClassification") for kind in architectures)
 
 
 def load_reward_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--reward"):

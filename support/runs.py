@@ -81,7 +81,7 @@ class Flags:
     resume: bool = False
     """continue from the last checkpoint in --out, with the same flags; on a CPU the result is the same bit for bit"""
     dry_run: bool = False
-    """print the data report and three examples token by token, and stop there"""
+    """print the data report, three examples token by token and, for training, its memory and time; and stop there"""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """how responses share a forward pass: tree encodes the prompt once; auto uses it if a check finds it right"""
     micro_batch_tokens: int = 32768 if torch.cuda.is_available() else 1024

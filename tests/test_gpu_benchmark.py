@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import compare, gpu, shapes, watch, wheels
+from benchmarks import compare, fits, gpu, shapes, watch, wheels
 
 STEP = {"model": "tiny", "rows": "hh", "side": "ours", "pairs": 2, "steps": 1}
 
@@ -48,7 +48,9 @@ def test_six_minutes_three_when_quick_and_ours_alone():
     }
 
 
-@pytest.mark.parametrize("shape, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("8B", 8.03)])
+@pytest.mark.parametrize(
+    "shape, billions", [("0.5B", 0.494), ("1.5B", 1.544), ("7B", 7.616), ("8B", 8.03), ("70B", 70.554)]
+)
 def test_shapes_have_the_sizes_of_the_published_models(shape, billions):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(shapes.config_of(shape))
@@ -101,8 +103,23 @@ def test_steps_give_rates_of_the_work_that_counts(jobs):
     assert adapters["TF/s"] * adapters["s/step"] * 1e12 == pytest.approx(work * 4 / 6)  # frozen: no weight gradients
     assert ours["of 989"] == pytest.approx(ours["TF/s"] / 989)
     assert ours["layout"] == "tree" and ours["reads"] > 0 and ours["recompiled"] == 0
+    assert 0 < adapters["estimated GiB"] < ours["estimated GiB"] < ours["reserved GiB"]  # of the whole process on a CPU
     assert adapters["gap, nats"] < 0.1  # the same rows and weights
     assert [x["outcome"] for x in (ours, adapters)] == ["ok", "ok"] and "unknown" in unknown["outcome"]
+
+
+def test_8b_fits_80_gb_by_the_arithmetic():
+    """All weights take more than their own bytes and less than the card; adapters at most 30 GiB. Processes share."""
+    rows = gpu.rows_of("8B", "ultrafeedback", 32)
+    every, adapters = (
+        fits.parts("8B", rows, 32, 8192, plan)["peak"] / 2**30 for plan in (fits.EIGHT_BIT, fits.ADAPTERS)
+    )
+    assert 60.2 < every < 76 and 15 < adapters < 30
+    one, four = (fits.parts("8B", rows, 32, 8192, fits.CHECKPOINTED._replace(processes=n)) for n in (1, 4))
+    assert four["optimizer"] == one["optimizer"] / 4 and four["gathered"] == pytest.approx(
+        8 * 1.05e9 + 10 * 0.218e9, rel=0.01
+    )
+    assert fits.flags_of(fits.ADAPTERS) == "--gradient-checkpointing --lora-rank 16"
 
 
 def test_a_flag_that_the_script_lacks_is_the_outcome(jobs, monkeypatch):

@@ -1,7 +1,9 @@
-"""What saves memory: low-rank adapters and gradient checkpointing."""
+"""What saves memory: low-rank adapters and gradient checkpointing; and what a step takes, known beforehand."""
 
+import itertools
 import json
 import math
+import re
 import shutil
 import warnings
 
@@ -19,7 +21,7 @@ import train_rm
 import train_sft
 from rlhf import BadInput
 from rlhf.tree import collate
-from support import models, reviews, runs, scoring
+from support import dryrun, memory, models, reviews, runs, scoring, sharding
 from support.generate import generate
 from support.rewards import load_reward
 
@@ -622,3 +624,248 @@ def test_checkpointing_changes_what_is_kept_and_not_the_gradient(name, layout):
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
     assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
     assert kept[1] < 0.5 * kept[0]
+
+
+# ---------------------------------------------------------------------------------------- what a step takes, beforehand
+
+SIZES = {  # layers, width, width of the MLP, words, heads, heads of keys and values, whether the head is the embeddings
+    "small": (2, 256, 768, 4096, 4, 2, True),
+    "larger": (6, 384, 1024, 2048, 6, 2, False),
+}
+FAST = [("small", 2), ("larger", 1)]  # sizes and micro-batches of a step; the others are slow tests
+FLAGS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 gradients": {"dtype": "bfloat16", "gradient_dtype": "bfloat16"},
+    "8-bit moments": {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "optimizer_state": "8bit"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bfloat16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "adapters": {"lora_rank": 8},
+    "bfloat16, adapters, checkpointing": {"dtype": "bfloat16", "lora_rank": 8, "gradient_checkpointing": True},
+}
+
+
+def llama_config(size):
+    names = "num_hidden_layers hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads"
+    values = dict(zip([*names.split(), "tie_word_embeddings"], SIZES[size], strict=True))
+    return transformers.LlamaConfig(**values)
+
+
+def allocated_bytes(config, steps, layout, flags):
+    """What training holds between two steps, and the most that it holds during one, by the allocations that the
+    profiler saw on the CPU."""
+    a = train_dpo.Args(device="cpu", **flags)
+    dtype = models.DTYPES[a.dtype]
+    make = lambda device: models.without_dropout(transformers.AutoModelForCausalLM.from_config(config))  # noqa: E731
+    model, low_bits = sharding.load_trained(make, "cpu", dtype, None if a.lora_rank else 0)
+    models.prepare_training(model, low_bits, a, a.lora_rank)
+    optimizer = models.adamw(model, low_bits, a, lr=1e-5, weight_decay=0.0)
+
+    def step(groups):
+        for group in groups:
+            logps = scoring.response_logps(model, collate(group, layout, 0), dtype)[1]
+            (logps.sum() / 8).backward()
+        sharding.clip_gradients(optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step(steps[0])
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *low_bits.values(), *moments]
+    held = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for groups in steps[1:]:
+            step(groups)
+    events = [x for x in profiler.profiler.kineto_results.events() if x.name() == "[memory]"]
+    sums = itertools.accumulate(x.nbytes() for x in sorted(events, key=lambda x: x.start_ns()))
+    return held, held + max(sums)
+
+
+@pytest.mark.parametrize(
+    "size, flags, passes",
+    [
+        pytest.param(size, flags, passes, marks=[] if (size, passes) in FAST else pytest.mark.slow)
+        for size, flags, passes in itertools.product(SIZES, FLAGS, (1, 2))
+    ],
+)
+def test_a_step_takes_what_was_estimated(size, flags, passes):
+    """Within 10 % of the peak, also of what lies above weights and optimizer state, and within 1 % of these."""
+    config = llama_config(size)
+    examples = random_examples([(120, [150, 90]), (60, [200, 110])])
+    steps = [[examples] * passes] * 2
+    held, peak = allocated_bytes(config, steps, "tree", FLAGS[flags])
+    plan = memory.Plan(**FLAGS[flags])
+    sizes = [[memory.measure(group, "tree") for group in groups] for groups in steps]
+    parts = memory.estimate(memory.trace(config, examples, plan, "tree"), sizes, plan)
+    assert parts["weights"] + parts["low bits"] + parts["optimizer"] == pytest.approx(held, rel=0.01)
+    assert parts["peak"] == pytest.approx(peak, rel=0.05)
+    assert parts["peak"] - held == pytest.approx(peak - held, rel=0.1)
+
+
+def test_the_padded_layout_is_estimated_too():
+    config, examples = llama_config("small"), random_examples([(120, [150, 90]), (60, [200, 110])])
+    held, peak = allocated_bytes(config, [[examples]] * 2, "padded", {})
+    size, plan = memory.measure(examples, "padded"), memory.Plan()
+    assert size == (4 * 270, 550)
+    parts = memory.estimate(memory.trace(config, examples, plan, "padded"), [[size]], plan)
+    assert parts["peak"] == pytest.approx(peak, rel=0.05)
+
+
+def test_many_prompts_are_traced_as_few():
+    """The same tokens and keys in fewer segments: 40 prompts take 5 times what 8 take, which are traced one by one."""
+    config, plan = llama_config("small"), memory.Plan()
+    shapes = [memory.trace(config, random_examples([(60, [70, 50])] * n), plan, "tree") for n in (8, 40)]
+    assert [shape.tokens for shape in shapes] == [8 * 180, 40 * 180]
+    assert shapes[1].kept == pytest.approx(5 * shapes[0].kept, rel=0.02)
+
+
+def test_layers_are_traced_as_docs_scaling_counts():
+    """9 + 2 d_kv / d + 4 w / d floats for each number of the residual stream; with checkpoints only that number itself;
+    and the weights of a Llama by hand."""
+    config = llama_config("larger")
+    examples, d, w, kv = random_examples([(200, [100])]), 384, 1024, 128
+    shape = memory.trace(config, examples, memory.Plan(), "tree")
+    assert shape.kept / (4 * 300 * d) == pytest.approx(9 + 2 * kv / d + 4 * w / d, abs=0.5)
+    layer = 2 * d * d + 2 * d * kv + 3 * d * w
+    assert (shape.layers, shape.layer_matrices, shape.layer_elements) == (6, layer, layer + 2 * d)
+    assert shape.elements == 6 * (layer + 2 * d) + 2 * 2048 * d + d
+    assert (shape.head, shape.embeddings, shape.tied) == ((2048, d), 2048 * d, False)
+    recomputed = memory.trace(config, examples, memory.Plan(gradient_checkpointing=True, lora_rank=16), "tree")
+    assert recomputed.kept == 4 * 300 * d
+    assert recomputed.adapters == 6 * 16 * (2 * (d + d) + 2 * (d + kv) + 3 * (d + w))
+
+
+def test_bytes_of_a_weight_by_hand():
+    """The figures of an 8B model in one process: 60.2 GiB with bfloat16 gradients, 75.0 with float32 ones."""
+    plan = memory.Plan("bfloat16", "bfloat16", "8bit")
+    parts = memory.state_bytes(8.03e9, plan)
+    assert parts == {
+        "weights": 16.06e9,
+        "low bits": 16.06e9,
+        "gradients": 16.06e9,
+        "optimizer": 8.03e9 * (2 + 12 / 256),
+    }
+    assert sum(parts.values()) / 2**30 == pytest.approx(60.2, abs=0.05)
+    assert sum(memory.state_bytes(8.03e9, plan._replace(gradient_dtype="float32")).values()) / 2**30 == pytest.approx(
+        75.1, abs=0.1
+    )
+    assert sum(memory.state_bytes(1000, memory.Plan()).values()) == 16000
+    assert sum(memory.state_bytes(1000, memory.Plan("bfloat16"), shards=4).values()) == 4000
+    assert memory.state_bytes(1000, memory.Plan("bfloat16"), trained=False)["weights"] == 2000
+
+
+def test_logits_by_hand():
+    """On a GPU in bfloat16: a softmax of 2 bytes, a tile of float32 logits, gradients; and if the softmax is too large,
+    tiles alone. 8 processes hold an eighth of 16 bytes a weight."""
+    plan = memory.Plan("bfloat16", on_gpu=True)
+    n, v, d = 8192, 131072, 4096
+    kept, forward, backward = memory.head_bytes(n, v, d, plan)
+    assert kept == 2 * n * v + 2 * n * d and forward == 1024 * v * 4 and backward == 4 * v * d + 4 * n * d
+    kept, forward, backward = memory.head_bytes(n, v, d, plan._replace(keep_softmax_mib=2047))
+    assert kept == 2 * n * d and forward == 1024 * v * 4
+    assert backward == 4 * v * d + 4 * n * d + 1.5 * 1024 * v * 4
+    assert memory.head_bytes(n, v, d, plan._replace(lora_rank=1))[2] == 4 * n * d
+    shape = memory.Shape(1000, 2, 300, 290, 200, (20, 10), False, 200, 0, 1, 0, 0, 0)
+    parts = memory.estimate(shape, [[(1, 0)]], memory.Plan(processes=8, gradient_checkpointing=True))
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == 2000
+    assert parts["gathered"] == 400 * 12 + 300 * 16
+
+
+def test_live_bytes_are_those_alive():
+    with memory.LiveBytes() as live:
+        a = torch.zeros(100)
+        view = a[:50]  # no bytes of its own
+        b = a + 1
+        del a
+        assert live.now == 800 and live.peak == 800
+        del view
+        assert live.now == 400
+        b = b.double()
+    assert live.now == 800 and live.peak == 1200 and b.nbytes == 800
+
+
+def test_operations_by_hand():
+    shape = memory.Shape(1000, 2, 300, 290, 200, (20, 10), False, 200, 0, 1, 0, 0, 0)
+    body, head = 2 * 290 * 7, 200 * 3
+    assert memory.operations(shape, 7, 3) == 2 * (body + head)
+    assert memory.operations(shape, 7, 3, memory.Plan()) == 6 * (body + head)
+    assert memory.operations(shape, 7, 3, memory.Plan(lora_rank=2)) == 4 * (body + head)
+    assert memory.operations(shape, 7, 3, memory.Plan(gradient_checkpointing=True)) == 8 * body + 6 * head
+
+
+def dry_run(world, capsys, script=train_dpo, **settings):
+    """What --dry-run prints of memory and time: the table's rows by their name, and the text."""
+    given = {"model": str(world / "model"), "data": str(world / "pairs.jsonl"), "out": str(world / "none")}
+    given |= {"device": "cpu", "eval_fraction": 0.2, "dry_run": True}
+    script.main(script.Args(**{**given, **settings}))
+    text = capsys.readouterr().out.partition("Does it fit")[2]
+    header, *lines = text.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    names = re.split(r"\s{2,}", header)
+    rows = [re.split(r"\s{2,}", line) for line in lines[1:]]
+    return {cells[0]: dict(zip(names, cells, strict=True)) for cells in rows}, text
+
+
+def test_dry_run_says_what_fits_without_loading_weights(world, capsys, monkeypatch):
+    """Numbers recomputed from the model and the rows; checkpointing and adapters take less of what they should."""
+    model = models.load_model(str(world / "model"), "cpu")
+    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    rows, text = dry_run(world, capsys, batch_size=4)
+    assert {"flags as given", "--gradient-checkpointing", "--lora-rank 16", "--dtype bfloat16"} <= rows.keys()
+    given, saved, lora = (rows[name] for name in ("flags as given", "--gradient-checkpointing", "--lora-rank 16"))
+    size = model.num_parameters()
+    assert float(given["weights"]) == pytest.approx(4 * size / 2**30, rel=0.01)
+    assert float(given["optimizer"]) == pytest.approx(8 * size / 2**30, rel=0.01)
+    assert float(saved["activations"]) < float(given["activations"]) and float(saved["peak"]) < float(given["peak"])
+    assert float(lora["optimizer"]) < float(given["optimizer"])
+    assert given["fits an 80 GB GPU"] == "yes" and "not estimated" not in text
+    assert float(saved["hours an epoch"]) > float(given["hours an epoch"]) > float(lora["hours an epoch"])
+
+    tokens = int(re.search(r"time     (\d+) tokens an epoch", text)[1])
+    layers = sum(x.numel() for layer in models.layers(model) for x in layer.parameters() if x.ndim > 1)
+    low = 6 * layers * tokens / (40e9 * torch.get_num_threads()) / 3600
+    assert low < float(given["hours an epoch"]) < 2 * low
+    assert f" threads of a CPU: {0.04 * torch.get_num_threads():g}e12 in float32" in text
+    assert "before   the reference scores 24 examples" in text
+
+
+def test_dry_run_compares_with_the_memory_that_there_is(world, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun, "_memory", lambda device: ("1 KiB of RAM", 1024))
+    monkeypatch.setattr(dryrun, "SAVING", {"rank 16": {"lora_rank": 16}})
+    rows, _ = dry_run(world, capsys)
+    assert [*rows] == ["flags as given", "rank 16"]
+    assert all(row["fits 1 KiB of RAM"] == "no" and row["fits an 80 GB GPU"] == "yes" for row in rows.values())
+
+
+def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
+    """Reference 4 bytes a weight; the critic, made of the policy, 16; with adapters the reference is the policy."""
+    monkeypatch.setattr(dryrun, "SAVING", {})
+    settings = {"reward": "gold", "value_init": "policy", "max_new_tokens": 6, "k": 2, "batch_size": 4}
+    rows, text = dry_run(world, capsys, train_ppo, **settings)
+    size = models.load_model(str(world / "model"), "cpu").num_parameters()
+    assert float(rows["flags as given"]["others"]) == pytest.approx((4 + 16) * size / 2**30, rel=0.1)
+    rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=2)
+    assert float(rows["flags as given"]["others"]) == pytest.approx(16 * size / 2**30, rel=0.1)
+
+
+@pytest.mark.parametrize("name, reason", [("mamba", "its layers loop over tokens"), ("mixtral", "RuntimeError")])
+def test_dry_run_says_what_it_cannot_estimate(name, reason, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "MOST_OPERATIONS", 1000)
+    mamba = transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
+    (mamba if name == "mamba" else ARCHITECTURES[name]()).save_pretrained(tmp_path)
+    for path in (world / "model").glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows, text = dry_run(world, capsys, model=str(tmp_path))
+    (line,) = text.splitlines()[2:]
+    assert not rows and line.startswith(f"not estimated: --model {tmp_path} cannot be traced without weights: ")
+    assert reason in line and len(line) < 400
+
+
+def test_a_model_that_takes_no_trees_is_estimated_in_padded_rows(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun, "SAVING", {})
+    config = ARCHITECTURES["stablelm"]()
+    config.save_pretrained(tmp_path)
+    for path in (world / "model").glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows, text = dry_run(world, capsys, model=str(tmp_path))
+    assert "padded layout" in text and float(rows["flags as given"]["peak"]) > 0
