@@ -1,4 +1,4 @@
-"""Measure training, the log-prob kernel, memory and sampling on one GPU, in at most 6 minutes.
+"""Measure training, the log-prob kernel, memory and rollouts on one GPU, in at most 6 minutes.
 
     python -m benchmarks.gpu                         every part
     python -m benchmarks.gpu --parts kernel memory   some parts; the tables of the others stay
@@ -9,7 +9,7 @@
     steps     DPO steps of 64 pairs: train_dpo.main as a user calls it, and TRL's trainer at its best settings
     kernel    log-probs from hidden states: `token_logps` and the other ways of logprobs.py
     memory    DPO steps of an 8B model, 16 pairs each, and the memory that they reserve
-    sampling  `support.generate.generate` and the library's `generate`
+    rollout   `support.generate.generate` and the library's `generate`: answers of one length, and of geometric lengths
 
 Everything is in bfloat16, on random models of the shapes of Qwen2 0.5B and 1.5B and Llama 3 8B (shapes.py). A part has
 its own process and time limit (`LIMITS`) and takes its most important cases first. A case that fails costs itself only:
@@ -41,8 +41,8 @@ from benchmarks import compare, dpo_step, logprobs, rollout, shapes, watch
 from rlhf.logprobs import Head, token_logps
 from support import generate, models, sharding
 
-LIMITS = {"tests": 35, "steps": 200, "kernel": 30, "memory": 45, "sampling": 40}  # seconds
-QUICK_LIMITS = {"tests": 35, "steps": 70, "kernel": 20, "memory": 25, "sampling": 20}
+LIMITS = {"tests": 35, "steps": 200, "kernel": 30, "memory": 45, "rollout": 40}  # seconds
+QUICK_LIMITS = {"tests": 35, "steps": 70, "kernel": 20, "memory": 25, "rollout": 20}
 COUNTED = (
     "TF/s: six operations a weight and token (four if the weight is frozen). A prompt counts once, the head on "
     "response tokens only; attention and recomputation do not count."
@@ -82,10 +82,14 @@ def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
     if part == "kernel":
         size = {"n": 64, "d": 32, "v": 512} if cpu else {"n": 8192, "d": 4096, "v": 151936}
         return [{"side": way} | size for way in ([*WAYS][:4] if quick else WAYS)]
-    if part == "sampling":
-        size = {"prompts": 2, "samples": 2, "tokens": 4} if cpu else {"prompts": 64, "samples": 4, "tokens": 128}
-        sides = ["ours"] if quick and not cpu else SAMPLERS
-        return [{"model": "tiny" if cpu else "0.5B", "side": side} | size for side in sides]
+    if part == "rollout":
+        size = {"model": "tiny", "prompts": 2, "samples": 2} if cpu else {"model": "0.5B", "prompts": 64, "samples": 4}
+        lengths = [
+            {"tokens": 8 if cpu else 128, "mean": None},
+            {"tokens": 16 if cpu else 512, "mean": 4 if cpu else 64},
+        ]
+        sides = ["ours"] if quick and not cpu else ["ours", "library, static cache", "library"]
+        return [{"side": side} | size | length for side in sides for length in lengths]
     profiles, steps = [*dpo_step.PROFILES], 1 if part == "memory" else 2
     if part == "memory":
         order = [("8B", "ultrafeedback", side) for side in ("ours, rank 16", "ours, all weights")]
@@ -220,9 +224,10 @@ def run_kernel(case: dict, device: str) -> dict:
     return row
 
 
-def run_sampling(case: dict, device: str) -> dict:
+def run_rollout(case: dict, device: str) -> dict:
     """Sample answers to random prompts of 32 to 128 tokens twice, and time the second pass. Ours is the model that the
-    scripts sample from."""
+    scripts sample from. Where there is a `mean` length, every `mean`-th word ends an answer; the model is so random
+    that lengths are then geometric, and a few answers are several times as long as the others."""
     options, k, dtype = SAMPLERS[case["side"]], case["samples"], torch.bfloat16
     with shapes.folder_of(case["model"], device) as folder:
         tokenizer = models.load_tokenizer(folder)
@@ -232,6 +237,9 @@ def run_sampling(case: dict, device: str) -> dict:
             model = shapes.model_of(shapes.config_of(case["model"]), device, dtype)
     rng, words = random.Random(0), range(2, model.config.vocab_size)
     prompts = [rng.choices(words, k=rng.randint(32, 128)) for _ in range(case["prompts"])]
+    if case["mean"]:
+        model.generation_config.eos_token_id = [*words[:: case["mean"]]]
+    ends = {*generate.end_ids(model, tokenizer)}
 
     def sample() -> list[list[int]]:
         if options is None:
@@ -244,12 +252,15 @@ def run_sampling(case: dict, device: str) -> dict:
     answers = sample()
     watch.wait(device)
     seconds = time.perf_counter() - began
-    ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in answers]
-    return {"s": seconds, "tokens/s": sum(ends) / seconds, "reserved GiB": watch.reserved(device) / 1024}
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in answers]
+    return {
+        "s": seconds, "longest": max(lengths), "tokens/s": sum(lengths) / seconds,
+        "reserved GiB": watch.reserved(device) / 1024,
+    }  # fmt: skip
 
 
 MEASURES = {
-    "tests": run_tests, "steps": run_steps, "kernel": run_kernel, "memory": run_steps, "sampling": run_sampling
+    "tests": run_tests, "steps": run_steps, "kernel": run_kernel, "memory": run_steps, "rollout": run_rollout
 }  # fmt: skip
 
 

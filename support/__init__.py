@@ -9,7 +9,8 @@
     memory.py         what a training step takes, from a config and the lengths of the rows
     dryrun.py         what --dry-run prints of memory and time
     refcache.py       the reference's log-probs on disk
-    generate.py       batched sampling
+    generate.py       sampling: which code does it, how a token is drawn, answers
+    decode.py         the decode loop, whose step a CUDA graph can hold
     rewards.py        gold reward, a reward model or a function of yours, all called alike
     agreement.py      how far annotators agree
     annotate.html     the page of annotate.py

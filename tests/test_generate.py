@@ -409,3 +409,22 @@ def test_a_cuda_graph_could_hold_a_step(name):
             seen.append(Counter((x.name, str(x.input_shapes)) for x in events if x.name.startswith("aten::")))
     assert seen[2] == seen[11] and len(seen[2]) > 20
     assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {name for name, _ in seen[11]}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text"])
+def test_replayed_graphs_give_what_steps_give(name, dtype, monkeypatch):
+    """Same tokens and log-probs, also after rows have left; each number of rows is captured once in a call."""
+    model = sharding.load(lambda device: ending(name).to(device), "cuda", dtype)
+    prompts = [[1, *range(3 + i, 5 + 2 * i)] for i in range(16)]
+    captured, own = [], decode._captured
+    monkeypatch.setattr(decode, "_captured", lambda rows: captured.append(rows.size) or own(rows))
+    monkeypatch.setitem(decode.LOOK_EVERY, "cuda", 4)
+    replayed, logps = generate(model, IDS, prompts, 40, seed=7, k=3, dtype=dtype)
+    sizes = captured[captured.index(48) :]  # after those of the check
+    assert sampling._samplers[model][dtype][1] == "loop" and len(sizes) > 1 and sizes == sorted({*sizes}, reverse=True)
+    monkeypatch.setattr(decode, "_captured", lambda rows: rows.step() or rows.step)
+    stepped, others = generate(model, IDS, prompts, 40, seed=7, k=3, dtype=dtype)
+    assert replayed == stepped
+    assert all(x == pytest.approx(y, abs=1e-5) for x, y in zip(logps, others, strict=True))

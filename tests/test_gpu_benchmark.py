@@ -38,7 +38,7 @@ def test_six_minutes_three_when_quick_and_ours_alone():
     for part in gpu.LIMITS:
         quick, full = gpu.cases_of(part, quick=True, cpu=False), gpu.cases_of(part, quick=False, cpu=False)
         assert quick and all(case in full for case in quick)
-        if part in ("steps", "memory", "sampling"):
+        if part in ("steps", "memory", "rollout"):
             assert all(case["side"].startswith("ours") for case in quick)
     steps = gpu.cases_of("steps", quick=False, cpu=False)
     assert {(x["model"], x["rows"], x["side"]) for x in steps} >= {
@@ -238,7 +238,7 @@ def test_quick_goes_through_every_part(tmp_path, monkeypatch):
         "steps": ["s/step", "real tokens/s", "TF/s", "of products", "of square", "of 989", "reserved GiB"],
         "kernel": ["ms", "forward ms"],
         "memory": ["s/step", "real tokens/s", "TF/s", "reserved GiB"],
-        "sampling": ["s", "tokens/s", "reserved GiB"],
+        "rollout": ["s", "longest", "tokens/s", "reserved GiB"],
     }
     for part, columns in positive.items():
         with open(tmp_path / f"runs/benchmarks/gpu_{part}.csv") as file:
