@@ -95,6 +95,8 @@ class Rows:
         self.logps = torch.zeros(len(most), max(most), device=device)
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
         _encode(model, ids, self.cache)
+        if not self.cache.layers:
+            raise NotImplementedError("its layers put nothing into the cache")
 
     def step(self) -> None:
         """Draw the next token of the first `size` rows. Reads nothing back to the CPU, and changes no shape."""
