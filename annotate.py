@@ -45,7 +45,7 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from rlhf import BadInput, require
-from support import agreement, lazy_import
+from support import agreement, lazy_import, read_json_lines
 from support.report import bootstrap, share_interval, table
 from support.rows import read_rows
 from support.runs import check, cli
@@ -478,16 +478,15 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
         ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
         return [ranks[sample.distinct.index(i)] for i in sample.first]
 
-    complete = partial.read_bytes().rpartition(b"\n")[0] if stopped else b""
     done = {}
-    for number, line in enumerate(complete.split(b"\n") if complete else [], 1):
-        row = json.loads(line)
+    needed = ("prompt", "responses", "annotator", "noise", "ranks", "rewards")
+    for number, row in enumerate(read_json_lines(partial, *needed) if stopped else [], 1):
         key = identity(row)
         valid = key in samples and (row["annotator"], row["noise"]) == (a.by, noise)
         valid = valid and row["ranks"] == ranks_of(key, row["rewards"])
         problem = f"--resume: {partial}:{number} was labelled with other samples or flags"
         require(valid, f"{problem}: give those, or remove it")
-        done[key] = line + b"\n"
+        done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
     todo = [key for key in samples if key not in done]
     out.parent.mkdir(parents=True, exist_ok=True)

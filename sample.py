@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import train_sft
 from rlhf import BadInput, require
-from support import models, reviews, runs, scoring, tokens
+from support import models, read_json, read_json_lines, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
 from support.report import interval, mean_interval, share_and_half, table
@@ -100,12 +100,11 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
         require(not out.exists(), f"--out {out} is there already: continue it with --resume, or name another --out")
         return []
     require(out.exists() and flags.exists(), f"--resume: {out} holds no samples to continue")
-    before, now = json.loads(flags.read_text())["flags"], json.loads(json.dumps(asdict(a)))
+    before, now = read_json(flags, "flags")["flags"], json.loads(json.dumps(asdict(a)))
     changes = [f"--{n.replace('_', '-')} {before.get(n)} -> {now[n]}" for n in now if before.get(n) != now[n]]
     changes = [change for change in changes if not change.startswith(("--resume", "--micro-batch-tokens"))]
     require(not changes, f"--resume: {out} was sampled with other flags: {', '.join(changes)}")
-    whole = out.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    rows = [json.loads(line) for line in whole if line]
+    rows = read_json_lines(out, "prompt", "where")
     asked = {identity(prompt_of(e.row)) for e in prompts}
     strange = [row["where"] for row in rows if identity(row["prompt"]) not in asked]
     require(not strange, f"--resume: {out} has a prompt that --data has not ({strange[:1]}): it has changed")
@@ -160,7 +159,7 @@ def main(a: Args) -> dict[str, float]:
     digest = tokens.digest(tokenizer)
     contents = {"data": runs.rows_digest(prompts), "model": models.digest(model)}
     contents |= {"ref": models.digest(scorers["ref_logps"])} if a.ref else {}
-    before = json.loads(flags.read_text()).get("contents", contents) if a.resume else contents
+    before = read_json(flags).get("contents", contents) if a.resume else contents
     changed = ", ".join(f"--{name}" for name in contents if before.get(name) != contents[name])
     require(not changed, f"--resume: {out} was begun with other contents of {changed}: name another --out")
     ends, probe_rows = end_ids(model, tokenizer), probes(prompts, a.max_new_tokens)

@@ -358,10 +358,10 @@ def main(a: Args) -> dict[str, float]:
     )
     results |= more_results
     title = f"{len(held)} held-out examples, {len(prompts)} answers, {a.dtype}"
-    report.print_comparison(title, rows + more_rows, results, samples)
     run.samples(steps, samples)
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
+    report.print_comparison(title, rows + more_rows, results, samples)
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )

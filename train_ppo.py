@@ -543,7 +543,6 @@ def main(a: Args) -> dict[str, float]:
     rows, results, samples = report.before_and_after(
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
     )
-    report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
@@ -551,6 +550,7 @@ def main(a: Args) -> dict[str, float]:
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     report.reward_kl_plot(run.out)
     run.finish(results, PANELS)
+    report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
     print(
         f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
     )

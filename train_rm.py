@@ -241,18 +241,17 @@ def main(a: Args) -> dict[str, float]:
     results |= {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
     results = {name: value for name, value in results.items() if math.isfinite(value)}  # JSON has no NaN
     rows.append(["deviation of the reward, on samples", f"{model.config.reward_std:.2f}"])
-    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
-
     texts = [(e.prompt_text, text) for e in samples for text in e.response_texts]
     shown = [{"prompt": x, "answer": y, "reward": z} for (x, y), z in zip(texts, scores.tolist(), strict=True)]
     shown.sort(key=lambda row: -row["reward"])
-    for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
-        print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
     run.samples(steps, shown)
     models.save(model, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     if panels:
         draw(run.out / "report.png", *panels, by_gold)
     run.finish(results, PANELS)
+    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
+    for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
+        print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
     print(f"\nThe reward model is in {run.out}, with curves.png" + (" and report.png." if panels else "."))
     policy = a.model if from_policy else "POLICY"
     own = f"python train_ppo.py --model {policy} --reward {run.out} --data PROMPTS --out {run.out}-ppo"

@@ -177,12 +177,12 @@ def main(a: Args) -> dict[str, float]:
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
     rows += [[ANSWER_STATS[name], interval(x)] for name, x in intervals.items()]
-    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
-    for e in answers[:4]:
-        print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
+    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
+    for e in answers[:4]:
+        print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
     data = "" if a.data == "reviews" else " --data PREFERENCES"
     print(f"Next: python train_dpo.py --model {run.out}{data} --out {run.out}-dpo")

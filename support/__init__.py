@@ -24,9 +24,13 @@ Imports go one way: a script imports support, and support imports rlhf.
 """
 
 import importlib
+import json
 import os
 import socket
 import urllib.request
+from pathlib import Path
+
+from rlhf import BadInput
 
 
 class lazy_import:
@@ -37,6 +41,29 @@ class lazy_import:
 
     def __getattr__(self, attribute: str):
         return getattr(importlib.import_module(self.name), attribute)
+
+
+def read_json(path: Path, *names: str) -> dict:
+    """The JSON object in a file that a run has written. BadInput if the file is damaged or an object lacks a name."""
+    return _json_object(path.read_bytes(), str(path), names)
+
+
+def read_json_lines(path: Path, *names: str) -> list[dict]:
+    """The JSON objects in the lines of a file that a run has written, without a last line that was not finished.
+    BadInput, naming the line, if one is damaged or lacks a name."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_json_object(line, f"{path}:{i}", names) for i, line in enumerate(lines, 1)]
+
+
+def _json_object(data: bytes, where: str, names: tuple[str, ...]) -> dict:
+    try:
+        value = json.loads(data)
+        problem = "" if isinstance(value, dict) and value.keys() >= {*names} else f"no object with {', '.join(names)}"
+    except (ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:100]
+    if problem:
+        raise BadInput(f"{where} is damaged ({problem}): mend it, or bring back what was written")
+    return value
 
 
 def answer_at_once_offline() -> None:

@@ -8,7 +8,6 @@ before_and_after                 the same prompts answered by the model before a
 curves, reward_kl_plot           the pictures of a run directory
 """
 
-import json
 import math
 import random
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import lazy_import, models, scoring
+from support import lazy_import, models, read_json_lines, scoring
 from support.examples import Example
 from support.generate import answer, answer_stats, end_ids
 from support.scoring import Batching
@@ -249,7 +248,7 @@ def new_page(width: float, height: float):
 
 def curves(out: Path, panels: dict[str, list[str]]) -> None:
     """curves.png: a panel for each title, with those of its metrics that were logged, against the step."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = read_json_lines(out / "metrics.jsonl", "step")
     panels = {t: [n for n in names if any(n in row for row in rows)] for t, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
     columns = min(3, len(panels))
@@ -270,7 +269,7 @@ def curves(out: Path, panels: dict[str, list[str]]) -> None:
 
 def reward_kl_plot(out: Path) -> None:
     """reward_kl.png: the score of each rollout, and the gold reward where it is known, against its KL."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = read_json_lines(out / "metrics.jsonl", "step")
     page = new_page(6.4, 4.0)
     axes = page.add_subplot(xlabel="KL to the reference, nats per answer", ylabel="mean over a rollout's answers")
     for name, label in (("objective/scores", "reward (proxy)"), ("objective/gold", "gold reward")):

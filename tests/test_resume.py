@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -318,6 +319,128 @@ def test_killed_after_the_last_step(name, where, world, straight, tmp_path, monk
     assert [folder.name for folder in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-12"]
     continued(a)
     assert_same(tmp_path / "run", straight(name))
+
+
+def one_line(main, capfd, code: int) -> str:
+    """The last line of what a script's command line says on stderr as it ends with this code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.tyro, "cli", lambda *_, **__: None)
+        patch.setattr(sys, "argv", ["script"])
+        main.__module__ = __name__
+        with pytest.raises(SystemExit) as end:
+            runs.cli(main, train_sft.Args)
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == code and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "rm", "ppo"])
+def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
+    """Whatever prints after the last step, the first such line or another."""
+    go_on, out = begun(name), None
+
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def main(_):
+        nonlocal out
+        with pytest.MonkeyPatch.context() as patch:
+            end = Run.end
+
+            def last_step(self):
+                nonlocal out
+                out = self.out
+                end(self)
+                patch.setitem(vars(sys.modules["builtins"]), "print", closed)
+
+            patch.setattr(Run, "end", last_step)
+            patch.setattr(os, "dup2", lambda *_: None)
+            go_on()
+
+    assert one_line(main, capfd, 1) == "error: nobody reads the output any more"
+    assert (out / "results.json").exists() and not (out / "checkpoint").exists()
+    assert load_file(out / "model.safetensors") and (out / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "rm", "ppo"])
+def test_a_disk_that_is_full_at_the_end(name, begun, capfd):
+    """The checkpoint of the last step stays, and so the same command with --resume ends as it should have."""
+    go_on, limit, end = begun(name), resource.getrlimit(resource.RLIMIT_FSIZE), Run.end
+
+    def main(_):
+        def last_step(self):
+            end(self)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))  # bytes; the model has 90,000
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "end", last_step)
+            try:
+                go_on()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    line = one_line(main, capfd, 1)
+    [out] = [Path(x) for x in runs.LOCKS]
+    assert line.startswith("error: the model cannot be written to ") and "File too large" in line
+    assert line.endswith(f"; continue with --resume, from {out}/checkpoint/step-2")
+    go_on()
+    assert (out / "results.json").exists() and load_file(out / "model.safetensors")
+
+
+def test_interrupted_it_says_how_to_go_on(begun, capfd, monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    go_on = begun("sft")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_model", stop)
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == f"stopped; continue with --resume, from {tmp_path}/run/checkpoint/step-1"
+        shutil.rmtree(tmp_path / "run" / "checkpoint")
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == "stopped; continue with --resume, from the first step"
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == "stopped; before the first step, so the same command begins anew"
+    runs.unlock(tmp_path / "run")
+    assert one_line(stop, capfd, 130) == "stopped"
+
+
+DAMAGES = {  # of a file, each with what is said of it
+    "not JSON": (lambda data: b"{" + data, "Expecting property name"),
+    "a list": (lambda _: b"[]\n", "no object with "),
+    "half a letter": (lambda data: data.replace(b": ", b": \xff", 1), "can't decode byte 0xff"),
+    "NUL": (lambda data: data.replace(b"1", b"\0", 1), ""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["args.json", "metrics.jsonl", "environment.json"])
+def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(file, damage, begun, tmp_path):
+    go_on, (change, reason) = begun("sft"), DAMAGES[damage]
+    path = tmp_path / "run" / file
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    before = snapshot(tmp_path / "run" / "checkpoint")
+    with pytest.raises(BadInput) as error:
+        go_on()
+    where = f"{path}:1" if file == "metrics.jsonl" else str(path)
+    assert str(error.value).startswith(f"{where} is damaged (") and reason in str(error.value)
+    assert "\n" not in str(error.value) and snapshot(tmp_path / "run" / "checkpoint") == before
+    path.write_bytes(whole)
+    go_on()
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"step": 1}, {"step": 1, "model": {}, "optimizer": {}}])
+def test_a_checkpoint_of_something_else(content, begun, tmp_path):
+    go_on, path = begun("sft"), tmp_path / "run" / "checkpoint" / "step-1" / "state.pt"
+    path.with_name("SHA256SUMS").unlink()
+    torch.save(content, path)
+    with pytest.raises(BadInput) as error:
+        go_on()
+    assert str(error.value).startswith("--resume: ") and "checkpoint" in str(error.value)
+    assert "\n" not in str(error.value) and path.exists()
 
 
 @pytest.mark.slow
@@ -670,7 +793,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, failure,
         with pytest.raises(OSError) as error:
             run.save_checkpoint(10, state(10))
     message = str(error.value)
-    assert "no checkpoint of step 10" in message and failure.args[-1] in message and "\n" not in message
+    assert message == f"no checkpoint of step 10 in {run.out}/checkpoint ({failure})"
     assert [folder.name for folder in (run.out / "checkpoint").iterdir()] == ["step-5"]
     assert run.load_checkpoint()["step"] == 5
     run.save_checkpoint(10, state(10))
@@ -811,7 +934,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, run):
     assert f"--resume: {path} is damaged or missing" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("sums", ["", "garbage", "e3b0c442  state.pt\n", "\n\n"])
+@pytest.mark.parametrize("sums", ["", "garbage", "e3b0c442  state.pt\n", "\n\n", "e3b0c442  a\0b\n"])
 def test_damaged_checksums(sums, run):
     run.save_checkpoint(5, state(5))
     (run.out / "checkpoint" / "step-5" / "SHA256SUMS").write_text(sums)
