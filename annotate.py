@@ -138,8 +138,12 @@ def check_row(where: str, row: dict) -> None:
     require(valid, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
     valid = not token_ids or isinstance(token_ids, list) and len(token_ids) == len(responses)
     require(valid, f"{where}: field 'token_ids' is not a list for each response: mend it or leave it out")
-    valid = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
-    require(valid, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
+    for name in (name for name in CARRIED if name in row):
+        try:
+            json.dumps(row[name], ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            problem = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else f"no JSON ({error})"
+            raise BadInput(f"{where}: field {name!r} holds {problem}: mend it or leave it out") from None
 
 
 def read_samples(source: str) -> dict[str, Sample]:
@@ -645,6 +649,8 @@ def main(a: Args) -> dict:
     require(not (a.report and a.by), "--report and --by exclude each other: label first, then report")
     if a.report:
         return report(out)
+    if a.by and rewards.names_function(a.by):  # what is wrong with it is said at once
+        rewards.load_function(a.by, "--by")
     samples = read_samples(a.samples)
     sizes = Counter(len(sample.first) for sample in samples.values())
     print(f"{a.samples}: " + ", ".join(f"{n} prompts with {k} responses" for k, n in sorted(sizes.items())))

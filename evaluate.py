@@ -365,6 +365,7 @@ def main(a: Args) -> dict:
             policy = load_policy(name, "--models")
         sizes = [len(models.output_head(model).weight) for model in (policy, reference)]
         require(sizes[0] == sizes[1], f"--models {name}: {sizes[0]} output tokens, and the reference has {sizes[1]}")
+        scoring.check_tokens(policy, prompts)
         answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature, dtype=batching.dtype)
         layout = scoring.choose_layout(policy, answers + preferences, batching)
         if layout == "tree" and policy is not reference:

@@ -89,8 +89,8 @@ def distinct_prompts(a: Args, tokenizer) -> list[Example]:
 
 
 def identity(prompt: str | list) -> str:
-    """A prompt as a key: its JSON."""
-    return json.dumps(prompt, sort_keys=True)
+    """A prompt as a key: its JSON, in which a date is the text that a template shows."""
+    return json.dumps(prompt, sort_keys=True, default=str)
 
 
 def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
@@ -113,7 +113,8 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
 
 def write(path: Path, rows: Sequence[dict], mode: str) -> None:
     """Append rows ("a"), or replace the file by them ("w"): on disk when this returns, whole or not at all."""
-    left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    left = memoryview("".join(lines).encode(errors="backslashreplace"))
     target = path if mode == "a" else path.with_name(path.name + ".partial")
     with open(target, mode + "b", buffering=0) as f:
         size = f.tell()
@@ -164,6 +165,8 @@ def main(a: Args) -> dict[str, float]:
     require(not changed, f"--resume: {out} was begun with other contents of {changed}: name another --out")
     ends, probe_rows = end_ids(model, tokenizer), probes(prompts, a.max_new_tokens)
     batching = Batching(a.layout, models.pad_id(tokenizer), torch.float32, a.micro_batch_tokens, a.device)
+    for scorer in scorers.values():
+        scoring.check_tokens(scorer, prompts)
     layouts = {name: scoring.choose_layout(scorer, probe_rows, batching) for name, scorer in scorers.items()}
     try:
         flags.write_text(json.dumps({"flags": asdict(a), **runs.environment(), "contents": contents}, indent=1))

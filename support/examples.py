@@ -438,11 +438,11 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
         if len(values) != len(draft.ranks):
             raise BadInput(f"field 'ranks' has {len(draft.ranks)} ranks for {len(values)} responses: give one for each")
-        if not all(isinstance(rank, int | float) and rank >= 1 and rank == rank // 1 for rank in draft.ranks):
-            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) on: rank the responses")
+        if not all(isinstance(rank, int | float) and 1 <= rank <= 1e9 and rank == rank // 1 for rank in draft.ranks):
+            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) to 10^9: rank the responses")
         draft.ranks = [int(rank) for rank in draft.ranks]
         draft.ended = optional_list(row, "ended", lambda x: isinstance(x, bool), "true or false")
-        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)  # noqa: E731
+        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e30  # noqa: E731
         rewards = optional_list(row, "rewards", is_finite, "finite numbers")
         draft.rewards = rewards and [float(x) for x in rewards]
         draft.noise = optional_number(row, "noise", 0.0, 1e30)

@@ -160,6 +160,11 @@ def new_reward_model(policy, tokenizer):
     return without_dropout(model)
 
 
+def backbone(model):
+    """The part of a model that gives hidden states. A few classes (Llama 4's) name another one as their base."""
+    return model.model if model.base_model is model and hasattr(model, "model") else model.base_model
+
+
 def has_reward_head(model) -> bool:
     """Whether a loaded model is a reward model or a critic, and not a policy."""
     return hasattr(model, "score")

@@ -516,8 +516,8 @@ class Run:
 
     def samples(self, step: int, rows: Sequence[dict]) -> None:
         """Append rows (texts and their scores) to samples.jsonl, and to wandb as a table."""
-        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows)
         if self.args.wandb and rows:
             wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])}, step=step)
 

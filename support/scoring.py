@@ -51,9 +51,11 @@ def hidden_states(
         layer.training = torch.is_grad_enabled()  # layers recompute in train mode only; their parts stay in eval mode
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
-        states = model.base_model(
+        out = models.backbone(model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
-        ).last_hidden_state
+        )
+    states = getattr(out, "last_hidden_state", None)
+    require(states is not None, f"{model.config.model_type}: the backbone gives no hidden states: use another model")
     return rearrange(states, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
@@ -208,7 +210,7 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     transformers'.
     """
     rows = _probe_rows(examples)
-    check_positions(model, examples)
+    check_tokens(model, examples)
     plain = torch.cat([token_numbers(model, [e], batching, "padded") for e in rows])
     check_against_library(model, rows, plain, batching)
     if batching.layout == "padded":
@@ -224,9 +226,19 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     return "padded"
 
 
-def check_positions(model, examples: Sequence[Example]) -> None:
-    """BadInput if the model has fewer positions than the longest prompt with a response has tokens."""
-    most, limit = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), models.positions(model)
+def check_tokens(model, examples: Sequence[Example]) -> None:
+    """BadInput if the model has no embedding of a token, or fewer positions than the longest prompt with a response
+    has tokens."""
+    size = model.get_input_embeddings().num_embeddings
+    for e in examples:
+        for ids in (e.prompt, *e.responses):
+            require(
+                max(ids) < size,
+                f"{e.where}: has the token id {max(ids)}, and the {model.config.model_type} model {size} embeddings: "
+                "its tokenizer is that of another model",
+            )
+    most = max(len(e.prompt) + max(map(len, e.responses), default=1) for e in examples)
+    limit = models.positions(model)
     require(
         limit is None or most <= limit,
         f"{model.config.model_type}: the model has {limit} positions, a prompt with its response {most} tokens: "

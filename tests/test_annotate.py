@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import datetime
 import hashlib
 import http.client
 import json
@@ -15,6 +16,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import annotate
@@ -612,6 +615,10 @@ def test_text_of_any_kind_survives(tmp_path):
         ('{"prompt": "a", "responses": ["a", "b"], "ended": [true]}', "samples.jsonl:2: field 'ended'"),
         ('{"prompt": "a", "responses": ["a", "b"], "ended": [1, 0]}', "samples.jsonl:2: field 'ended'"),
         ('{"prompt": "a", "responses": ["a", "\\ud800"]}', "samples.jsonl:2: .* half a surrogate pair"),
+        (
+            '{"prompt": [{"role": "user", "content": "a", "when": "\\ud800"}], "responses": ["a", "b"]}',
+            "samples.jsonl:2: field 'prompt' holds half a surrogate pair",
+        ),
     ],
 )
 def test_bad_samples_are_one_line(tmp_path, line, message):
@@ -620,6 +627,19 @@ def test_bad_samples_are_one_line(tmp_path, line, message):
     with pytest.raises(BadInput, match=message) as error:
         annotate.main(annotate.Args(str(path), str(tmp_path / "out.jsonl"), dry_run=True))
     assert "\n" not in str(error.value)
+
+
+def test_samples_that_no_journal_can_hold(tmp_path):
+    prompt = [{"role": "user", "content": "a", "when": datetime.date(2026, 1, 1)}]
+    rows = [{"prompt": prompt, "responses": ["a", "b"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "samples.parquet")
+    with pytest.raises(BadInput, match="samples.parquet:1: field 'prompt' holds no JSON .*date is not JSON"):
+        annotate.main(annotate.Args(str(tmp_path / "samples.parquet"), str(tmp_path / "out.jsonl"), dry_run=True))
+
+
+def test_a_reward_function_is_imported_before_the_samples_are_read(tmp_path):
+    with pytest.raises(BadInput, match="--by missing_module_of_mine:f: cannot be imported"):
+        annotate.main(annotate.Args("none.jsonl", str(tmp_path / "out.jsonl"), by="missing_module_of_mine:f"))
 
 
 def test_missing_empty_and_useless_samples(tmp_path, monkeypatch):

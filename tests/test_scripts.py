@@ -25,7 +25,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
-from tiny import example, random_examples, tiny
+from tiny import ARCHITECTURES, GQA, VOCAB, example, random_examples, tiny
 
 import train_dpo
 import train_sft
@@ -531,6 +531,37 @@ def test_ties(world, go, tmp_path):
     assert run.train[0]["loss"] == pytest.approx(math.log(6), abs=1e-5)
     # held-out rankings keep their ties: what is tied stays in the choice below, so 3 * 2 * 2 for four of ten
     assert run.evals[0]["eval/loss"] == pytest.approx(math.log(6) + 0.4 * math.log(2), abs=1e-5)
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_refused(world):
+    """In the prompt or in a response, and in prompts that are yet to be answered."""
+    llama, last = tiny("llama"), VOCAB - 1
+    for e in (example([last + 1], [[3]]), example([3], [[4], [5, last + 1]]), example([3, last + 1], [])):
+        with pytest.raises(BadInput) as error:
+            scoring.check_tokens(llama, [example([last], [[last]]), e])
+        reason = f"test:1: has the token id {VOCAB}, and the llama model {VOCAB} embeddings: its tokenizer is that of"
+        assert str(error.value).startswith(reason) and "\n" not in str(error.value)
+    scoring.check_tokens(llama, [example([last], [[last]]), example([last], [])])
+
+
+def test_a_model_whose_base_is_itself(monkeypatch):
+    """Llama 4's language model: its log-probs are those of its own logits, and it can answer."""
+    flags = {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    monkeypatch.setitem(ARCHITECTURES, "llama4", lambda: transformers.Llama4TextConfig(**GQA, **flags))
+    model = tiny("llama4")
+    assert model.base_model is model
+    examples = random_examples([(5, [3, 4]), (9, [6, 2])])
+    batching = scoring.Batching("auto", 0, torch.float32, 200, "cpu")
+    batching = batching._replace(layout=scoring.choose_layout(model, examples, batching))
+    scores = scoring.score_logps(model, examples, batching)
+    models.set_attention(model, packed=False)
+    for e, logps in zip(examples, scores, strict=True):
+        for response, logp in zip(e.responses, logps.tolist(), strict=True):
+            own = model(torch.tensor([e.prompt + response])).logits[0, len(e.prompt) - 1 : -1].log_softmax(-1)
+            assert logp == pytest.approx(own[range(len(response)), response].sum().item(), abs=1e-4)
+    ids = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    greedy, logps = generate(model, ids, [examples[0].prompt], 4, temperature=0.0, k=2)
+    assert greedy[0] == greedy[1] and len(logps[0]) == len(greedy[0]) > 0
 
 
 def test_answers_end_at_the_last_position_that_a_model_has_learnt(go, world, tmp_path):
