@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import secrets
 import socket
 import statistics
 import threading
@@ -46,7 +47,7 @@ from tqdm import tqdm
 
 from rlhf import BadInput, require
 from support import agreement, lazy_import, read_json_lines
-from support.report import bootstrap, share_interval, table
+from support.report import bootstrap, share_interval, table, visible
 from support.rows import read_rows
 from support.runs import check, cli
 
@@ -55,6 +56,7 @@ reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards"
 # --------------------------------------------------------------------------------------------------------------- flags
 
 PAGE = Path(__file__).parent / "support" / "annotate.html"
+MOST_BYTES = 2**16  # of a request; the longest note has 24,000
 HOLD = 15 * 60  # seconds for which a prompt is reserved for the annotator whose page shows it
 CARRIED = ("prompt", "tools", "responses", "ended", "token_ids", "tokenizer", "where")  # what --out keeps of a sample
 Event = dict  # a line of the journal: id, kind (rank, skip, flag, undo), annotator, sample, ...
@@ -362,15 +364,28 @@ def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
     order, first = judgements.order(annotator, key), judgements.samples[key].first
     if kind == "rank":
         valid = isinstance(places, list) and len(places) == len(order) and all(type(x) is int for x in places)
-        if not valid or set(places) != set(range(1, max(places) + 1)):
+        if not valid or sorted(set(places)) != [*range(1, len(set(places)) + 1)]:
             raise HTTPException(400, "places are not the ranks of all responses, from 1 and without gaps")
         event["ranks"] = [places[order.index(i)] for i in first]
     event |= {"order": order, "seconds": round(seconds, 1), "note": text_of(body, "note", 2000).strip()}
     return event | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def app(judgements: Judgements, port: int) -> Starlette:
-    """The server of the page and its four actions. Requests from other pages or under other host names get HTTP 403."""
+def opener(out: Path, port: int) -> tuple[Path, str]:
+    """A page beside --out that opens the page of the server, and the address in it. Only this user can read it, and its
+    token stays the same, so that after a stop an open page goes on with the new server."""
+    path = out.with_name(out.stem + ".page.html")
+    before = re.search(r"http://127[.]0[.]0[.]1:\d+/([\w-]{22})/", path.read_text("utf-8") if path.exists() else "")
+    address = f"http://127.0.0.1:{port}/{before[1] if before else secrets.token_urlsafe(16)}/"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as f:
+        os.fchmod(f.fileno(), 0o600)
+        f.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    return path, address
+
+
+def app(judgements: Judgements, port: int, token: str) -> Starlette:
+    """The server of the page and its four actions, under /TOKEN/, which other users of the machine do not know.
+    Requests from other pages or under other host names get HTTP 403."""
     page = PAGE.read_text("utf-8")
     inline = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1] for tag in ("style", "script")}
     digests = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
@@ -406,8 +421,13 @@ def app(judgements: Judgements, port: int) -> Starlette:
         return HTMLResponse(page)
 
     async def api(request):
+        data = b""
+        async for part in request.stream():
+            data += part
+            if len(data) > MOST_BYTES:
+                raise HTTPException(413, f"more than {MOST_BYTES} bytes")
         try:
-            body = dict(await request.json())
+            body = dict(json.loads(data))
         except (ValueError, TypeError, RecursionError):
             raise HTTPException(400, "not a JSON object") from None
         annotator = " ".join(text_of(body, "annotator", 60).split())
@@ -432,13 +452,14 @@ def app(judgements: Judgements, port: int) -> Starlette:
         return JSONResponse(judgements.view(annotator, key, draft))
 
     def refused(_request, error):
-        return JSONResponse({"error": error.detail}, error.status_code)
+        detail = "open the whole address that annotate.py printed" if error.detail == "Not Found" else error.detail
+        return JSONResponse({"error": detail}, error.status_code)
 
     def failed(_request, error):
         return JSONResponse({"error": f"cannot write: {error.strerror}"}, 500)
 
     return Starlette(
-        routes=[Route("/", index), Route("/api/{action}", api, methods=["POST"])],
+        routes=[Route(f"/{token}/", index), Route(f"/{token}/api/{{action}}", api, methods=["POST"])],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
         exception_handlers={HTTPException: refused, OSError: failed},
     )
@@ -454,12 +475,14 @@ def serve(judgements: Judgements, port: int, browser: bool) -> None:
     except OSError as error:
         raise BadInput(f"--port {port}: {error.strerror}; name another, or 0 for any free one") from None
     port = listener.getsockname()[1]
-    print(f"http://127.0.0.1:{port}  (Ctrl-C ends; every confirmed judgement is in {judgements.out})", flush=True)
-    if browser:
-        threading.Thread(target=webbrowser.open, args=(f"http://127.0.0.1:{port}",), daemon=True).start()
+    path, address = opener(judgements.out, port)
+    print(f"{address}  (Ctrl-C ends; every confirmed judgement is in {judgements.out})", flush=True)
+    if browser:  # by a file, because all users see the command line of a program
+        threading.Thread(target=webbrowser.open, args=(path.resolve().as_uri(),), daemon=True).start()
     options = {"log_level": "warning", "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
     try:
-        uvicorn.Server(uvicorn.Config(app(judgements, port), **options)).run(sockets=[listener])
+        config = uvicorn.Config(app(judgements, port, address.split("/")[-2]), **options)
+        uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
 
@@ -565,7 +588,7 @@ def report(out: Path) -> dict:
         agreement_with_others = agreement.same(torch.stack(pairs).sum(0)) if pairs else math.nan
         kinds = Counter(event["kind"] for event in events if event["annotator"] == name)
         counts = [str(n) for n in (len(ranked), kinds["skip"], kinds["flag"])]
-        people.append([name, *counts, show(median(ranked), 1), show(agreement_with_others)])
+        people.append([visible(name), *counts, show(median(ranked), 1), show(agreement_with_others)])
     print(f"{out}: {len(rows)} rankings of {len(by_prompt)} prompts\n")
     print(table(["annotator", "ranked", "skipped", "flagged", "median seconds", "agrees with others"], people) + "\n")
 
@@ -612,7 +635,7 @@ def report(out: Path) -> dict:
     for event in events:
         if event["kind"] == "flag" or event["note"]:
             note = " ".join(event["note"].split()) or "-"
-            print(f"{event['where']}  {event['kind']} by {event['annotator']}: {note}")
+            print(visible(f"{event['where']}  {event['kind']} by {event['annotator']}: {note}"))
     return results
 
 
@@ -665,7 +688,7 @@ def main(a: Args) -> dict:
         events = [e for by_annotator in judgements.judged.values() for e in by_annotator.values()]
         people, kinds = Counter(e["annotator"] for e in rankings(events)), Counter(e["kind"] for e in events)
         wanting = sum(1 for _ in judgements.missing("", Counter()))
-        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {name} {n}" for name, n in people.items()), end="")
+        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {visible(x)} {n}" for x, n in people.items()), end="")
         print(f"; {kinds['skip']} skipped, {kinds['flag']} flagged; {wanting} prompts need more judgements")
         return {"prompts": len(samples), "judgements": kinds["rank"], "wanting": wanting}
 

@@ -32,7 +32,7 @@ from rlhf import BadInput, require
 from support import models, read_json, read_json_lines, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
-from support.report import interval, mean_interval, share_and_half, table
+from support.report import interval, mean_interval, share_and_half, table, visible
 from support.rows import prompt_of
 from support.scoring import Batching
 
@@ -231,8 +231,8 @@ def main(a: Args) -> dict[str, float]:
     shown = [[title, interval(of.get(n, mean_interval)(values, of_prompt))] for n, (title, values) in stats.items()]
     print("\n" + table([f"{len(rows)} prompts, {a.k} responses each", "mean"], shown))
     for row in rows[:3]:
-        print(f"\nprompt  {str(row['prompt'])[-300:]}")
-        print("\n".join(f"     {i}  {text}" for i, text in enumerate(row["responses"], 1)))
+        print(visible(f"\nprompt  {str(row['prompt'])[-300:]}"))
+        print("\n".join(visible(f"     {i}  {text}") for i, text in enumerate(row["responses"], 1)))
     runs.unlock(flags)
     print(f"\nThe samples are in {out}." + (f"\nNext: python annotate.py {out}" if a.k > 1 else ""))
     return {name: mean_interval(values)[0] for name, (_, values) in stats.items()}

@@ -35,7 +35,7 @@ from support.examples import Example, load_split, show
 from support.generate import answer
 from support.parallel import gather
 from support.preferences import by_prompt, expected_accuracy, pair_tensors, without_ties
-from support.report import read, table, weighted_means
+from support.report import read, table, visible, weighted_means
 from support.reward_report import TIE, correlation, draw, held_out_report, ranks_of
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -251,7 +251,8 @@ def main(a: Args) -> dict[str, float]:
     run.finish(results, PANELS)
     print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
     for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
-        print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
+        texts = f"prompt  {row['prompt'][-300:]}\nanswer  {row['answer']}"
+        print(f"\n{title}, reward {row['reward']:+.2f}\n{visible(texts)}")
     print(f"\nThe reward model is in {run.out}, with curves.png" + (" and report.png." if panels else "."))
     policy = a.model if from_policy else "POLICY"
     own = f"python train_ppo.py --model {policy} --reward {run.out} --data PROMPTS --out {run.out}-ppo"

@@ -34,6 +34,7 @@ from support.report import (
     read,
     share_and_half,
     table,
+    visible,
     weighted_means,
 )
 
@@ -182,7 +183,7 @@ def main(a: Args) -> dict[str, float]:
     run.finish(results, PANELS)
     print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
     for e in answers[:4]:
-        print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
+        print(visible(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}"))
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
     data = "" if a.data == "reviews" else " --data PREFERENCES"
     print(f"Next: python train_dpo.py --model {run.out}{data} --out {run.out}-dpo")

@@ -10,6 +10,7 @@ curves, reward_kl_plot           the pictures of a run directory
 
 import math
 import random
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -138,6 +139,11 @@ def bootstrap(
     return values[round(0.025 * (len(values) - 1))], values[round(0.975 * (len(values) - 1))]
 
 
+def visible(text: str) -> str:
+    """The text as a terminal may have it: control characters, with which it could be driven, as \\x1b and so on."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda x: f"\\x{ord(x[0]):02x}", text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of text, the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -234,7 +240,8 @@ def print_comparison(title: str, rows: Sequence[Sequence[str]], results: dict[st
         gain = "{gain/gold:.2f} +- {gain/gold_interval:.2f}".format(**results)
         print(f"gain in gold reward: {gain} standard deviations of the gold reward before training")
     for sample in samples[:4]:
-        print(f"\nprompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}")
+        texts = f"prompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}"
+        print("\n" + visible(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
