@@ -46,8 +46,8 @@ LOSSES = {  # name: losses of p prompts, from the flags a, rewards and ranks [p,
     "best_of_k": lambda a, r, ranks, margins: losses.best_of_k(r, ranks),
 }
 DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
-    "any": {"lr": 1e-5, "eval_fraction": 0.05, "eval_prompts": 256},
-    "reviews": {"lr": 1e-3, "eval_fraction": 0.1, "eval_prompts": 512},
+    "any": {"lr": 1e-5, "eval_fraction": 0.05, "eval_prompts": 256, "eval_pairs": 512},
+    "reviews": {"lr": 1e-3, "eval_fraction": 0.1, "eval_prompts": 512, "eval_pairs": reviews.ROWS},
 }
 Loss = Literal[(*LOSSES,)]
 
@@ -77,9 +77,12 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """passes over the data, >= 1; more than one overfits soon"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrices and their products; the optimizer's copy of the weights and rewards are always float32"""
+    eval_pairs: int | None = None
+    """held-out rows that are scored at most, >= 0, chosen by hash; default 512 (embedded: all)"""
     eval_prompts: int | None = None
     """answers sampled from the starting model (held-out prompts first) to measure the reward's mean and deviation,
-    >= 0; default 256 (embedded: 512); the data's responses are used if this is 0 or --model is a reward model"""
+    >= 0; default 256 (on a CPU: 64; embedded: 512); if this is 0 or --model is a reward model, the data's responses are
+    used"""
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -112,7 +115,10 @@ def main(a: Args) -> dict[str, float]:
     if a.lora_merge and not a.lora_rank:
         return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
-    a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
+    defaults = DEFAULTS["reviews" if embedded else "any"]
+    if a.device == "cpu" and not embedded:
+        defaults = defaults | {"eval_prompts": 64}
+    a = runs.with_defaults(a, defaults)
     for name in ("margin_coef", "centring"):
         require(a.loss == "pairwise" or not getattr(a, name), f"--{name.replace('_', '-')} is of --loss pairwise only")
     require(
@@ -153,7 +159,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         """The metrics of the held-out rankings, each prompt counted once."""
-        _, totals = objective(a, held, torch.cat(scoring.score_rewards(model, held, batching)))
+        _, totals = objective(a, held, torch.cat(scoring.score_rewards(model, held, batching, "held-out rows")))
         return {f"eval/{name}": value for name, value in weighted_means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -220,9 +226,10 @@ def main(a: Args) -> dict[str, float]:
     if from_policy and a.eval_prompts:
         distinct = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as it takes
         policy = models.load_model(a.model, a.device, a.trust_remote_code)
-        samples = answer(policy, tokenizer, [*itertools.islice(distinct, a.eval_prompts)], a.max_new_tokens, a.seed)
+        asked, progress = [*itertools.islice(distinct, a.eval_prompts)], "answers of the starting model"
+        samples = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, progress=progress)
         del policy
-    scores = torch.cat(scoring.score_rewards(model, samples, batching)).double()
+    scores = torch.cat(scoring.score_rewards(model, samples, batching, "rewards of the answers")).double()
     model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std(correction=0).item()
     scores = scores - model.config.reward_mean
 

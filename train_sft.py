@@ -106,7 +106,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         """Mean negative log-likelihood of all response tokens of the held-out rows."""
-        logps = torch.cat(scoring.score_logps(policy, held, batching))
+        logps = torch.cat(scoring.score_logps(policy, held, batching, "held-out rows"))
         return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -172,7 +172,8 @@ def main(a: Args) -> dict[str, float]:
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
-    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, dtype=dtype)
+    settings = {"dtype": dtype, "progress": "answers"}
+    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, **settings)
     stats = answer_stats(answers, end_ids(policy, tokenizer), embedded) if answers else {}
     intervals = {n: (share_and_half if n in SHARE_STATS else mean_interval)(x) for n, x in stats.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}

@@ -15,6 +15,7 @@
     annotate.html     the page of annotate.py
     reviews.py        the embedded task: film reviews with a known gold reward
     runs.py           run directory, the flags that all scripts share, progress, checkpoints
+    waiting.py        bars and estimates for what takes long
     report.py         tables, intervals, curves, before and after
     reward_report.py  how far a reward model can be trusted
     parallel.py       processes and collectives (torchrun)

@@ -551,7 +551,21 @@ def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tup
     prompts = {group_of(example) for example in held}
     if n := len(prompts & {group_of(example) for example in train}):
         print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
+    most = getattr(a, "eval_pairs", None)
+    if most is not None and len(held) > most:
+        print(f"{most} of {len(held)} held-out rows are scored, chosen by hash (--eval-pairs)\n")
+        held = some(held, most)
     return train, held
+
+
+def some(examples: Sequence[Example], n: int) -> list[Example]:
+    """At most n of the examples, in their order: those whose texts have the smallest hashes, so that they depend
+    neither on the order nor on a seed, and fewer are a part of more."""
+
+    def position(i: int) -> bytes:
+        return hashlib.sha256(repr((examples[i].prompt_text, examples[i].response_texts)).encode("utf-8")).digest()
+
+    return [examples[i] for i in sorted(sorted(range(len(examples)), key=position)[:n])]
 
 
 def build(

@@ -197,7 +197,8 @@ def before_and_after(
     stats, texts = {}, {}
     for side, model, adapters in (("before", start, models.without_lora), ("after", policy, nullcontext)):
         with adapters(model):
-            answers = answer(model, tokenizer, prompts, a.max_new_tokens, a.seed, dtype=batching.dtype)
+            settings = {"dtype": batching.dtype, "progress": f"answers {side} training"}
+            answers = answer(model, tokenizer, prompts, a.max_new_tokens, a.seed, **settings)
             logps = scoring.score_logps(model, answers, batching)
         ref_logps = logps
         if side == "after" or start is not reference:

@@ -5,7 +5,8 @@ runs/NAME/
   metrics.jsonl, samples.jsonl, curves.png      what happened (docs/metrics.md explains each metric)
   config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it; or adapters, as peft does
   results.json                                  the final metrics; written last, so a run that has it is complete
-  checkpoint/step-N/                            while training: all that is needed to go on from step N, with checksums
+  checkpoint/step-N/                            all that is needed to go on from step N, or to extend a finished run,
+                                                with checksums; it may be deleted when the run is complete
 """
 
 import contextlib
@@ -45,6 +46,7 @@ wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+EXTENDING = {"max_steps", "epochs"}  # flags that may become larger then
 OTHER_NAMES = {  # in other libraries -> here
     "learning-rate": "lr",
     "output-dir": "out",
@@ -118,7 +120,7 @@ class TrainingFlags(Flags):
     batch_size: int = 64
     """prompts per optimizer step, >= 1"""
     max_steps: int | None = None
-    """stop after this many optimizer steps, >= 1; the schedule ends there too"""
+    """stop after this many optimizer steps, >= 1; the schedule ends there too; a larger one extends a run (--resume)"""
     save_every: int = 100
     """optimizer steps between checkpoints, >= 1"""
     wandb: bool = False
@@ -383,6 +385,7 @@ class Run:
         require(joined, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar = args, Path(args.out), script, None
         self.interrupted = self.signalled = 0
+        self.before: dict[str, Any] = {}  # the flags of the run that is extended
         self.digests: dict[str, str] = {}
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         keep_freed_memory()
@@ -402,13 +405,20 @@ class Run:
             for log in filter(Path.exists, map(self.out.joinpath, LOGS)):
                 read_json_lines(log, "step")
             for field in dataclasses.fields(args):  # a flag that is newer than the run had its default
-                before.setdefault(field.name, field.default)
+                before.setdefault(field.name, self.flags[field.name] if field.default is None else field.default)
             names = [n for n in self.flags if n not in FREE_TO_CHANGE and before[n] != self.flags[n]]
+            self.before = before if {*names} & EXTENDING else {}
+            names = [n for n in names if n not in EXTENDING]
             if names:
                 changes = ", ".join(f"--{n.replace('_', '-')} {before[n]} -> {self.flags[n]}" for n in names)
                 raise BadInput(f"--resume: {self.out} was run with other flags: {changes}")
             if (self.out / "results.json").exists():
-                raise BadInput(f"--resume: {self.out} is complete; name another --out for a new run")
+                if newest_checkpoint(self.out):
+                    advice = "a larger --max-steps or --epochs extends it"
+                else:
+                    advice = "it has no checkpoint to extend it from: name another --out for a new run"
+                extended = bool(self.before and newest_checkpoint(self.out))
+                require(extended, f"--resume: {self.out} is complete; {advice}")
         if args.wandb and os.environ.get("WANDB_MODE", "online") == "online":
             parallel.on_main(require_wandb)
         try:
@@ -452,10 +462,24 @@ class Run:
     def start(self, step: int, steps: int) -> None:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
         progress bar; take over SIGINT and SIGTERM."""
+        asked = f"--resume: {self.out} has {step} steps, and these flags ask for {steps}"
+        require(step < steps or not self.before, f"{asked}: raise --max-steps or --epochs")
         if not parallel.is_main():
             self.bar = tqdm(disable=True)
             self._take_over_signals()
             return
+        if self.before:
+            a, results = self.args, self.out / "results.json"
+            rate = a.lr * schedule(step, steps, a.warmup, a.schedule)
+            print(
+                f"--resume: extended to {steps} steps. From step {step + 1} on the learning rate is that of a run of "
+                f"{steps} steps, {rate:.3g} first ({a.schedule}): what it had fallen to by step {step} does not go on"
+            )
+            began = (self.out / "args.json").stat().st_mtime_ns  # by which wandb knows the run
+            write(self.out / "args.json", json.dumps(self.flags, indent=1))
+            os.utime(self.out / "args.json", ns=(began, began))
+            if results.exists():
+                results.rename(self.out / f"results-{step}.json")
         if not self.args.resume:
             shutil.copy(self.script, self.out)
             write(self.out / "environment.json", json.dumps(environment() | {"contents": self.digests}, indent=1))
@@ -609,7 +633,8 @@ class Run:
         sys.exit(128 + self.interrupted)
 
     def finish(self, results: dict, panels: dict[str, list[str]]) -> None:
-        """Draw curves.png if it has panels; write results.json, which makes the run complete; drop the checkpoint."""
+        """Draw curves.png if it has panels; write results.json, which makes the run complete. The checkpoint stays if
+        the run can be extended."""
         if panels:
             report.curves(self.out, panels)
         if self.args.wandb:
@@ -618,7 +643,8 @@ class Run:
             wandb.summary.update(results)
             wandb.finish()
         write(self.out / "results.json", json.dumps(results, indent=1))
-        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+        if not hasattr(self.args, "max_steps"):
+            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         unlock(self.out)
 
 

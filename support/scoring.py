@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from rlhf import BadInput, require
 from rlhf.logprobs import Head, token_kl, token_logps
@@ -22,6 +21,7 @@ from rlhf.tree import Batch, Tree, collate, tokens
 from support import models, parallel
 from support.examples import Example
 from support.sharding import as_forward
+from support.waiting import Waiting
 
 
 class Batching(NamedTuple):
@@ -161,13 +161,14 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
     scores: dict[int, Tensor] = {}
-    groups, silent = micro_batches(model, examples, batching), not progress or not parallel.is_main()
-    if not parallel.several():
-        groups = [*groups]  # so that the bar knows its length
-    for group in tqdm(groups, desc=progress, unit="batch", disable=silent, leave=False, dynamic_ncols=True):
-        members = [examples[i] for i in group]
-        values = measure(collate(members, batching.layout, batching.pad_id, device)).cpu()
-        scores |= zip(group, values.split([len(e.responses) for e in members]), strict=True)
+    groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
+    total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
+    with Waiting(progress, total, "token", silent) as bar:
+        for group in groups:
+            members = [examples[i] for i in group]
+            values = measure(collate(members, batching.layout, batching.pad_id, device)).cpu()
+            scores |= zip(group, values.split([len(e.responses) for e in members]), strict=True)
+            bar.update(sum(tokens(e, batching.layout) for e in members))
     scores = dict(parallel.gather([*scores.items()]))
     return [scores[i] for i in range(len(examples))]
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -358,7 +359,7 @@ def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
             go_on()
 
     assert one_line(main, capfd, 1) == "error: nobody reads the output any more"
-    assert (out / "results.json").exists() and not (out / "checkpoint").exists()
+    assert (out / "results.json").exists()
     assert load_file(out / "model.safetensors") and (out / "samples.jsonl").exists()
 
 
@@ -503,11 +504,11 @@ def halfway(world):
 
 def test_resume_refuses_other_flags(world, halfway):
     before = snapshot(halfway)
-    a = arguments(world, halfway, "dpo dpo", lr=4e-3, seed=1, max_steps=6, resume=True)
+    a = arguments(world, halfway, "dpo dpo", lr=4e-3, seed=1, warmup=0.2, resume=True)
     with pytest.raises(BadInput) as error:
         train(a)
     message = str(error.value)
-    assert all(change in message for change in ("--lr 0.003 -> 0.004", "--seed 0 -> 1", "--max-steps None -> 6"))
+    assert all(change in message for change in ("--lr 0.003 -> 0.004", "--seed 0 -> 1", "--warmup 0.1 -> 0.2"))
     assert "--beta" not in message and "--resume ->" not in message and "\n" not in message
     assert snapshot(halfway) == before
 
@@ -529,6 +530,60 @@ def test_a_complete_run_is_refused(name, world, straight):
     with pytest.raises(BadInput, match="already holds a run, which is complete: name another, or delete it"):
         train(arguments(world, out, name))
     assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "sft"])
+@pytest.mark.parametrize("first", [{"max_steps": 5}, {"epochs": 2}])
+def test_a_finished_run_is_extended(name, first, world, straight, tmp_path, capsys):
+    """At a constant learning rate it is the run of 12 steps bit for bit; nothing of the shorter run is lost."""
+    constant = {"schedule": "constant", "warmup": 0.0}
+    train(arguments(world, tmp_path / "straight", name, **constant))
+    a = arguments(world, tmp_path / "run", name, **constant, **first)
+    train(a)
+    done = first.get("max_steps", 6)
+    before = contents(tmp_path / "run")
+    for flags in (first, {"max_steps": 4}, {"max_steps": done}):
+        with pytest.raises(BadInput, match="a larger --max-steps or --epochs extends it|raise --max-steps or --epochs"):
+            continued(arguments(world, tmp_path / "run", name, **constant, **first | flags))
+    assert contents(tmp_path / "run") == before
+    capsys.readouterr()
+    continued(arguments(world, tmp_path / "run", name, **constant))
+    said = capsys.readouterr().out
+    assert f"--resume: extended to 12 steps. From step {done + 1} on the learning rate is that of a run of 12" in said
+    mine, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("run", "straight"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    after, want = contents(tmp_path / "run"), contents(tmp_path / "straight")
+    assert after["results"] == want["results"] and after["samples"] == before["samples"] + want["samples"]
+    trained = lambda rows: [row for row in rows if "loss" in row]  # noqa: E731
+    assert trained(after["metrics"]) == trained(want["metrics"])
+    assert json.loads((tmp_path / "run" / f"results-{done}.json").read_text()) == before["results"]
+    flags = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (flags["max_steps"], flags["epochs"]) == (None, 4)
+
+
+def test_extended_the_learning_rate_is_that_of_the_longer_run(world, straight, tmp_path, capsys):
+    train(arguments(world, tmp_path / "run", "sft", max_steps=6))
+    a = arguments(world, tmp_path / "run", "sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            continued(a)
+    rate = 3e-3 * 0.5 * (1 + math.cos(math.pi * (6 - 2) / (12 - 2)))
+    assert f"is that of a run of 12 steps, {rate:.3g} first (cosine)" in capsys.readouterr().out
+    continued(a)  # it was stopped, and goes on with the flags that it has now
+    rows = [row for row in contents(tmp_path / "run")["metrics"] if "lr" in row]
+    whole = [row["lr"] for row in contents(straight("sft"))["metrics"] if "lr" in row]
+    assert [row["lr"] for row in rows[6:]] == whole[6:] and rows[5]["lr"] < rows[6]["lr"]
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_extended(world, straight, tmp_path):
+    shutil.copytree(straight("sft"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    a = arguments(world, tmp_path / "run", "sft", epochs=8)
+    a_flags = json.loads((tmp_path / "run" / "args.json").read_text()) | {"out": a.out}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(a_flags))
+    with pytest.raises(BadInput, match="is complete; it has no checkpoint to extend it from: name another --out"):
+        continued(a)
 
 
 def test_a_used_folder_is_refused(world, halfway, tmp_path):
