@@ -212,9 +212,12 @@ def main(a: Args) -> dict[str, float]:
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     order = lambda epoch: random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))  # noqa: E731
+    held_places = range(len(train), len(train + held))
+    seen = range(len(train)) if steps >= steps_per_epoch else order(0)[: steps * a.batch_size]
+    scored = [*sorted(seen), *held_places]  # the other rows need no log-probs
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
-        to_score = 0 if a.loss in REFERENCE_FREE else len(train + held) * (2 if a.loss == "kto" else 1)
+        to_score = 0 if a.loss in REFERENCE_FREE else len(scored) * (2 if a.loss == "kto" else 1)
         dryrun.dry_run(a, train, tokenizer, scored_before=to_score)
         return {}
 
@@ -230,9 +233,6 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------ reference: score once, then free it
     everything = train + held
-    held_places = range(len(train), len(everything))
-    seen = range(len(train)) if steps >= steps_per_epoch else order(0)[: steps * a.batch_size]
-    scored = [*sorted(seen), *held_places]  # the other rows need no log-probs
     others: list[Example] = []
     if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
         for e, (other, trained) in zip(everything, mismatched(everything, a.seed), strict=True):

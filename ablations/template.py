@@ -50,7 +50,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 def draw(results: common.Results, page) -> None:
     """Gold reward against KL, a point a seed."""
-    axes = page.add_subplot(xlabel="KL to the SFT model, nats an answer", ylabel="gold reward")
+    axes = page.add_subplot(xlabel="KL to the SFT model, nats per answer", ylabel="gold reward")
     for x in SETTINGS:
         axes.plot(*([*results.values(x, n).values()] for n in ("kl", "gold")), "o", label=x)
     axes.legend()

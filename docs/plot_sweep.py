@@ -18,9 +18,9 @@ names = {"after/kl": "KL, nats", "after/gold": "gold reward", "after/eval/reward
 points = {x: [mean_interval([run[name] for run in seeds]) for name in names] for x, seeds in sorted(runs.items())}
 print(table(["run", "seeds", *names.values()], [[x, str(len(runs[x])), *map(interval, y)] for x, y in points.items()]))
 page = new_page(6.4, 4.0)
-axes = page.add_subplot(xlabel="KL to the reference, nats an answer", ylabel="gold reward")
+axes = page.add_subplot(xlabel="KL to the reference, nats per answer", ylabel="gold reward")
 for x, ((kl, kl_half), (gold, gold_half), _) in points.items():
     bars = {"xerr": kl_half, "yerr": gold_half} if len(runs[x]) > 1 else {}
     axes.errorbar(kl, gold, **bars, marker="o", capsize=3, label=x)
-axes.legend()
+axes.legend(loc="lower right")
 page.savefig(picture, dpi=120)

@@ -57,11 +57,13 @@ def read_json_lines(path: Path, *names: str) -> list[dict]:
 
 
 def _json_object(data: bytes, where: str, names: tuple[str, ...]) -> dict:
+    problem = ""
     try:
         value = json.loads(data)
-        problem = "" if isinstance(value, dict) and value.keys() >= {*names} else f"no object with {', '.join(names)}"
+        if not isinstance(value, dict) or not value.keys() >= {*names}:
+            problem = f"not a JSON object{' with ' * bool(names)}{', '.join(names)}"
     except (ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:100]
+        problem = f"not JSON: {' '.join(str(error).split())[:100]}"
     if problem:
         raise BadInput(f"{where} is damaged ({problem}): mend it, or bring back what was written")
     return value

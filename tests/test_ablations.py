@@ -256,7 +256,7 @@ def test_the_sweeps_page_gives_flags_that_exist():
     given = {flag.replace("-", "_") for flag in re.findall(r" --([a-z-]+)", page)} - {"quick"}
     assert given and given <= {field.name for field in dataclasses.fields(train_dpo.Args)}
     assert (ROOT / "docs/sweep.png").exists()
-    assert len([line for line in (ROOT / "docs/plot_sweep.py").read_text().splitlines() if line]) <= 22
+    assert len([line for line in (ROOT / "docs/plot_sweep.py").read_text().splitlines() if line]) <= 23
 
 
 # ------------------------------------------------------------------------------------------------------------- kl_leash

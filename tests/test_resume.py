@@ -409,7 +409,7 @@ def test_interrupted_it_says_how_to_go_on(begun, capfd, monkeypatch, tmp_path):
 
 DAMAGES = {  # of a file, each with what is said of it
     "not JSON": (lambda data: b"{" + data, "Expecting property name"),
-    "a list": (lambda _: b"[]\n", "no object with "),
+    "a list": (lambda _: b"[]\n", "not a JSON object"),
     "half a letter": (lambda data: data.replace(b": ", b": \xff", 1), "can't decode byte 0xff"),
     "NUL": (lambda data: data.replace(b"1", b"\0", 1), ""),
 }
