@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import secrets
 import socket
 import statistics
 import threading
@@ -45,8 +46,8 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from rlhf import BadInput, require
-from support import agreement, lazy_import
-from support.report import bootstrap, share_interval, table
+from support import agreement, lazy_import, read_json_lines
+from support.report import bootstrap, share_interval, table, visible
 from support.rows import read_rows
 from support.runs import check, cli
 
@@ -55,6 +56,7 @@ reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards"
 # --------------------------------------------------------------------------------------------------------------- flags
 
 PAGE = Path(__file__).parent / "support" / "annotate.html"
+MOST_BYTES = 2**16  # of a request; the longest note has 24,000
 HOLD = 15 * 60  # seconds for which a prompt is reserved for the annotator whose page shows it
 CARRIED = ("prompt", "tools", "responses", "ended", "token_ids", "tokenizer", "where")  # what --out keeps of a sample
 Event = dict  # a line of the journal: id, kind (rank, skip, flag, undo), annotator, sample, ...
@@ -138,8 +140,12 @@ def check_row(where: str, row: dict) -> None:
     require(valid, f"{where}: field 'ended' is not true or false for each response: mend it or leave it out")
     valid = not token_ids or isinstance(token_ids, list) and len(token_ids) == len(responses)
     require(valid, f"{where}: field 'token_ids' is not a list for each response: mend it or leave it out")
-    valid = not re.search(r"[\ud800-\udfff]", json.dumps([prompt, responses], ensure_ascii=False))
-    require(valid, f"{where}: field 'prompt' or 'responses' holds half a surrogate pair: mend the text")
+    for name in (name for name in CARRIED if name in row):
+        try:
+            json.dumps(row[name], ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            problem = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else f"no JSON ({error})"
+            raise BadInput(f"{where}: field {name!r} holds {problem}: mend it or leave it out") from None
 
 
 def read_samples(source: str) -> dict[str, Sample]:
@@ -358,15 +364,28 @@ def judgement(judgements: Judgements, annotator: str, body: dict) -> Event:
     order, first = judgements.order(annotator, key), judgements.samples[key].first
     if kind == "rank":
         valid = isinstance(places, list) and len(places) == len(order) and all(type(x) is int for x in places)
-        if not valid or set(places) != set(range(1, max(places) + 1)):
+        if not valid or sorted(set(places)) != [*range(1, len(set(places)) + 1)]:
             raise HTTPException(400, "places are not the ranks of all responses, from 1 and without gaps")
         event["ranks"] = [places[order.index(i)] for i in first]
     event |= {"order": order, "seconds": round(seconds, 1), "note": text_of(body, "note", 2000).strip()}
     return event | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def app(judgements: Judgements, port: int) -> Starlette:
-    """The server of the page and its four actions. Requests from other pages or under other host names get HTTP 403."""
+def opener(out: Path, port: int) -> tuple[Path, str]:
+    """A page beside --out that opens the page of the server, and the address in it. Only this user can read it, and its
+    token stays the same, so that after a stop an open page goes on with the new server."""
+    path = out.with_name(out.stem + ".page.html")
+    before = re.search(r"http://127[.]0[.]0[.]1:\d+/([\w-]{22})/", path.read_text("utf-8") if path.exists() else "")
+    address = f"http://127.0.0.1:{port}/{before[1] if before else secrets.token_urlsafe(16)}/"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as f:
+        os.fchmod(f.fileno(), 0o600)
+        f.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    return path, address
+
+
+def app(judgements: Judgements, port: int, token: str) -> Starlette:
+    """The server of the page and its four actions, under /TOKEN/, which other users of the machine do not know.
+    Requests from other pages or under other host names get HTTP 403."""
     page = PAGE.read_text("utf-8")
     inline = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1] for tag in ("style", "script")}
     digests = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
@@ -402,8 +421,13 @@ def app(judgements: Judgements, port: int) -> Starlette:
         return HTMLResponse(page)
 
     async def api(request):
+        data = b""
+        async for part in request.stream():
+            data += part
+            if len(data) > MOST_BYTES:
+                raise HTTPException(413, f"more than {MOST_BYTES} bytes")
         try:
-            body = dict(await request.json())
+            body = dict(json.loads(data))
         except (ValueError, TypeError, RecursionError):
             raise HTTPException(400, "not a JSON object") from None
         annotator = " ".join(text_of(body, "annotator", 60).split())
@@ -428,13 +452,14 @@ def app(judgements: Judgements, port: int) -> Starlette:
         return JSONResponse(judgements.view(annotator, key, draft))
 
     def refused(_request, error):
-        return JSONResponse({"error": error.detail}, error.status_code)
+        detail = "open the whole address that annotate.py printed" if error.detail == "Not Found" else error.detail
+        return JSONResponse({"error": detail}, error.status_code)
 
     def failed(_request, error):
         return JSONResponse({"error": f"cannot write: {error.strerror}"}, 500)
 
     return Starlette(
-        routes=[Route("/", index), Route("/api/{action}", api, methods=["POST"])],
+        routes=[Route(f"/{token}/", index), Route(f"/{token}/api/{{action}}", api, methods=["POST"])],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
         exception_handlers={HTTPException: refused, OSError: failed},
     )
@@ -450,12 +475,14 @@ def serve(judgements: Judgements, port: int, browser: bool) -> None:
     except OSError as error:
         raise BadInput(f"--port {port}: {error.strerror}; name another, or 0 for any free one") from None
     port = listener.getsockname()[1]
-    print(f"http://127.0.0.1:{port}  (Ctrl-C ends; every confirmed judgement is in {judgements.out})", flush=True)
-    if browser:
-        threading.Thread(target=webbrowser.open, args=(f"http://127.0.0.1:{port}",), daemon=True).start()
+    path, address = opener(judgements.out, port)
+    print(f"{address}  (Ctrl-C ends; every confirmed judgement is in {judgements.out})", flush=True)
+    if browser:  # by a file, because all users see the command line of a program
+        threading.Thread(target=webbrowser.open, args=(path.resolve().as_uri(),), daemon=True).start()
     options = {"log_level": "warning", "access_log": False, "lifespan": "off", "timeout_graceful_shutdown": 1}
     try:
-        uvicorn.Server(uvicorn.Config(app(judgements, port), **options)).run(sockets=[listener])
+        config = uvicorn.Config(app(judgements, port, address.split("/")[-2]), **options)
+        uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
 
@@ -478,16 +505,15 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
         ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
         return [ranks[sample.distinct.index(i)] for i in sample.first]
 
-    complete = partial.read_bytes().rpartition(b"\n")[0] if stopped else b""
     done = {}
-    for number, line in enumerate(complete.split(b"\n") if complete else [], 1):
-        row = json.loads(line)
+    needed = ("prompt", "responses", "annotator", "noise", "ranks", "rewards")
+    for number, row in enumerate(read_json_lines(partial, *needed) if stopped else [], 1):
         key = identity(row)
         valid = key in samples and (row["annotator"], row["noise"]) == (a.by, noise)
         valid = valid and row["ranks"] == ranks_of(key, row["rewards"])
         problem = f"--resume: {partial}:{number} was labelled with other samples or flags"
         require(valid, f"{problem}: give those, or remove it")
-        done[key] = line + b"\n"
+        done[key] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     reward = rewards.load_reward(a.by, a.device, "--by", trust_remote_code=a.trust_remote_code)
     todo = [key for key in samples if key not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -562,7 +588,7 @@ def report(out: Path) -> dict:
         agreement_with_others = agreement.same(torch.stack(pairs).sum(0)) if pairs else math.nan
         kinds = Counter(event["kind"] for event in events if event["annotator"] == name)
         counts = [str(n) for n in (len(ranked), kinds["skip"], kinds["flag"])]
-        people.append([name, *counts, show(median(ranked), 1), show(agreement_with_others)])
+        people.append([visible(name), *counts, show(median(ranked), 1), show(agreement_with_others)])
     print(f"{out}: {len(rows)} rankings of {len(by_prompt)} prompts\n")
     print(table(["annotator", "ranked", "skipped", "flagged", "median seconds", "agrees with others"], people) + "\n")
 
@@ -609,7 +635,7 @@ def report(out: Path) -> dict:
     for event in events:
         if event["kind"] == "flag" or event["note"]:
             note = " ".join(event["note"].split()) or "-"
-            print(f"{event['where']}  {event['kind']} by {event['annotator']}: {note}")
+            print(visible(f"{event['where']}  {event['kind']} by {event['annotator']}: {note}"))
     return results
 
 
@@ -646,6 +672,8 @@ def main(a: Args) -> dict:
     require(not (a.report and a.by), "--report and --by exclude each other: label first, then report")
     if a.report:
         return report(out)
+    if a.by and rewards.names_function(a.by):  # what is wrong with it is said at once
+        rewards.load_function(a.by, "--by")
     samples = read_samples(a.samples)
     sizes = Counter(len(sample.first) for sample in samples.values())
     print(f"{a.samples}: " + ", ".join(f"{n} prompts with {k} responses" for k, n in sorted(sizes.items())))
@@ -660,7 +688,7 @@ def main(a: Args) -> dict:
         events = [e for by_annotator in judgements.judged.values() for e in by_annotator.values()]
         people, kinds = Counter(e["annotator"] for e in rankings(events)), Counter(e["kind"] for e in events)
         wanting = sum(1 for _ in judgements.missing("", Counter()))
-        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {name} {n}" for name, n in people.items()), end="")
+        print(f"{out}: {kinds['rank']} rankings" + "".join(f", {visible(x)} {n}" for x, n in people.items()), end="")
         print(f"; {kinds['skip']} skipped, {kinds['flag']} flagged; {wanting} prompts need more judgements")
         return {"prompts": len(samples), "judgements": kinds["rank"], "wanting": wanting}
 

@@ -365,6 +365,7 @@ def main(a: Args) -> dict:
             policy = load_policy(name, "--models")
         sizes = [len(models.output_head(model).weight) for model in (policy, reference)]
         require(sizes[0] == sizes[1], f"--models {name}: {sizes[0]} output tokens, and the reference has {sizes[1]}")
+        scoring.check_tokens(policy, prompts)
         answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature, dtype=batching.dtype)
         layout = scoring.choose_layout(policy, answers + preferences, batching)
         if layout == "tree" and policy is not reference:
@@ -418,12 +419,6 @@ def main(a: Args) -> dict:
     titles = [title.format(reward=a.reward, judge=a.judge) for title in NUMBERS.values()]
     cells = [[cell(n, results["models"][name].get(n)) for name in a.models] for n in NUMBERS]
     shown = [[title, *row] for title, row in zip(titles, cells, strict=True) if any(row)]
-    print("\n" + table([f"{len(prompts)} prompts, {len(asked)} answers", *map(short, a.models)], shown))
-    print(f"[95 % interval over prompts]; +- standard error; the reference is {a.ref}, wins are against {a.models[0]}")
-    if "explicit_accuracy" in results:
-        print(f"accuracy of --reward {a.reward} on these preferences: {cell('', results['explicit_accuracy'])}")
-    if results.get("ceiling", 1) < 1:
-        print(f"best accuracy possible with their labels: {results['ceiling']:.3f}")
     run.samples(
         len(a.models),
         [
@@ -434,9 +429,15 @@ def main(a: Args) -> dict:
     )
     if reward:
         plot(results, run.out / "reward_kl.png")
-    else:
-        print("no plot of reward against KL: there is no --reward")
     run.finish(results, {})
+    print("\n" + table([f"{len(prompts)} prompts, {len(asked)} answers", *map(short, a.models)], shown))
+    print(f"[95 % interval over prompts]; +- standard error; the reference is {a.ref}, wins are against {a.models[0]}")
+    if "explicit_accuracy" in results:
+        print(f"accuracy of --reward {a.reward} on these preferences: {cell('', results['explicit_accuracy'])}")
+    if results.get("ceiling", 1) < 1:
+        print(f"best accuracy possible with their labels: {results['ceiling']:.3f}")
+    if not reward:
+        print("no plot of reward against KL: there is no --reward")
     print(f"\nresults.json, samples.jsonl{' and reward_kl.png' if reward else ''} are in {run.out}")
     return results
 

@@ -33,9 +33,9 @@ import train_dpo
 import train_rm
 import train_sft
 from rlhf import require
-from support import reviews
+from support import read_json, read_json_lines, reviews
 from support.report import mean_interval
-from support.runs import cli
+from support.runs import cli, write
 
 SMOKE = {  # with --smoke: the flags of each script, and below the number of rows of the embedded data
     "sft": {"max_steps": 2, "eval_prompts": 4},
@@ -78,10 +78,10 @@ def main(a: Args) -> dict[str, float]:
     require(a.resume or not args_file.exists(), f"--out {out} is there already: use --resume, or name another --out")
     if a.resume:
         require(args_file.exists(), f"--resume: {out} holds no pipeline to continue")
-        same_flags = json.loads(args_file.read_text()) == flags
+        same_flags = read_json(args_file) == flags
         require(same_flags, f"--resume: {out} was run with other flags: see {args_file}")
     out.mkdir(parents=True, exist_ok=True)
-    args_file.write_text(json.dumps(flags, indent=1))
+    write(args_file, json.dumps(flags, indent=1))
     common = {"device": a.device, "seed": a.seed}
     smoke = defaultdict(dict, SMOKE if a.smoke else {})
     path = lambda name: str(out / name)  # noqa: E731
@@ -105,7 +105,8 @@ def main(a: Args) -> dict[str, float]:
             return
         flags = {"k": a.k, "max_prompts": prompts, "resume": samples.exists(), **common, **smoke["sample"]}
         sample.main(sample.Args(model=path(model), data=data, out=str(samples), **flags))
-        annotate.main(annotate.Args(str(samples), out=path(f"{name}.jsonl"), by="gold", noise=a.noise, seed=a.seed))
+        flags = {"out": path(f"{name}.jsonl"), "noise": a.noise, "resume": (out / f"{name}.jsonl.partial").exists()}
+        annotate.main(annotate.Args(str(samples), by="gold", seed=a.seed, **flags))
 
     # ----------------------------------------------------- phases 1, 2a, 2b, 2c: SFT, samples, rankings, reward model
     train(train_sft, "sft", data=data["sft"], **smoke["sft"])
@@ -134,13 +135,12 @@ def main(a: Args) -> dict[str, float]:
         flags = {"reward": "gold", "data": data["preference"], "out": path("evaluate"), "resume": resume}
         evaluate.main(evaluate.Args(models=tuple(names), **flags, **common, **smoke["evaluate"]))
     measured: dict[str, dict[str, list[float]]] = {name: {"kl": [], "reward": []} for name in names}
-    for line in open(out / "evaluate" / "samples.jsonl", encoding="utf-8"):
-        row = json.loads(line)
+    for row in read_json_lines(out / "evaluate" / "samples.jsonl", "model", "kl", "reward"):
         for metric in ("kl", "reward"):
             measured[row["model"]][metric].append(row[metric])
     results = matched(measured[names[2]], [measured[name] for name in names[3:]])
+    write(out / "results.json", json.dumps(results, indent=1))
     print(f"\n{verdict(results)}")
-    (out / "results.json").write_text(json.dumps(results, indent=1))
     return results
 
 

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import train_sft
 from rlhf import BadInput, require
-from support import models, reviews, runs, scoring, tokens
+from support import models, read_json, read_json_lines, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
-from support.report import interval, mean_interval, share_and_half, table
+from support.report import interval, mean_interval, share_and_half, table, visible
 from support.rows import prompt_of
 from support.scoring import Batching
 
@@ -89,8 +89,8 @@ def distinct_prompts(a: Args, tokenizer) -> list[Example]:
 
 
 def identity(prompt: str | list) -> str:
-    """A prompt as a key: its JSON."""
-    return json.dumps(prompt, sort_keys=True)
+    """A prompt as a key: its JSON, in which a date is the text that a template shows."""
+    return json.dumps(prompt, sort_keys=True, default=str)
 
 
 def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
@@ -100,12 +100,11 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
         require(not out.exists(), f"--out {out} is there already: continue it with --resume, or name another --out")
         return []
     require(out.exists() and flags.exists(), f"--resume: {out} holds no samples to continue")
-    before, now = json.loads(flags.read_text())["flags"], json.loads(json.dumps(asdict(a)))
+    before, now = read_json(flags, "flags")["flags"], json.loads(json.dumps(asdict(a)))
     changes = [f"--{n.replace('_', '-')} {before.get(n)} -> {now[n]}" for n in now if before.get(n) != now[n]]
     changes = [change for change in changes if not change.startswith(("--resume", "--micro-batch-tokens"))]
     require(not changes, f"--resume: {out} was sampled with other flags: {', '.join(changes)}")
-    whole = out.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    rows = [json.loads(line) for line in whole if line]
+    rows = read_json_lines(out, "prompt", "where")
     asked = {identity(prompt_of(e.row)) for e in prompts}
     strange = [row["where"] for row in rows if identity(row["prompt"]) not in asked]
     require(not strange, f"--resume: {out} has a prompt that --data has not ({strange[:1]}): it has changed")
@@ -114,7 +113,8 @@ def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
 
 def write(path: Path, rows: Sequence[dict], mode: str) -> None:
     """Append rows ("a"), or replace the file by them ("w"): on disk when this returns, whole or not at all."""
-    left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    left = memoryview("".join(lines).encode(errors="backslashreplace"))
     target = path if mode == "a" else path.with_name(path.name + ".partial")
     with open(target, mode + "b", buffering=0) as f:
         size = f.tell()
@@ -160,11 +160,13 @@ def main(a: Args) -> dict[str, float]:
     digest = tokens.digest(tokenizer)
     contents = {"data": runs.rows_digest(prompts), "model": models.digest(model)}
     contents |= {"ref": models.digest(scorers["ref_logps"])} if a.ref else {}
-    before = json.loads(flags.read_text()).get("contents", contents) if a.resume else contents
+    before = read_json(flags).get("contents", contents) if a.resume else contents
     changed = ", ".join(f"--{name}" for name in contents if before.get(name) != contents[name])
     require(not changed, f"--resume: {out} was begun with other contents of {changed}: name another --out")
     ends, probe_rows = end_ids(model, tokenizer), probes(prompts, a.max_new_tokens)
     batching = Batching(a.layout, models.pad_id(tokenizer), torch.float32, a.micro_batch_tokens, a.device)
+    for scorer in scorers.values():
+        scoring.check_tokens(scorer, prompts)
     layouts = {name: scoring.choose_layout(scorer, probe_rows, batching) for name, scorer in scorers.items()}
     try:
         flags.write_text(json.dumps({"flags": asdict(a), **runs.environment(), "contents": contents}, indent=1))
@@ -229,8 +231,8 @@ def main(a: Args) -> dict[str, float]:
     shown = [[title, interval(of.get(n, mean_interval)(values, of_prompt))] for n, (title, values) in stats.items()]
     print("\n" + table([f"{len(rows)} prompts, {a.k} responses each", "mean"], shown))
     for row in rows[:3]:
-        print(f"\nprompt  {str(row['prompt'])[-300:]}")
-        print("\n".join(f"     {i}  {text}" for i, text in enumerate(row["responses"], 1)))
+        print(visible(f"\nprompt  {str(row['prompt'])[-300:]}"))
+        print("\n".join(visible(f"     {i}  {text}") for i, text in enumerate(row["responses"], 1)))
     runs.unlock(flags)
     print(f"\nThe samples are in {out}." + (f"\nNext: python annotate.py {out}" if a.k > 1 else ""))
     return {name: mean_interval(values)[0] for name, (_, values) in stats.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 import train_sft
 from rlhf import losses, require
 from rlhf.tree import collate, send
-from support import dryrun, generate, models, report, runs, scoring, sharding
+from support import dryrun, generate, models, report, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.parallel import gather
 from support.preferences import by_prompt, ceiling, expected_accuracy, mismatched, pair_tensors, without_ties
@@ -60,8 +60,8 @@ LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dp
 TIE = 1e-4  # nats: a margin this close to 0 may be rounding, so its pair counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # these losses are ln 2 while policy and reference agree
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
-    "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16},
-    "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512},
+    "any": {"beta": 0.1, "lr": 5e-7, "eval_fraction": 0.05, "eval_prompts": 16, "eval_pairs": 512},
+    "reviews": {"beta": 0.6, "lr": 3e-4, "eval_fraction": 0.1, "eval_prompts": 512, "eval_pairs": reviews.ROWS},
 }
 Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
 
@@ -108,6 +108,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """plackett_luce: what to do with a ranking that has ties; random breaks them at random, in training only"""
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
+    eval_pairs: int | None = None
+    """held-out rows that are scored at most, >= 0, chosen by hash; default 512 (embedded: all)"""
     keep_softmax_mib: int | None = None
     """MiB, >= 0: a softmax of up to this size is kept for the backward pass, and a larger one is recomputed; default
     10240 on CUDA, else 1024"""
@@ -209,11 +211,13 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
-    if steps < steps_per_epoch:  # then some rows are never seen, and need no reference log-probs
-        train = random.Random(a.seed).sample(train, steps * a.batch_size)
+    order = lambda epoch: random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))  # noqa: E731
+    held_places = range(len(train), len(train + held))
+    seen = range(len(train)) if steps >= steps_per_epoch else order(0)[: steps * a.batch_size]
+    scored = [*sorted(seen), *held_places]  # the other rows need no log-probs
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
-        to_score = 0 if a.loss in REFERENCE_FREE else len(train + held) * (2 if a.loss == "kto" else 1)
+        to_score = 0 if a.loss in REFERENCE_FREE else len(scored) * (2 if a.loss == "kto" else 1)
         dryrun.dry_run(a, train, tokenizer, scored_before=to_score)
         return {}
 
@@ -235,18 +239,19 @@ def main(a: Args) -> dict[str, float]:
             limit = a.max_length - len(e.prompt)
             others.append(replace(e, responses=[other[:limit]], trained=trained and [trained[:limit]]))
     if a.loss in REFERENCE_FREE:
-        refs = [torch.zeros(len(e.responses), dtype=torch.float64) for e in everything]
+        logps = [torch.zeros(len(everything[i].responses), dtype=torch.float64) for i in scored]
     else:
-        reference, to_score = policy, everything + others
+        reference, to_score = policy, [rows[i] for rows in (everything, others) if rows for i in scored]
         if a.ref:
             make_reference = lambda device: models.load_model(a.ref, device, a.trust_remote_code, "--ref")  # noqa: E731
             reference = sharding.load(make_reference, a.device, batching.dtype)
             run.check_same(ref=reference)
             wanted = batching._replace(layout=a.layout) if batching.layout == "tree" else batching
             batching = batching._replace(layout=scoring.choose_layout(reference, to_score, wanted))
-        refs = reference_logps(reference, tokenizer, to_score, batching, a)
+        logps = reference_logps(reference, tokenizer, to_score, batching, a)
         del reference
-    held_refs, other_refs = refs[len(train) : len(everything)], refs[len(everything) :]
+    refs, other_refs = (dict(zip(scored, part, strict=False)) for part in (logps, logps[len(scored) :]))
+    held_refs = [refs[i] for i in held_places]
 
     def z0_of(places: Sequence[int]) -> Tensor | None:
         """kto: max(0, mean log-ratio of the mismatched responses) over the examples at these places of `everything`."""
@@ -272,17 +277,15 @@ def main(a: Args) -> dict[str, float]:
         optimizer.load_state_dict(state["optimizer"])
         del state
     run.start(first, steps)
-    held_places = range(len(train), len(everything))
     if first == 0 and held:
         known = not a.ref and a.loss not in REFERENCE_FREE
-        start = held_refs if known else scoring.score_logps(policy, held, batching)
+        start = held_refs if known else scoring.score_logps(policy, held, batching, "held-out rows")
         run.log(0, evaluate(start, z0=z0_of(held_places)))
 
     for step in range(first, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
-        places = order[place * a.batch_size : (place + 1) * a.batch_size]
+        places = order(epoch)[place * a.batch_size : (place + 1) * a.batch_size]
         examples = [train[i] for i in places]
         count = sum(len(e.responses) for e in examples) if a.loss == "kto" else len(examples)
         z0 = z0_of(places)
@@ -318,7 +321,8 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"], tokens_per_s=speed)
         last = step + 1 == steps
         if held and ((step + 1) % a.eval_every == 0 or last):
-            final = evaluate(scoring.score_logps(policy, held, batching), delta, z0_of(held_places))
+            logps = scoring.score_logps(policy, held, batching, "held-out rows")
+            final = evaluate(logps, delta, z0_of(held_places))
             run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
             state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
@@ -358,10 +362,10 @@ def main(a: Args) -> dict[str, float]:
     )
     results |= more_results
     title = f"{len(held)} held-out examples, {len(prompts)} answers, {a.dtype}"
-    report.print_comparison(title, rows + more_rows, results, samples)
     run.samples(steps, samples)
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
+    report.print_comparison(title, rows + more_rows, results, samples)
     print(
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )

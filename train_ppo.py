@@ -34,7 +34,7 @@ from support import dryrun, models, report, reviews, runs, scoring, sharding
 from support.examples import Example, held_out, load, probes, show
 from support.generate import answer, end_ids
 from support.parallel import gather, shares
-from support.rewards import load_reward
+from support.rewards import load_function, load_reward, names_function
 from support.rows import prompt_of
 from support.scoring import Batching
 
@@ -279,6 +279,8 @@ def main(a: Args) -> dict[str, float]:
     defaults |= {"sampler_correction": correction, "sampler_cap": 2.0 if correction == "token" else 3.0}
     a = runs.with_defaults(a, defaults)
     check_flags(a)
+    if names_function(a.reward):  # what is wrong with it is said before the long work
+        load_function(a.reward, "--reward")
     run = runs.start(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -346,6 +348,8 @@ def main(a: Args) -> dict[str, float]:
     fillers = {policy: batching.pad_id, reference: batching.pad_id}  # each model that scores ids, and its pad id
     fillers |= {x: x.config.pad_token_id for x in (critic, reward if scores_ids else None) if x}
     probe_rows = probes(prompts, a.max_new_tokens, {*fillers.values()})
+    for model in fillers:
+        scoring.check_tokens(model, prompts)
     layouts = {scoring.choose_layout(x, probe_rows, batching._replace(pad_id=pad)) for x, pad in fillers.items()}
     batching = batching._replace(layout="tree" if layouts == {"tree"} else "padded")
     size = policy.num_parameters() / 1e6
@@ -543,7 +547,6 @@ def main(a: Args) -> dict[str, float]:
     rows, results, samples = report.before_and_after(
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
     )
-    report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
@@ -551,6 +554,7 @@ def main(a: Args) -> dict[str, float]:
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     report.reward_kl_plot(run.out)
     run.finish(results, PANELS)
+    report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
     print(
         f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
     )

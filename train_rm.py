@@ -35,7 +35,7 @@ from support.examples import Example, load_split, show
 from support.generate import answer
 from support.parallel import gather
 from support.preferences import by_prompt, expected_accuracy, pair_tensors, without_ties
-from support.report import read, table, weighted_means
+from support.report import read, table, visible, weighted_means
 from support.reward_report import TIE, correlation, draw, held_out_report, ranks_of
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -46,8 +46,8 @@ LOSSES = {  # name: losses of p prompts, from the flags a, rewards and ranks [p,
     "best_of_k": lambda a, r, ranks, margins: losses.best_of_k(r, ranks),
 }
 DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
-    "any": {"lr": 1e-5, "eval_fraction": 0.05, "eval_prompts": 256},
-    "reviews": {"lr": 1e-3, "eval_fraction": 0.1, "eval_prompts": 512},
+    "any": {"lr": 1e-5, "eval_fraction": 0.05, "eval_prompts": 256, "eval_pairs": 512},
+    "reviews": {"lr": 1e-3, "eval_fraction": 0.1, "eval_prompts": 512, "eval_pairs": reviews.ROWS},
 }
 Loss = Literal[(*LOSSES,)]
 
@@ -77,9 +77,12 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """passes over the data, >= 1; more than one overfits soon"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the matrices and their products; the optimizer's copy of the weights and rewards are always float32"""
+    eval_pairs: int | None = None
+    """held-out rows that are scored at most, >= 0, chosen by hash; default 512 (embedded: all)"""
     eval_prompts: int | None = None
     """answers sampled from the starting model (held-out prompts first) to measure the reward's mean and deviation,
-    >= 0; default 256 (embedded: 512); the data's responses are used if this is 0 or --model is a reward model"""
+    >= 0; default 256 (on a CPU: 64; embedded: 512); if this is 0 or --model is a reward model, the data's responses are
+    used"""
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -112,7 +115,10 @@ def main(a: Args) -> dict[str, float]:
     if a.lora_merge and not a.lora_rank:
         return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
-    a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
+    defaults = DEFAULTS["reviews" if embedded else "any"]
+    if a.device == "cpu" and not embedded:
+        defaults = defaults | {"eval_prompts": 64}
+    a = runs.with_defaults(a, defaults)
     for name in ("margin_coef", "centring"):
         require(a.loss == "pairwise" or not getattr(a, name), f"--{name.replace('_', '-')} is of --loss pairwise only")
     require(
@@ -153,7 +159,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         """The metrics of the held-out rankings, each prompt counted once."""
-        _, totals = objective(a, held, torch.cat(scoring.score_rewards(model, held, batching)))
+        _, totals = objective(a, held, torch.cat(scoring.score_rewards(model, held, batching, "held-out rows")))
         return {f"eval/{name}": value for name, value in weighted_means([totals]).items()}
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -220,9 +226,10 @@ def main(a: Args) -> dict[str, float]:
     if from_policy and a.eval_prompts:
         distinct = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as it takes
         policy = models.load_model(a.model, a.device, a.trust_remote_code)
-        samples = answer(policy, tokenizer, [*itertools.islice(distinct, a.eval_prompts)], a.max_new_tokens, a.seed)
+        asked, progress = [*itertools.islice(distinct, a.eval_prompts)], "answers of the starting model"
+        samples = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, progress=progress)
         del policy
-    scores = torch.cat(scoring.score_rewards(model, samples, batching)).double()
+    scores = torch.cat(scoring.score_rewards(model, samples, batching, "rewards of the answers")).double()
     model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std(correction=0).item()
     scores = scores - model.config.reward_mean
 
@@ -241,18 +248,18 @@ def main(a: Args) -> dict[str, float]:
     results |= {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
     results = {name: value for name, value in results.items() if math.isfinite(value)}  # JSON has no NaN
     rows.append(["deviation of the reward, on samples", f"{model.config.reward_std:.2f}"])
-    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
-
     texts = [(e.prompt_text, text) for e in samples for text in e.response_texts]
     shown = [{"prompt": x, "answer": y, "reward": z} for (x, y), z in zip(texts, scores.tolist(), strict=True)]
     shown.sort(key=lambda row: -row["reward"])
-    for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
-        print(f"\n{title}, reward {row['reward']:+.2f}\nprompt  {row['prompt'][-300:]}\nanswer  {row['answer']}")
     run.samples(steps, shown)
     models.save(model, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     if panels:
         draw(run.out / "report.png", *panels, by_gold)
     run.finish(results, PANELS)
+    print("\n" + table([f"{len(held)} held-out rankings, {len(scores)} samples, {a.dtype}", ""], rows))
+    for title, row in (("best sample", shown[0]), ("worst sample", shown[-1])):
+        texts = f"prompt  {row['prompt'][-300:]}\nanswer  {row['answer']}"
+        print(f"\n{title}, reward {row['reward']:+.2f}\n{visible(texts)}")
     print(f"\nThe reward model is in {run.out}, with curves.png" + (" and report.png." if panels else "."))
     policy = a.model if from_policy else "POLICY"
     own = f"python train_ppo.py --model {policy} --reward {run.out} --data PROMPTS --out {run.out}-ppo"

@@ -34,6 +34,7 @@ from support.report import (
     read,
     share_and_half,
     table,
+    visible,
     weighted_means,
 )
 
@@ -105,7 +106,7 @@ def main(a: Args) -> dict[str, float]:
 
     def evaluate() -> dict[str, float]:
         """Mean negative log-likelihood of all response tokens of the held-out rows."""
-        logps = torch.cat(scoring.score_logps(policy, held, batching))
+        logps = torch.cat(scoring.score_logps(policy, held, batching, "held-out rows"))
         return {"eval/loss": losses.sft(logps).sum().item() / trained_tokens(held)}
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -171,18 +172,19 @@ def main(a: Args) -> dict[str, float]:
     if not policy:  # this process's work is done: the main process writes answers and model
         return results
     prompts = list({e.prompt_text or e.where: e for e in held or train}.values())
-    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, dtype=dtype)
+    settings = {"dtype": dtype, "progress": "answers"}
+    answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, **settings)
     stats = answer_stats(answers, end_ids(policy, tokenizer), embedded) if answers else {}
     intervals = {n: (share_and_half if n in SHARE_STATS else mean_interval)(x) for n, x in stats.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
     rows += [[ANSWER_STATS[name], interval(x)] for name, x in intervals.items()]
-    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
-    for e in answers[:4]:
-        print(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}")
     run.samples(steps, [{"prompt": e.prompt_text, "answer": e.response_texts[0]} for e in answers])
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
+    print("\n" + table([f"{len(held)} held-out rows, {len(answers)} answers, {a.dtype}", "after"], rows))
+    for e in answers[:4]:
+        print(visible(f"\nprompt  {e.prompt_text[-300:]}\nanswer  {e.response_texts[0]}"))
     print(f"\nThe model is in {run.out}, with its curves in {run.out}/curves.png.")
     data = "" if a.data == "reviews" else " --data PREFERENCES"
     print(f"Next: python train_dpo.py --model {run.out}{data} --out {run.out}-dpo")

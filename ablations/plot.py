@@ -61,6 +61,8 @@ def finish(name: str, a: common.Args, results: common.Results, report: Callable,
         print(f"nothing to train: {path} has all runs; to repeat them delete it and runs/ablations/{name}")
     print("\n" + section(results, report))
     if a.quick or a.smoke:
+        kind = "smoke" if a.smoke else "quick"
+        print(f"\nThis verdict is of a {kind} run, and not the claim's: only the full run judges that.")
         picture(results, draw, results.path.with_name("figure.png"))
         print(f"\nresults.csv and figure.png are in {results.path.parent}")
     else:
@@ -72,9 +74,13 @@ def finish(name: str, a: common.Args, results: common.Results, report: Callable,
 
 
 def main() -> None:
-    modules = experiments()
-    for name, module in modules.items():
+    modules = {}
+    for name, module in experiments().items():
         folder = common.ROOT / name
+        if problem := common.lacks_table(folder / "README.md"):
+            print(f"{problem}: {name} is left out")
+            continue
+        modules[name] = module
         results = common.Results(folder / "results.csv")
         table = "Not run yet."
         if whole(results, module):

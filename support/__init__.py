@@ -16,6 +16,7 @@
     annotate.html     the page of annotate.py
     reviews.py        the embedded task: film reviews with a known gold reward
     runs.py           run directory, the flags that all scripts share, progress, checkpoints
+    waiting.py        bars and estimates for what takes long
     report.py         tables, intervals, curves, before and after
     reward_report.py  how far a reward model can be trusted
     parallel.py       processes and collectives (torchrun)
@@ -25,9 +26,13 @@ Imports go one way: a script imports support, and support imports rlhf.
 """
 
 import importlib
+import json
 import os
 import socket
 import urllib.request
+from pathlib import Path
+
+from rlhf import BadInput
 
 
 class lazy_import:
@@ -38,6 +43,31 @@ class lazy_import:
 
     def __getattr__(self, attribute: str):
         return getattr(importlib.import_module(self.name), attribute)
+
+
+def read_json(path: Path, *names: str) -> dict:
+    """The JSON object in a file that a run has written. BadInput if the file is damaged or an object lacks a name."""
+    return _json_object(path.read_bytes(), str(path), names)
+
+
+def read_json_lines(path: Path, *names: str) -> list[dict]:
+    """The JSON objects in the lines of a file that a run has written, without a last line that was not finished.
+    BadInput, naming the line, if one is damaged or lacks a name."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_json_object(line, f"{path}:{i}", names) for i, line in enumerate(lines, 1)]
+
+
+def _json_object(data: bytes, where: str, names: tuple[str, ...]) -> dict:
+    problem = ""
+    try:
+        value = json.loads(data)
+        if not isinstance(value, dict) or not value.keys() >= {*names}:
+            problem = f"not a JSON object{' with ' * bool(names)}{', '.join(names)}"
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON: {' '.join(str(error).split())[:100]}"
+    if problem:
+        raise BadInput(f"{where} is damaged ({problem}): mend it, or bring back what was written")
+    return value
 
 
 def answer_at_once_offline() -> None:

@@ -38,7 +38,7 @@ ONE_TOKEN = "sdpa_one_token"  # the name of `one_token_attention`
 
 def cache_name(model) -> str:
     """The library's keyword for a key-value cache: "cache" from version 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(models.backbone(model).forward).parameters else "past_key_values"
 
 
 class Slots(StaticLayer):
@@ -139,7 +139,7 @@ class Rows:
 def _encode(model, ids: Int[Tensor, "p t"], cache: Cache) -> None:
     """Fill the cache with right-padded prompts: causal attention keeps the padding out of what comes before it."""
     positions = repeat(torch.arange(ids.shape[1], device=ids.device), "t -> p t", p=len(ids))
-    model.base_model(ids, position_ids=positions, use_cache=True, **{cache_name(model): cache})
+    models.backbone(model)(ids, position_ids=positions, use_cache=True, **{cache_name(model): cache})
 
 
 def windows(config) -> dict[str, int | None]:

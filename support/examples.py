@@ -438,11 +438,11 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
         if len(values) != len(draft.ranks):
             raise BadInput(f"field 'ranks' has {len(draft.ranks)} ranks for {len(values)} responses: give one for each")
-        if not all(isinstance(rank, int | float) and rank >= 1 and rank == rank // 1 for rank in draft.ranks):
-            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) on: rank the responses")
+        if not all(isinstance(rank, int | float) and 1 <= rank <= 1e9 and rank == rank // 1 for rank in draft.ranks):
+            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) to 10^9: rank the responses")
         draft.ranks = [int(rank) for rank in draft.ranks]
         draft.ended = optional_list(row, "ended", lambda x: isinstance(x, bool), "true or false")
-        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)  # noqa: E731
+        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e30  # noqa: E731
         rewards = optional_list(row, "rewards", is_finite, "finite numbers")
         draft.rewards = rewards and [float(x) for x in rewards]
         draft.noise = optional_number(row, "noise", 0.0, 1e30)
@@ -551,7 +551,21 @@ def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tup
     prompts = {group_of(example) for example in held}
     if n := len(prompts & {group_of(example) for example in train}):
         print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
+    most = getattr(a, "eval_pairs", None)
+    if most is not None and len(held) > most:
+        print(f"{most} of {len(held)} held-out rows are scored, chosen by hash (--eval-pairs)\n")
+        held = some(held, most)
     return train, held
+
+
+def some(examples: Sequence[Example], n: int) -> list[Example]:
+    """At most n of the examples, in their order: those whose texts have the smallest hashes, so that they depend
+    neither on the order nor on a seed, and fewer are a part of more."""
+
+    def position(i: int) -> bytes:
+        return hashlib.sha256(repr((examples[i].prompt_text, examples[i].response_texts)).encode("utf-8")).digest()
+
+    return [examples[i] for i in sorted(sorted(range(len(examples)), key=position)[:n])]
 
 
 def build(

@@ -13,6 +13,7 @@ computes them, with those of support/scoring.py. The first that agrees samples:
 
 import hashlib
 import itertools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from rlhf import require
 from rlhf.tree import Tree
 from support import decode, models, parallel, reviews, scoring, sharding, tokens
 from support.examples import Example
+from support.waiting import Waiting
 
 MEANS = {
     "loop": "the decode loop",
@@ -56,6 +58,7 @@ def generate(
     batch_size: int = 256,
     k: int = 1,
     dtype: torch.dtype = torch.float32,
+    progress: str = "",
 ) -> tuple[list[list[int]], list[list[float]]]:
     """k responses (token ids, with the EOS if it was reached) to each prompt (token ids), prompt after prompt; and the
     log-prob (nats) of each of their tokens under the distribution that it was drawn from.
@@ -65,6 +68,7 @@ def generate(
     responses, up to rounding, whatever the other prompts, `batch_size` (in sequences) and the number of processes
     (support/parallel.py) are; a prompt that is asked again gets other ones. The global random state is not used. If the
     model has learnt a number of positions, a response is cut at the last one. Matrix products are in `dtype`.
+    `progress` names a progress bar.
     """
     pad, limit = _filler(model, models.pad_id(tokenizer)), models.positions(model)
     if not prompts:
@@ -77,21 +81,31 @@ def generate(
     ends, keys, prompts_at_once = end_ids(model, tokenizer), noise_keys(seed, prompts, k), max(batch_size // k, 1)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, list[tuple[list[int], list[float]]]] = {}
-    for start in range(0, len(order), prompts_at_once):
-        group = order[start : start + prompts_at_once]
-        local_group = parallel.local_items(group)
-        asked = [prompts[i] for i in local_group]
-        group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
-        most = [min(max_new_tokens, limit - len(p)) if limit else max_new_tokens for p in asked for _ in range(k)]
-        choose = sampling(group_keys, temperature)
-        drawn = [x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype)]
-        for place, i in enumerate(local_group):
-            rows = range(place * k, (place + 1) * k)
-            stops = [_stop(drawn[0][row][: most[row]], ends) for row in rows]
-            responses[i] = [tuple(x[row][:stop] for x in drawn) for row, stop in zip(rows, stops, strict=True)]
+    steps = math.ceil(len(order) / prompts_at_once) * max_new_tokens
+    with Waiting(progress, steps, "step", not parallel.is_main()) as waiting:
+        for n, start in enumerate(range(0, len(order), prompts_at_once), 1):
+            group = order[start : start + prompts_at_once]
+            local_group = parallel.local_items(group)
+            asked = [prompts[i] for i in local_group]
+            group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
+            most = [min(max_new_tokens, limit - len(p)) if limit else max_new_tokens for p in asked for _ in range(k)]
+            choose = sampling(group_keys, temperature)
+            if progress and model.device.type == "cpu":  # on CUDA a step is a recorded graph
+                choose = _counted(choose, waiting)
+            drawn = [x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype)]
+            for place, i in enumerate(local_group):
+                rows = range(place * k, (place + 1) * k)
+                stops = [_stop(drawn[0][row][: most[row]], ends) for row in rows]
+                responses[i] = [tuple(x[row][:stop] for x in drawn) for row, stop in zip(rows, stops, strict=True)]
+            waiting.update(max(n * max_new_tokens - waiting.done, 0))
     responses = dict(parallel.gather([*responses.items()]))
     ids, logps = zip(*(response for i in range(len(prompts)) for response in responses[i]), strict=True)
     return [*ids], [*logps]
+
+
+def _counted(choose: "Choose", waiting: Waiting) -> "Choose":
+    """`choose`, which moves a bar by one step."""
+    return lambda *drawn: waiting.update(1) or choose(*drawn)
 
 
 def _stop(ids: list[int], ends: Sequence[int]) -> int:
@@ -298,10 +312,11 @@ def answer(
     k: int = 1,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 256,
+    progress: str = "",
 ) -> list[Example]:
     """The examples' prompts with k sampled responses each, in place of their own; arguments as in `generate`."""
     prompts = [e.prompt for e in examples]
-    ids, logps = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed, batch_size, k, dtype)
+    ids, logps = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed, batch_size, k, dtype, progress)
     pieces = tokens.Pieces(tokenizer)
     contexts = [pieces.context(e.prompt_text) for e in examples]
     texts = [pieces.decode(contexts[i // k], response) for i, response in enumerate(ids)]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.optim import AdamW, LowBits, dither, join, split
 from rlhf.tree import tree_attention
-from support import answer_at_once_offline, lazy_import
+from support import answer_at_once_offline, lazy_import, read_json
 from support.parallel import full_tensor, several
 
 modeling_layers = lazy_import("transformers.modeling_layers")
@@ -159,6 +160,11 @@ def new_reward_model(policy, tokenizer):
     return without_dropout(model)
 
 
+def backbone(model):
+    """The part of a model that gives hidden states. A few classes (Llama 4's) name another one as their base."""
+    return model.model if model.base_model is model and hasattr(model, "model") else model.base_model
+
+
 def has_reward_head(model) -> bool:
     """Whether a loaded model is a reward model or a critic, and not a policy."""
     return hasattr(model, "score")
@@ -195,11 +201,14 @@ def save(
                 continue
             low = (low_bits or {}).get(weight)
             weight.data = weight.data.cpu().float() if low is None else join(weight.data.cpu(), low.cpu())
-    if lora and not merge:
-        _save_adapters(model, lora, out)
-    else:
-        (lora.merge_and_unload() if lora else model).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    try:
+        if lora and not merge:
+            _save_adapters(model, lora, out)
+        else:
+            (lora.merge_and_unload() if lora else model).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except SafetensorError as error:
+        raise OSError(f"the model cannot be written to {out} ({error})") from None
 
 
 def _save_adapters(model, lora, out: Path) -> None:
@@ -237,9 +246,10 @@ def _with_adapters(model, name: str, flag: str):
     wanted = {name for name, weight in model.named_parameters() if weight.requires_grad}
     _require_all_weights(f"{flag} {name}", wanted & {*keys.missing_keys}, keys.unexpected_keys)
     model = lora.merge_and_unload().requires_grad_(True)
+    _require_finite_weights(f"{flag} {name}", model)
     model.name_or_path = name  # further adapters record it as their base model
     if (folder / "reward.json").exists():
-        vars(model.config).update(json.loads((folder / "reward.json").read_text()))
+        vars(model.config).update(read_json(folder / "reward.json"))
     return model
 
 
@@ -256,7 +266,14 @@ def _load(auto_class: type, name: str, trust_remote_code: bool, flag: str, kind:
     other = [f"{key} {[*stored]} for {[*wanted]}" for key, stored, wanted in info["mismatched_keys"]]
     require(not other, f"{flag} {name}: no {kind}: weights have other shapes than its config says: {_few(other)}")
     _require_all_weights(f"{flag} {name}", info["missing_keys"], info["unexpected_keys"], kind)
+    _require_finite_weights(f"{flag} {name}", model)
     return model
+
+
+def _require_finite_weights(source: str, model) -> None:
+    """BadInput, naming them, if weights are NaN or infinite. A sum needs no memory; a finite one says that all are."""
+    bad = [name for name, w in model.named_parameters() if not (w.sum().isfinite() or w.isfinite().all())]
+    require(not bad, f"{source}: weights are NaN or infinite: {_few(bad)}: use another checkpoint of it")
 
 
 def _require_all_weights(source: str, missing, unexpected, kind: str = "set of adapters") -> None:
@@ -294,12 +311,7 @@ def _adapter_config(name: str) -> dict | None:
     path = Path(name).expanduser() / "adapter_config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
-    require(isinstance(config, dict), f"{path}: not a JSON object")
-    return config
+    return read_json(path)
 
 
 @contextmanager
@@ -313,8 +325,12 @@ def _one_line_errors(name: str, flag: str, kind: str = "causal language model") 
         answer_at_once_offline()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # damaged files raise almost anything
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, pickle.UnpicklingError):  # whose message advises to execute what is in the file
+            reason = "its .bin file is damaged, or holds more than weights"
         if os.path.isdir(name):
             raise BadInput(f"{flag} {name}: the folder has no {kind}: {reason}") from None
         raise BadInput(
@@ -471,7 +487,10 @@ def restore(model, low_bits: LowBits, state: dict[str, Tensor]) -> None:
         low = low_bits.get(weights.get(name))
         if low is not None:
             state[name], low[...] = split(x.to(low.device))
-    model.load_state_dict(state, strict=all(weight.requires_grad for weight in weights.values()))
+    try:
+        model.load_state_dict(state, strict=all(weight.requires_grad for weight in weights.values()))
+    except RuntimeError as error:
+        raise BadInput(f"--resume: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
 
 
 def layers(model) -> list[torch.nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +26,14 @@ def reference_logps(reference, tokenizer, examples: Sequence[Example], batching:
     """The reference's log-prob of every response, [k] for each example: read from --ref-cache, or computed and kept."""
     settings = {"lengths": (a.max_prompt_length, a.max_length), "dtype": a.dtype, "layout": batching.layout}
     key = cache_key(reference, tokenizer, examples, **settings, device=torch.device(a.device).type)
-    return cached(Path(a.ref_cache), key, lambda: score_logps(reference, examples, batching, "reference"))
+    compute = lambda: score_logps(reference, examples, batching, "reference log-probs")  # noqa: E731
+    return cached(Path(a.ref_cache), key, row_digests(examples), compute)
+
+
+def row_digests(examples: Sequence[Example]) -> UInt8[Tensor, "n 16"]:
+    """Half of the SHA-256 of each example's tokens."""
+    digests = [hashlib.sha256(json.dumps([e.prompt, e.responses]).encode()).digest()[:16] for e in examples]
+    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(-1, 16)
 
 
 def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict[str, str]:
@@ -45,11 +52,14 @@ def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict
     }
 
 
-def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]]) -> list[Float[Tensor, " k"]]:
+def cached(
+    folder: Path, key: dict[str, str], rows: UInt8[Tensor, "n 16"], compute: Callable[[], list[Tensor]]
+) -> list[Float[Tensor, " k"]]:
     """The log-probs stored in `folder` under exactly this key, else compute() written there for later runs.
 
-    If no file fits but one nearly does, a line says what differs in it, or that the file is damaged, so that nobody
-    wonders why the scores are computed again.
+    A file of these `rows` (`row_digests`) and more, under a key that differs only in its rows, will do too: that of all
+    the data when --max-steps or --eval-pairs leaves rows out. If no file fits but one nearly does, a line says what
+    differs in it, or that the file is damaged, so that nobody wonders why the scores are computed again.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +73,13 @@ def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]
     if path.exists():
         print(f"reference log-probs: {path} is damaged: they are computed again")
     nearest: list[str] | None = None
-    for other in sorted({*folder.glob("*.safetensors")} - {path}):
+    others = sorted({*folder.glob("*.safetensors")} - {path})
+    for other in others:
+        stored = _read_rows(other, key, rows)
+        if all(parallel.gather([stored is not None])):
+            print(f"reference log-probs: from {other}, which has these rows and more")
+            return stored
+    for other in others:
         try:
             with safe_open(other, "pt") as f:
                 other_key = json.loads(f.metadata()["question"])  # the key, under the name of the first files
@@ -77,7 +93,7 @@ def cached(folder: Path, key: dict[str, str], compute: Callable[[], list[Tensor]
     logps = compute()
     if parallel.is_main():
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        tensors = {"logps": torch.cat(logps), "sizes": torch.tensor([len(x) for x in logps])}
+        tensors = {"logps": torch.cat(logps), "sizes": torch.tensor([len(x) for x in logps]), "rows": rows}
         save_file(tensors, partial, metadata={"question": json.dumps(key), "sha256": _digest(tensors)})
         os.replace(partial, path)
     return logps
@@ -88,13 +104,29 @@ def _read(path: Path, key: dict[str, str]) -> list[Tensor] | None:
     before there were checksums have none."""
     try:
         with safe_open(path, "pt") as f:
-            tensors = {name: f.get_tensor(name) for name in ("logps", "sizes")}
-            right = json.loads(f.metadata()["question"]) == key
-            right &= f.metadata().get("sha256") in (None, _digest(tensors))
-            return [*tensors["logps"].split(tensors["sizes"].tolist())] if right else None
-    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError):
+            if json.loads(f.metadata()["question"]) != key:
+                return None
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dictionary)
+            if f.metadata().get("sha256") not in (None, _digest(tensors)):
+                return None
+            return [*tensors["logps"].split(tensors["sizes"].tolist())]
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         return None
 
 
+def _read_rows(path: Path, key: dict[str, str], rows: UInt8[Tensor, "n 16"]) -> list[Tensor] | None:
+    """The log-probs of these rows in a file of more of them; None if it lacks one, or if its key differs otherwise."""
+    try:
+        with safe_open(path, "pt") as f:
+            other = json.loads(f.metadata()["question"])
+            there = {bytes(row): i for i, row in enumerate(f.get_tensor("rows").tolist())}
+        places = [there[bytes(row)] for row in rows.tolist()]
+        logps = _read(path, other) if other == key | {"rows": other["rows"]} else None
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return logps and [logps[i] for i in places]
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("logps", "sizes"))).hexdigest()
+    names = [name for name in ("logps", "sizes", "rows") if name in tensors]  # the first files have no rows
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in names)).hexdigest()

@@ -8,9 +8,9 @@ before_and_after                 the same prompts answered by the model before a
 curves, reward_kl_plot           the pictures of a run directory
 """
 
-import json
 import math
 import random
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import lazy_import, models, scoring
+from support import lazy_import, models, read_json_lines, scoring
 from support.examples import Example
 from support.generate import answer, answer_stats, end_ids
 from support.scoring import Batching
@@ -139,6 +139,11 @@ def bootstrap(
     return values[round(0.025 * (len(values) - 1))], values[round(0.975 * (len(values) - 1))]
 
 
+def visible(text: str) -> str:
+    """The text as a terminal may have it: control characters, with which it could be driven, as \\x1b and so on."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda x: f"\\x{ord(x[0]):02x}", text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of text, the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -192,7 +197,8 @@ def before_and_after(
     stats, texts = {}, {}
     for side, model, adapters in (("before", start, models.without_lora), ("after", policy, nullcontext)):
         with adapters(model):
-            answers = answer(model, tokenizer, prompts, a.max_new_tokens, a.seed, dtype=batching.dtype)
+            settings = {"dtype": batching.dtype, "progress": f"answers {side} training"}
+            answers = answer(model, tokenizer, prompts, a.max_new_tokens, a.seed, **settings)
             logps = scoring.score_logps(model, answers, batching)
         ref_logps = logps
         if side == "after" or start is not reference:
@@ -235,7 +241,8 @@ def print_comparison(title: str, rows: Sequence[Sequence[str]], results: dict[st
         gain = "{gain/gold:.2f} +- {gain/gold_interval:.2f}".format(**results)
         print(f"gain in gold reward: {gain} standard deviations of the gold reward before training")
     for sample in samples[:4]:
-        print(f"\nprompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}")
+        texts = f"prompt  {sample['prompt'][-300:]}\nbefore  {sample['before']}\nafter   {sample['after']}"
+        print("\n" + visible(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -249,7 +256,7 @@ def new_page(width: float, height: float):
 
 def curves(out: Path, panels: dict[str, list[str]]) -> None:
     """curves.png: a panel for each title, with those of its metrics that were logged, against the step."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = read_json_lines(out / "metrics.jsonl", "step")
     panels = {t: [n for n in names if any(n in row for row in rows)] for t, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
     columns = min(3, len(panels))
@@ -270,7 +277,7 @@ def curves(out: Path, panels: dict[str, list[str]]) -> None:
 
 def reward_kl_plot(out: Path) -> None:
     """reward_kl.png: the score of each rollout, and the gold reward where it is known, against its KL."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = read_json_lines(out / "metrics.jsonl", "step")
     page = new_page(6.4, 4.0)
     axes = page.add_subplot(xlabel="KL to the reference, nats per answer", ylabel="mean over a rollout's answers")
     for name, label in (("objective/scores", "reward (proxy)"), ("objective/gold", "gold reward")):

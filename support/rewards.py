@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ def load_reward(
             return [reviews.gold_reward(f"{x} {y}") for x, y in zip(prompts, responses, strict=True)]
 
         return gold
-    if not os.path.isdir(os.path.expanduser(source)) and source.count(":") == 1 and "/" not in source:
+    if names_function(source):
         function = checked(load_function(source, flag), f"{flag} {source}")
         return lambda *sequences: parallel.on_main(lambda: function(*sequences))
 
@@ -108,9 +108,15 @@ def place(prompt: str | list[Message], response: str | tuple[str, str]) -> str:
     return f"prompt {str(prompt)[-80:]!r}, response {str(response)[:80]!r}"
 
 
+def names_function(source: str) -> bool:
+    """Whether a source is "module:function" and no folder."""
+    return not os.path.isdir(os.path.expanduser(source)) and source.count(":") == 1 and "/" not in source
+
+
 def load_function(name: str, flag: str) -> Callable:
     """Import "module:function"; the working directory is searched too."""
     module, _, attribute = name.partition(":")
+    require(not module.endswith(".py"), f"{flag} {name}: names a module: drop .py ({name.replace('.py:', ':')})")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -129,7 +135,9 @@ def checked(function: Reward, name: str) -> Reward:
     def reward(prompts, responses, rows) -> list[float]:
         sequences = list(zip(prompts, responses, rows, strict=True))
         try:
-            values = [float(x) for x in function(list(prompts), list(responses), list(rows))]
+            returned = function(list(prompts), list(responses), list(rows))
+            listed = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | dict)
+            values = [float(x) for x in returned] if listed else None
         except Exception as error:
             where = "none of its sequences when given alone"
             for prompt, response, row in sequences:
@@ -139,6 +147,7 @@ def checked(function: Reward, name: str) -> Reward:
                     where = place(prompt, response)
                     break
             raise BadInput(f"{name}: raised {one_line(error, module)} ({where})") from error
+        require(values is not None, f"{name}: returned {type(returned).__name__}, wanted a list of numbers")
         require(
             len(values) == len(sequences),
             f"{name}: gave {len(values)} numbers for {len(sequences)} responses, from "

@@ -143,9 +143,13 @@ def _load_from_hub(source: str, split: str | None):
 
 
 def _select_split(source: str, data, split: str | None):
+    """The rows of one split, in which images and sounds stay bytes: no script reads them, and one may be damaged."""
     if not isinstance(data, datasets.DatasetDict):
+        for name, feature in data.features.items():
+            if hasattr(feature, "decode"):
+                data = data.cast_column(name, type(feature)(decode=False))
         return data
-    return data[_choose_split(source, list(data), split)]
+    return _select_split(source, data[_choose_split(source, list(data), split)], None)
 
 
 def _choose_split(source: str, names: list[str], split: str | None) -> str:

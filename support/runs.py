@@ -5,7 +5,8 @@ runs/NAME/
   metrics.jsonl, samples.jsonl, curves.png      what happened (docs/metrics.md explains each metric)
   config.json, model.safetensors, tokenizer...  the result, as `from_pretrained` reads it; or adapters, as peft does
   results.json                                  the final metrics; written last, so a run that has it is complete
-  checkpoint/step-N/                            while training: all that is needed to go on from step N, with checksums
+  checkpoint/step-N/                            all that is needed to go on from step N, or to extend a finished run,
+                                                with checksums; it may be deleted when the run is complete
 """
 
 import contextlib
@@ -39,12 +40,13 @@ from tqdm import tqdm
 
 import rlhf
 from rlhf import BadInput, require
-from support import lazy_import, models, parallel, report, reviews, sharding
+from support import lazy_import, models, parallel, read_json, read_json_lines, report, reviews, sharding
 
 wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
+EXTENDING = {"max_steps", "epochs"}  # flags that may become larger then
 OTHER_NAMES = {  # in other libraries -> here
     "learning-rate": "lr",
     "output-dir": "out",
@@ -54,6 +56,7 @@ OTHER_NAMES = {  # in other libraries -> here
     "model-name-or-path": "model",
     "dataset-name": "data",
 }
+LOGS = ("metrics.jsonl", "samples.jsonl")  # of a run: each row has its step
 SUMS = "SHA256SUMS"  # the file in a checkpoint with the checksums of the others, as `sha256sum --check` reads it
 LOCKS: dict[Path, int] = {}  # the run directories that this process has locked, and the handles that hold the locks
 Sources = Annotated[str | tuple[str, ...], tyro.conf.arg(metavar="SOURCE ...")]
@@ -117,7 +120,7 @@ class TrainingFlags(Flags):
     batch_size: int = 64
     """prompts per optimizer step, >= 1"""
     max_steps: int | None = None
-    """stop after this many optimizer steps, >= 1; the schedule ends there too"""
+    """stop after this many optimizer steps, >= 1; the schedule ends there too; a larger one extends a run (--resume)"""
     save_every: int = 100
     """optimizer steps between checkpoints, >= 1"""
     wandb: bool = False
@@ -229,16 +232,21 @@ def cli(main: Callable, args_class: type) -> None:
         for flag in (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")):
             name = OTHER_NAMES.get(flag[2:].replace("_", "-"), "")
             require(name.replace("-", "_") not in fields, f"there is no {flag}: use --{name} (see --help)")
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
         main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
+        sys.stdout.flush()
     except BadInput as error:
         sys.exit(_complain(error, 2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it ends
+        sys.exit(_complain("nobody reads the output any more", 1))
     except (OSError, FloatingPointError) as error:
         sys.exit(_complain(error, 1))
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(_complain("stopped", 128 + signal.SIGINT))
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: Exception | str, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     if rank and not isinstance(error, OSError):  # the main process says what all processes have met, and its end is
         for number in (signal.SIGINT, signal.SIGTERM):  # that of the others: theirs would cut its message short
@@ -246,7 +254,13 @@ def _complain(error: Exception, code: int) -> int:
         time.sleep(10)
     for bar in list(getattr(tqdm, "_instances", ())):  # or the message would stand on the bar's own line
         bar.close()
-    print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+    advice = ""
+    for out in filter(Path.is_dir, LOCKS if code != 2 and not isinstance(error, FloatingPointError) else ()):
+        advice = "; before the first step, so the same command begins anew"
+        if has_a_step(out):
+            advice = f"; continue with --resume, from {newest_checkpoint(out) or 'the first step'}"
+    word = "" if code > 128 else f"error{f' (process {rank})' if rank else ''}: "
+    print(f"{word}{error}{advice}", file=sys.stderr)
     return code
 
 
@@ -371,6 +385,7 @@ class Run:
         require(joined, f"{Path(script).name} works in one process only: run it without torchrun")
         self.args, self.out, self.script, self.bar = args, Path(args.out), script, None
         self.interrupted = self.signalled = 0
+        self.before: dict[str, Any] = {}  # the flags of the run that is extended
         self.digests: dict[str, str] = {}
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         keep_freed_memory()
@@ -380,21 +395,30 @@ class Run:
         if begun and not args.resume:
             holds = f"--out {self.out} already holds a run"
             require(not (self.out / "results.json").exists(), f"{holds}, which is complete: name another, or delete it")
-            require(not self._has_a_step(), f"{holds}: continue it with --resume, or name another --out")
+            require(not has_a_step(self.out), f"{holds}: continue it with --resume, or name another --out")
         if (self.out / "config.json").exists() and not begun:
             raise BadInput(f"--out {self.out} already holds a model: name another --out")
         if args.resume and not begun:
             raise BadInput(f"--resume: {self.out} holds no run to continue")
         if args.resume:
-            before = json.loads((self.out / "args.json").read_text())
+            before = read_json(self.out / "args.json")
+            for log in filter(Path.exists, map(self.out.joinpath, LOGS)):
+                read_json_lines(log, "step")
             for field in dataclasses.fields(args):  # a flag that is newer than the run had its default
-                before.setdefault(field.name, field.default)
+                before.setdefault(field.name, self.flags[field.name] if field.default is None else field.default)
             names = [n for n in self.flags if n not in FREE_TO_CHANGE and before[n] != self.flags[n]]
+            self.before = before if {*names} & EXTENDING else {}
+            names = [n for n in names if n not in EXTENDING]
             if names:
                 changes = ", ".join(f"--{n.replace('_', '-')} {before[n]} -> {self.flags[n]}" for n in names)
                 raise BadInput(f"--resume: {self.out} was run with other flags: {changes}")
             if (self.out / "results.json").exists():
-                raise BadInput(f"--resume: {self.out} is complete; name another --out for a new run")
+                if newest_checkpoint(self.out):
+                    advice = "a larger --max-steps or --epochs extends it"
+                else:
+                    advice = "it has no checkpoint to extend it from: name another --out for a new run"
+                extended = bool(self.before and newest_checkpoint(self.out))
+                require(extended, f"--resume: {self.out} is complete; {advice}")
         if args.wandb and os.environ.get("WANDB_MODE", "online") == "online":
             parallel.on_main(require_wandb)
         try:
@@ -407,13 +431,6 @@ class Run:
         if begun and not args.resume:
             print(f"--out {self.out}: the run there ended before its first step, and is begun anew")
 
-    def _has_a_step(self) -> bool:
-        """Whether a step of the run in this directory is in its log, or in a checkpoint, or has made a model."""
-        log = self.out / "metrics.jsonl"
-        lines = log.read_text("utf-8").split("\n")[:-1] if log.exists() else []
-        made = self.newest_checkpoint() or (self.out / "config.json").exists()
-        return bool(made) or any(json.loads(line)["step"] for line in lines)
-
     def check_same(self, **sources: Any) -> None:
         """BadInput if a resumed run would go on with other rows or from other weights than it began with.
 
@@ -421,7 +438,7 @@ class Run:
         there is no --eval-data. Their digests are kept in environment.json; a run that has none is not checked, which a
         line says."""
         path = self.out / "environment.json"
-        before = json.loads(path.read_text()).get("contents", {}) if self.args.resume and path.exists() else {}
+        before = read_json(path).get("contents", {}) if self.args.resume and path.exists() else {}
         changed, unknown = [], []
         for name, source in sources.items():
             if source is None:
@@ -445,20 +462,34 @@ class Run:
     def start(self, step: int, steps: int) -> None:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
         progress bar; take over SIGINT and SIGTERM."""
+        asked = f"--resume: {self.out} has {step} steps, and these flags ask for {steps}"
+        require(step < steps or not self.before, f"{asked}: raise --max-steps or --epochs")
         if not parallel.is_main():
             self.bar = tqdm(disable=True)
             self._take_over_signals()
             return
+        if self.before:
+            a, results = self.args, self.out / "results.json"
+            rate = a.lr * schedule(step, steps, a.warmup, a.schedule)
+            print(
+                f"--resume: extended to {steps} steps. From step {step + 1} on the learning rate is that of a run of "
+                f"{steps} steps, {rate:.3g} first ({a.schedule}): what it had fallen to by step {step} does not go on"
+            )
+            began = (self.out / "args.json").stat().st_mtime_ns  # by which wandb knows the run
+            write(self.out / "args.json", json.dumps(self.flags, indent=1))
+            os.utime(self.out / "args.json", ns=(began, began))
+            if results.exists():
+                results.rename(self.out / f"results-{step}.json")
         if not self.args.resume:
             shutil.copy(self.script, self.out)
-            _write(self.out / "environment.json", json.dumps(environment() | {"contents": self.digests}, indent=1))
-            _write(self.out / "args.json", json.dumps(self.flags, indent=1))
-        for name in ("metrics.jsonl", "samples.jsonl"):
+            write(self.out / "environment.json", json.dumps(environment() | {"contents": self.digests}, indent=1))
+            write(self.out / "args.json", json.dumps(self.flags, indent=1))
+        for name in LOGS:
             path = self.out / name
             if path.exists():
                 last = step - (name == "samples.jsonl" and step == steps)  # the end's samples follow its checkpoint
-                complete = path.read_text("utf-8").split("\n")[:-1]
-                _write(path, "".join(line + "\n" for line in complete if step and json.loads(line)["step"] <= last))
+                lines = zip(path.read_text("utf-8").split("\n"), read_json_lines(path, "step"), strict=False)
+                write(path, "".join(line + "\n" for line, row in lines if step and row["step"] <= last))
         if self.args.wandb:
             identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
             project = os.environ.get("WANDB_PROJECT", "rlhf")
@@ -474,6 +505,8 @@ class Run:
     def _interrupt(self, number, _frame):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self.signalled = number
+        if parallel.is_main():  # print could be what was interrupted
+            os.write(2, b"\nstopping after this step, which is then saved; again: at once\n")
         if not parallel.several():
             self.interrupted = number
 
@@ -498,7 +531,7 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bar.close()
             rows = ", ".join(e.where for e in examples[:8]) + (", ..." if len(examples) > 8 else "")
-            last = self.newest_checkpoint()
+            last = newest_checkpoint(self.out)
             kept = f"the last checkpoint, in {last}, is good" if last else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"step {step}: the loss is {loss} and the gradient norm {norm} (rows {rows}); {kept}, but --resume "
@@ -507,8 +540,8 @@ class Run:
 
     def samples(self, step: int, rows: Sequence[dict]) -> None:
         """Append rows (texts and their scores) to samples.jsonl, and to wandb as a table."""
-        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows)
         if self.args.wandb and rows:
             wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])}, step=step)
 
@@ -539,7 +572,7 @@ class Run:
         except (OSError, RuntimeError) as error:
             if parallel.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"no checkpoint of step {step} in {folder} ({error}); the one before it stays") from None
+            raise OSError(f"no checkpoint of step {step} in {folder} ({error})") from None
         if parallel.is_main():
             os.rename(partial, complete)
             for other in folder.iterdir():
@@ -548,12 +581,6 @@ class Run:
         if parallel.several():
             dist.barrier()
 
-    def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest checkpoint that has its main file; of the newest one if none has."""
-        folders = [path for path in self.out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
-        complete = [path for path in folders if any((path / name).exists() for name in ("state.pt", ".metadata"))]
-        return max(complete or folders, key=lambda path: int(path.name[5:]), default=None)
-
     def load_checkpoint(self, **parts: Any) -> dict | None:
         """The newest complete checkpoint, or None. `parts`: the models and optimizers that are in it, by name, for
         which several processes cut it, whichever number of them wrote it.
@@ -561,7 +588,7 @@ class Run:
         A checkpoint is tensors and plain values only; nothing in it is executed. BadInput if a file of it is damaged;
         checkpoints that were written before there were checksums have none.
         """
-        folder = self.newest_checkpoint()
+        folder = newest_checkpoint(self.out)
         if folder is None:
             return None
         self._require_undamaged(folder)
@@ -571,6 +598,9 @@ class Run:
                 by_one = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # damaged files raise almost anything
                 raise BadInput(f"--resume: {path} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
+            names = {"step", *(name for name, part in parts.items() if part is not None)}
+            whole = isinstance(by_one, dict) and by_one.keys() >= names
+            require(whole, f"--resume: {path} is no checkpoint of this script: begin anew in another --out")
             if not parallel.several():
                 return by_one
         return sharding.load_checkpoint(folder, by_one, parts)
@@ -603,7 +633,8 @@ class Run:
         sys.exit(128 + self.interrupted)
 
     def finish(self, results: dict, panels: dict[str, list[str]]) -> None:
-        """Draw curves.png if it has panels; write results.json, which makes the run complete; drop the checkpoint."""
+        """Draw curves.png if it has panels; write results.json, which makes the run complete. The checkpoint stays if
+        the run can be extended."""
         if panels:
             report.curves(self.out, panels)
         if self.args.wandb:
@@ -611,8 +642,9 @@ class Run:
                 wandb.log({"curves": wandb.Image(str(self.out / "curves.png"))})
             wandb.summary.update(results)
             wandb.finish()
-        _write(self.out / "results.json", json.dumps(results, indent=1))
-        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+        write(self.out / "results.json", json.dumps(results, indent=1))
+        if not hasattr(self.args, "max_steps"):
+            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         unlock(self.out)
 
 
@@ -634,12 +666,25 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def has_a_step(out: Path) -> bool:
+    """Whether a step of the run in a directory is in its log, or in a checkpoint, or has made a model."""
+    log, made = out / LOGS[0], newest_checkpoint(out) or (out / "config.json").exists()
+    return bool(made) or log.exists() and any(row["step"] for row in read_json_lines(log, "step"))
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The folder of a run's newest checkpoint that has its main file; of the newest one if none has."""
+    folders = [path for path in out.glob("checkpoint/step-*") if path.name[5:].isdigit()]
+    complete = [path for path in folders if any((path / name).exists() for name in ("state.pt", ".metadata"))]
+    return max(complete or folders, key=lambda path: int(path.name[5:]), default=None)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; "" if it cannot be read."""
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # a damaged name may hold a NUL
         return ""
 
 
@@ -653,7 +698,7 @@ def rows_digest(examples: Sequence) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Replace a file by another, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, "utf-8")

@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from rlhf import BadInput, require
 from rlhf.logprobs import Head, token_kl, token_logps
@@ -22,6 +21,7 @@ from rlhf.tree import Batch, Tree, collate, tokens
 from support import models, parallel
 from support.examples import Example
 from support.sharding import as_forward
+from support.waiting import Waiting
 
 
 class Batching(NamedTuple):
@@ -51,9 +51,11 @@ def hidden_states(
         layer.training = torch.is_grad_enabled()  # layers recompute in train mode only; their parts stay in eval mode
     with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
-        states = model.base_model(
+        out = models.backbone(model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
-        ).last_hidden_state
+        )
+    states = getattr(out, "last_hidden_state", None)
+    require(states is not None, f"{model.config.model_type}: the backbone gives no hidden states: use another model")
     return rearrange(states, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
 
 
@@ -159,13 +161,14 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
     scores: dict[int, Tensor] = {}
-    groups, silent = micro_batches(model, examples, batching), not progress or not parallel.is_main()
-    if not parallel.several():
-        groups = [*groups]  # so that the bar knows its length
-    for group in tqdm(groups, desc=progress, unit="batch", disable=silent, leave=False, dynamic_ncols=True):
-        members = [examples[i] for i in group]
-        values = measure(collate(members, batching.layout, batching.pad_id, device)).cpu()
-        scores |= zip(group, values.split([len(e.responses) for e in members]), strict=True)
+    groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
+    total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
+    with Waiting(progress, total, "token", silent) as bar:
+        for group in groups:
+            members = [examples[i] for i in group]
+            values = measure(collate(members, batching.layout, batching.pad_id, device)).cpu()
+            scores |= zip(group, values.split([len(e.responses) for e in members]), strict=True)
+            bar.update(sum(tokens(e, batching.layout) for e in members))
     scores = dict(parallel.gather([*scores.items()]))
     return [scores[i] for i in range(len(examples))]
 
@@ -208,7 +211,7 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     transformers'.
     """
     rows = _probe_rows(examples)
-    check_positions(model, examples)
+    check_tokens(model, examples)
     plain = torch.cat([token_numbers(model, [e], batching, "padded") for e in rows])
     check_against_library(model, rows, plain, batching)
     if batching.layout == "padded":
@@ -224,9 +227,19 @@ def choose_layout(model, examples: Sequence[Example], batching: Batching) -> str
     return "padded"
 
 
-def check_positions(model, examples: Sequence[Example]) -> None:
-    """BadInput if the model has fewer positions than the longest prompt with a response has tokens."""
-    most, limit = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), models.positions(model)
+def check_tokens(model, examples: Sequence[Example]) -> None:
+    """BadInput if the model has no embedding of a token, or fewer positions than the longest prompt with a response
+    has tokens."""
+    size = model.get_input_embeddings().num_embeddings
+    for e in examples:
+        for ids in (e.prompt, *e.responses):
+            require(
+                max(ids) < size,
+                f"{e.where}: has the token id {max(ids)}, and the {model.config.model_type} model {size} embeddings: "
+                "its tokenizer is that of another model",
+            )
+    most = max(len(e.prompt) + max(map(len, e.responses), default=1) for e in examples)
+    limit = models.positions(model)
     require(
         limit is None or most <= limit,
         f"{model.config.model_type}: the model has {limit} positions, a prompt with its response {most} tokens: "

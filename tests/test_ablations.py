@@ -1,8 +1,12 @@
 """The ablations: their READMEs say what their CSVs say, every --smoke runs, and what they share is right."""
 
 import csv
+import dataclasses
+import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_dpo
 import train_ppo
-from ablations import common, plot
+from ablations import common, plot, template
 from rlhf import BadInput
 from support import reviews
 from support.rows import read_rows
@@ -159,24 +164,99 @@ def test_a_complete_experiment_says_that_it_trains_nothing(modules, tmp_path, mo
     assert "nothing to train" not in capsys.readouterr().out
 
 
-def test_a_full_run_needs_every_readme_with_its_marks_before_it_begins(tmp_path, monkeypatch):
+def test_a_full_run_needs_its_readme_with_its_marks_before_it_begins(tmp_path, monkeypatch):
+    """That of its own folder: plot.py leaves out the others that have none."""
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__main__.py").touch()
     (tmp_path / "old/README.md").write_text("# Old\n\n<!-- table -->\n<!-- end -->\n")
     readme = tmp_path / "new/README.md"
     problem = "new/README.md: is missing, or lacks the lines <!-- table --> and <!-- end -->"
-    for text in (None, "# New\n", "# New\n\n<!-- table -->\n"):
+    for text in (None, "# New\n", "# New\n\n<!-- table -->\n", "# New\n<!-- end -->\n<!-- table -->\n"):
         if text:
             readme.write_text(text)
-        for name in ("old", "new"):  # either ends by writing the tables of both
-            with pytest.raises(BadInput, match=problem):
-                common.results(name, common.Args())
+        with pytest.raises(BadInput, match=problem):
+            common.results("new", common.Args())
+        assert common.results("old", common.Args()).path == tmp_path / "old/results.csv"
     assert common.results("new", common.Args(quick=True)).path == Path("runs/ablations/new/quick/results.csv")
     readme.write_text("# New\n\n<!-- table -->\n<!-- end -->\n")
     assert common.results("new", common.Args()).path == tmp_path / "new/results.csv"
+
+
+def test_plot_leaves_out_a_folder_without_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(plot, "experiments", lambda: {"mine": template, "unfinished": template})
+    for name in (".", "mine", "unfinished"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    for name in (".", "mine"):
+        (tmp_path / name / "README.md").write_text("# A\n\n<!-- table -->\n<!-- end -->\n")
+    plot.main()
+    assert "/unfinished/README.md: is missing, or lacks the lines" in capsys.readouterr().out
+    assert "Not run yet." in (tmp_path / "mine/README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "[mine](mine/README.md)" in text and "unfinished" not in text
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Results of the template for two seeds: KL 5 and 7 with dpo, 4 and 5 when smoothed."""
+    results = common.Results(tmp_path / "results.csv")
+    for setting, values in {"dpo": (5.0, 7.0), "smoothed": (4.0, 5.0)}.items():
+        for seed, kl in enumerate(values):
+            results.add(setting, seed, {"kl": kl, "gold": kl / 10, "seconds": 30.0})
+    return results
+
+
+def test_the_template_is_short_and_reports(few, tmp_path):
+    assert len(Path(template.__file__).read_text().splitlines()) <= 60
+    table, verdict, effect = template.report(few)  # a mean of 1.5, and t(1) = 12.706 times 0.5
+    assert effect == "KL: dpo - smoothed 1.50 +- 6.35." and verdict == "not resolved"
+    assert "| smoothed | 4.50 +- 6.35 | 0.45 +- 0.64 |" in table.splitlines()
+    plot.picture(few, template.draw, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("kind", ["quick", "smoke"])
+def test_a_short_runs_verdict_is_not_the_claims(kind, few, capsys):
+    plot.finish("template", common.Args(**{kind: True}), few, template.report, template.draw)
+    line = f"This verdict is of a {kind} run, and not the claim's: only the full run judges that."
+    assert line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_the_template_runs(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ablations.template", "--smoke"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [*csv.DictReader(open(tmp_path / "runs/ablations/template/smoke/results.csv"))]
+    assert {row["setting"] for row in rows} == {*template.SETTINGS}
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_the_script_of_the_sweeps_page(tmp_path, monkeypatch, capsys):
+    """Means and t-intervals by hand: KL 4 and 6 of two seeds, and one seed alone, which has no interval."""
+    for name, kl, gold in (("beta-0.3-seed-0", 4.0, 1.0), ("beta-0.3-seed-1", 6.0, 1.2), ("beta-1-seed-0", 2.0, 0.5)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        numbers = {"after/kl": kl, "after/gold": gold, "after/eval/rewards/accuracies": 0.75}
+        (tmp_path / "runs" / name / "results.json").write_text(json.dumps(numbers))
+    (tmp_path / "runs" / "beta-2-seed-0").mkdir()  # a run that is not complete
+    monkeypatch.setattr(sys, "argv", ["plot_sweep", f"{tmp_path}/runs/beta-*-seed-*", f"{tmp_path}/sweep.png"])
+    runpy.run_module("docs.plot_sweep")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == ["beta-0.3 2 5.00 +- 12.71 1.10 +- 1.27 0.75 +- 0.00".split(), "beta-1 1 2.00 0.50 0.75".split()]
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_sweeps_page_gives_flags_that_exist():
+    page = (ROOT / "docs/sweeps.md").read_text()
+    given = {flag.replace("-", "_") for flag in re.findall(r" --([a-z][a-z-]+)", page)} - {"quick"}
+    assert given and given <= {field.name for field in dataclasses.fields(train_dpo.Args)}
+    assert (ROOT / "docs/sweep.png").exists()
+    assert len([line for line in (ROOT / "docs/plot_sweep.py").read_text().splitlines() if line]) <= 23
 
 
 # ------------------------------------------------------------------------------------------------------------- kl_leash

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import datetime
 import hashlib
 import http.client
 import json
@@ -12,9 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import annotate
@@ -48,13 +52,20 @@ class Page:
         self.file = annotate.open_journal(self.out)
         found = annotate.read_samples(str(folder / "samples.jsonl"))
         self.judgements = annotate.Judgements(found, self.out, self.file, overlap, share)
-        self.app, self.ids = annotate.app(self.judgements, 8000), iter(range(1000))
+        self.app, self.ids = annotate.app(self.judgements, 8000, "token"), iter(range(1000))
 
-    def request(self, method, path, body=None, **headers):
+    def request(self, method, path, body=None, token="/token", **headers):
         headers = {"host": "127.0.0.1:8000", "content_type": "application/json"} | headers
         raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items() if value]
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b"", "scheme": "http"}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": token + path,
+            "headers": raw,
+            "query_string": b"",
+            "scheme": "http",
+        }
         sent = []
 
         async def receive():
@@ -440,12 +451,14 @@ def test_the_server_killed_in_the_middle(tmp_path):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        port = next(int(m[1]) for line in server.stdout if (m := re.match(r"http://127.0.0.1:(\d+)", line)))
+        port, token = next(
+            m.groups() for line in server.stdout if (m := re.match(r"http://127.0.0.1:(\d+)/([^/]+)/", line))
+        )
 
         def post(action, **body):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
             body = json.dumps({"annotator": "ana", **body})
-            connection.request("POST", f"/api/{action}", body, {"Content-Type": "application/json"})
+            connection.request("POST", f"/{token}/api/{action}", body, {"Content-Type": "application/json"})
             return json.load(connection.getresponse())
 
         with pytest.raises(BadInput, match="is being written by another annotate.py"):
@@ -521,6 +534,42 @@ def test_the_page_is_given_to_its_own_host_name_only(page):
     assert page.request("GET", "/api/next")[0] == 405
 
 
+def test_a_request_cannot_be_as_large_as_it_likes(page):
+    """Nor can a place, of which a set up to it would be made."""
+    body = {"annotator": "ana", "id": "x", "sample": next(iter(page.judgements.samples)), "kind": "rank", "seconds": 1}
+    full = json.dumps(body | {"places": [1, 2, 3], "note": "\U0001f600" * 2000}).encode()
+    assert len(full) < annotate.MOST_BYTES == 65536
+    status, _, answer = page.request("POST", "/api/judge", full + b" " * (65537 - len(full)))
+    assert status == 413 and answer == b'{"error":"more than 65536 bytes"}' and page.journal.read_bytes() == b""
+    tracemalloc.start()
+    assert page.request("POST", "/api/judge", body | {"places": [1, 2, 30_000_000], "note": ""})[0] == 400
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    assert page.request("POST", "/api/judge", full + b" " * (65536 - len(full)))[0] == 200
+
+
+def test_without_the_token_there_is_nothing(page):
+    key = next(iter(page.judgements.samples))
+    body = {"annotator": "eve", "id": "x", "sample": key, "kind": "skip", "seconds": 1, "note": ""}
+    for token in ("", "/tok", "/other", "/token/token"):
+        for method, path in (("GET", "/"), ("POST", "/api/next"), ("POST", "/api/judge"), ("POST", "/api/undo")):
+            status, _, answer = page.request(method, path, body, token=token)
+            assert status == 404 and answer == b'{"error":"open the whole address that annotate.py printed"}'
+    assert page.journal.read_bytes() == b""
+
+
+def test_only_this_user_can_read_the_token_which_stays(tmp_path):
+    path, address = annotate.opener(tmp_path / "out.jsonl", 8000)
+    assert path.stat().st_mode & 0o777 == 0o600 and f"url={address}" in path.read_text()
+    token = re.fullmatch(r"http://127\.0\.0\.1:8000/([\w-]{22})/", address)[1]
+    path.chmod(0o644)
+    again = annotate.opener(tmp_path / "out.jsonl", 8001)
+    assert again == (path, f"http://127.0.0.1:8001/{token}/") and path.stat().st_mode & 0o777 == 0o600
+    assert annotate.opener(tmp_path / "other.jsonl", 8000)[1] != address
+    path.write_text("nothing")
+    assert annotate.opener(tmp_path / "out.jsonl", 8000)[1] != address
+
+
 def test_the_policy_allows_this_script_and_no_other(page):
     _, headers, body = page.request("GET", "/")
     policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
@@ -573,7 +622,7 @@ def test_a_request_that_makes_no_sense_is_refused_and_not_written(page, changes,
     assert page.journal.read_bytes() == b""
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b'"x"', b"null", b"[" * 100000, b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b'"x"', b"null", b"[" * 60000, b"\xff"])
 def test_a_body_that_is_not_an_object_is_refused(page, body):
     assert page.request("POST", "/api/next", body)[0] == 400
 
@@ -612,6 +661,10 @@ def test_text_of_any_kind_survives(tmp_path):
         ('{"prompt": "a", "responses": ["a", "b"], "ended": [true]}', "samples.jsonl:2: field 'ended'"),
         ('{"prompt": "a", "responses": ["a", "b"], "ended": [1, 0]}', "samples.jsonl:2: field 'ended'"),
         ('{"prompt": "a", "responses": ["a", "\\ud800"]}', "samples.jsonl:2: .* half a surrogate pair"),
+        (
+            '{"prompt": [{"role": "user", "content": "a", "when": "\\ud800"}], "responses": ["a", "b"]}',
+            "samples.jsonl:2: field 'prompt' holds half a surrogate pair",
+        ),
     ],
 )
 def test_bad_samples_are_one_line(tmp_path, line, message):
@@ -620,6 +673,19 @@ def test_bad_samples_are_one_line(tmp_path, line, message):
     with pytest.raises(BadInput, match=message) as error:
         annotate.main(annotate.Args(str(path), str(tmp_path / "out.jsonl"), dry_run=True))
     assert "\n" not in str(error.value)
+
+
+def test_samples_that_no_journal_can_hold(tmp_path):
+    prompt = [{"role": "user", "content": "a", "when": datetime.date(2026, 1, 1)}]
+    rows = [{"prompt": prompt, "responses": ["a", "b"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "samples.parquet")
+    with pytest.raises(BadInput, match="samples.parquet:1: field 'prompt' holds no JSON .*date is not JSON"):
+        annotate.main(annotate.Args(str(tmp_path / "samples.parquet"), str(tmp_path / "out.jsonl"), dry_run=True))
+
+
+def test_a_reward_function_is_imported_before_the_samples_are_read(tmp_path):
+    with pytest.raises(BadInput, match="--by missing_module_of_mine:f: cannot be imported"):
+        annotate.main(annotate.Args("none.jsonl", str(tmp_path / "out.jsonl"), by="missing_module_of_mine:f"))
 
 
 def test_missing_empty_and_useless_samples(tmp_path, monkeypatch):
@@ -850,6 +916,28 @@ def test_report_of_what_the_page_wrote(tmp_path, capsys):
         "samples.jsonl:2  flag by ana: not a sentence" in printed and "samples.jsonl:1  rank by ana: close" in printed
     )
     assert re.search(r"alpha.* +- +- to -", printed)
+
+
+def test_nothing_that_people_write_drives_the_terminal(tmp_path, capsys):
+    """Escape sequences of a name and a note are shown, not obeyed."""
+    samples(tmp_path, n=2)
+    page = Page(tmp_path)
+    page.rank(page.post("next", "\x1b[2Jeve\x9b"), "\x1b[2Jeve\x9b", note="a\x1b]0;title\x07\rb")
+    page.stop()
+    annotate.main(annotate.Args(str(tmp_path / "samples.jsonl"), str(page.out), dry_run=True))
+    annotate.main(annotate.Args(out=str(page.out), report=True))
+    printed = capsys.readouterr().out
+    assert ", \\x1b[2Jeve\\x9b 1" in printed and re.search(r"^\\x1b\[2Jeve\\x9b +1", printed, re.M)
+    assert "rank by \\x1b[2Jeve\\x9b: a\\x1b]0;title\\x07 b\n" in printed
+    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f]", printed)
+
+
+def test_a_rank_as_large_as_can_be_written_is_reported(tmp_path):
+    write(
+        tmp_path / "out.jsonl", [{"prompt": "a", "responses": TWO, "ranks": [1, 10**30], "annotator": x} for x in "ab"]
+    )
+    found = annotate.main(annotate.Args(out=str(tmp_path / "out.jsonl"), report=True))
+    assert found["agreement/same"] == 1.0
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a", "responses": TWO}, {"prompt": "a", "responses": TWO, "ranks": [1]}])

@@ -64,7 +64,7 @@ def served(tmp_path):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         port = listener.getsockname()[1]
-        config = uvicorn.Config(annotate.app(judgements, port), log_level="error", lifespan="off")
+        config = uvicorn.Config(annotate.app(judgements, port, "token"), log_level="error", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -76,7 +76,7 @@ def served(tmp_path):
 
         running.append(stop)
         journal = tmp_path / "out.journal.jsonl"
-        return SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, out=out, journal=journal, stop=stop)
+        return SimpleNamespace(url=f"http://127.0.0.1:{port}/token", port=port, out=out, journal=journal, stop=stop)
 
     yield serve
     for stop in running:
@@ -94,7 +94,7 @@ def visit(browser):
         page = context.new_page()
         page.set_default_timeout(5000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"{url}/?annotator={annotator}" if annotator else url)
+        page.goto(f"{url}/?annotator={annotator}" if annotator else f"{url}/")
         if annotator:
             expect(page.locator("#count")).to_have_text(re.compile(r"\d+ done"))
         return page
@@ -160,7 +160,7 @@ def test_rank_by_keys_with_ties_taking_back_and_a_name(served, visit):
     press(page, "a 2", "=", "b 2", "=", "c 2", "=", "Enter")
     expect(page.locator("#over h1")).to_have_text("All done. Thank you.")
     assert read(s.out)[2]["ranks"] == [1, 1, 1, 1]
-    page.goto(s.url)  # the name is remembered
+    page.goto(f"{s.url}/")  # the name is remembered
     expect(page.locator("#who")).to_have_text("ana")
 
 
@@ -337,7 +337,7 @@ def test_the_server_killed_in_the_middle_goes_on_at_the_next_prompt(tmp_path, vi
         command = [sys.executable, ROOT / "annotate.py", tmp_path / "samples.jsonl", "--out", out, "--no-open"]
         server = subprocess.Popen([*command, "--port", port], stdout=subprocess.PIPE, text=True, env=environment)
         found.append(server)
-        return next(m[1] for line in server.stdout if (m := re.match(r"http://127.0.0.1:(\d+)", line)))
+        return next(m.groups() for line in server.stdout if (m := re.match(r"(http://127.0.0.1:(\d+)/[^/]+)/", line)))
 
     def kill():
         found[-1].send_signal(signal.SIGKILL)
@@ -345,8 +345,8 @@ def test_the_server_killed_in_the_middle_goes_on_at_the_next_prompt(tmp_path, vi
         found[-1].stdout.close()
 
     try:
-        port = start("0")
-        page = visit(f"http://127.0.0.1:{port}", "ana")
+        url, port = start("0")
+        page = visit(url, "ana")
         press(page, "b 0", "a 0", "c 0", "Enter")
         done(page, 1)
         press(page, "d 1")
@@ -354,7 +354,7 @@ def test_the_server_killed_in_the_middle_goes_on_at_the_next_prompt(tmp_path, vi
         assert [row["ranks"] for row in read(out)] == [[2, 1, 3, 4]]
         press(page, "c 1", "b 1", "Enter")  # confirmed while nobody listens
         expect(page.get_by_role("alert")).to_be_visible()
-        start(port)
+        assert start(port)[0] == url
         done(page, 2)  # the page has tried again by itself
         page.reload()
         done(page, 2)

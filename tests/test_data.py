@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import os
 import re
 import sys
@@ -1013,6 +1014,9 @@ SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
         ("preference", RANKED, {"ranks": [1]}, "field 'ranks' has 1 ranks for 2 responses"),
         ("preference", RANKED, {"ranks": [0, 1]}, "field 'ranks' is not made of whole numbers from 1"),
         ("preference", RANKED, {"ranks": [1, 1.5]}, "field 'ranks' is not made of whole numbers from 1"),
+        ("preference", RANKED, {"ranks": [1, 10**30]}, "field 'ranks' is not made of whole numbers from 1"),
+        ("preference", RANKED, {"rewards": [10**400, 2]}, "field 'rewards' is not a list of finite numbers"),
+        ("preference", RANKED, {"rewards": [math.nan, 2]}, "field 'rewards' is not a list of finite numbers"),
         ("preference", RANKED, {"ranks": "12"}, "fields 'responses' and 'ranks' are not two lists"),
         ("preference", RANKED, {"responses": ["a", ""]}, "field 'responses\\[1\\]' is empty"),
         ("unpaired", UNPAIRED, {"label": 2}, "field 'label' is not true or false"),
@@ -1447,6 +1451,17 @@ def test_the_code_of_the_page_on_data_for_labels_and_sft_of_llama_factory():
     row = {"instruction": "i", "input": "", "output": "o"}
     new = {"prompt": talk("i"), "system": None, "completion": "o"}
     assert made["convert"](row) == new and made["convert"](row | {"kto_tag": True}) == new | {"label": True}
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+def test_a_column_that_nothing_reads_is_not_decoded(kind, tmp_path):
+    """A row keeps its place even if its picture is damaged."""
+    rows = [{"prompt": "p", "completion": str(i), "seen": {"bytes": b"no picture", "path": None}} for i in range(3)]
+    data = datasets.Dataset.from_list(rows).cast_column("seen", getattr(datasets, kind)())
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "dict")
+    for name in ("one", "dict"):
+        assert [row for _, row in read_rows(str(tmp_path / name))[0]] == rows
 
 
 def test_a_ranking_in_a_csv(tmp_path):

@@ -62,6 +62,16 @@ def test_smoke_writes_every_file_with_its_columns(smoke, capsys):
     assert again == results
     assert weights == {name: (smoke / name / "model.safetensors").stat().st_mtime_ns for name in weights}
 
+    for name in ("preferences", "second"):  # killed while it labelled
+        ranked = (smoke / f"{name}.jsonl").read_bytes()
+        (smoke / f"{name}.jsonl").unlink()
+        (smoke / f"{name}.jsonl.partial").write_bytes(ranked[: len(ranked) // 2])
+        assert pipeline.main(pipeline.Args(prompts=32, smoke=True, device="cpu", resume=True)) == results
+        assert (smoke / f"{name}.jsonl").read_bytes() == ranked
+    (smoke / "args.json").write_text("{")
+    with pytest.raises(BadInput, match=r"runs/pipeline/args.json is damaged \("):
+        pipeline.main(pipeline.Args(prompts=32, smoke=True, device="cpu", resume=True))
+
 
 def test_matched_interpolates_at_the_kl_of_the_second_round():
     """KL 2 lies a quarter of the way from 1 to 5: the lower policy has 3/4 of the weight, prompt by prompt."""

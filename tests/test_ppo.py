@@ -1059,6 +1059,7 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
     refused("12 prompts are fewer than --batch-size", batch_size=13)
     refused("--value-init reward", "use --value-init policy", reward="gold")
     refused("--reward", "no such folder", reward=f"{world}/none")
+    refused("--reward no_module_of_mine:f: cannot be", reward="no_module_of_mine:f", data=f"{world}/none.jsonl")
     refused("--reward", "not a reward model", reward=f"{world}/model")
     refused("--reward no_such:thing", "cannot be imported", reward="no_such:thing", value_init="policy")
     refused("--model", "a reward model", model=f"{world}/rm")

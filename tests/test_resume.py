@@ -3,10 +3,12 @@
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -320,6 +322,128 @@ def test_killed_after_the_last_step(name, where, world, straight, tmp_path, monk
     assert_same(tmp_path / "run", straight(name))
 
 
+def one_line(main, capfd, code: int) -> str:
+    """The last line of what a script's command line says on stderr as it ends with this code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.tyro, "cli", lambda *_, **__: None)
+        patch.setattr(sys, "argv", ["script"])
+        main.__module__ = __name__
+        with pytest.raises(SystemExit) as end:
+            runs.cli(main, train_sft.Args)
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == code and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "rm", "ppo"])
+def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
+    """Whatever prints after the last step, the first such line or another."""
+    go_on, out = begun(name), None
+
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def main(_):
+        nonlocal out
+        with pytest.MonkeyPatch.context() as patch:
+            end = Run.end
+
+            def last_step(self):
+                nonlocal out
+                out = self.out
+                end(self)
+                patch.setitem(vars(sys.modules["builtins"]), "print", closed)
+
+            patch.setattr(Run, "end", last_step)
+            patch.setattr(os, "dup2", lambda *_: None)
+            go_on()
+
+    assert one_line(main, capfd, 1) == "error: nobody reads the output any more"
+    assert (out / "results.json").exists()
+    assert load_file(out / "model.safetensors") and (out / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "rm", "ppo"])
+def test_a_disk_that_is_full_at_the_end(name, begun, capfd):
+    """The checkpoint of the last step stays, and so the same command with --resume ends as it should have."""
+    go_on, limit, end = begun(name), resource.getrlimit(resource.RLIMIT_FSIZE), Run.end
+
+    def main(_):
+        def last_step(self):
+            end(self)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))  # bytes; the model has 90,000
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "end", last_step)
+            try:
+                go_on()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    line = one_line(main, capfd, 1)
+    [out] = [Path(x) for x in runs.LOCKS]
+    assert line.startswith("error: the model cannot be written to ") and "File too large" in line
+    assert line.endswith(f"; continue with --resume, from {out}/checkpoint/step-2")
+    go_on()
+    assert (out / "results.json").exists() and load_file(out / "model.safetensors")
+
+
+def test_interrupted_it_says_how_to_go_on(begun, capfd, monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    go_on = begun("sft")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_model", stop)
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == f"stopped; continue with --resume, from {tmp_path}/run/checkpoint/step-1"
+        shutil.rmtree(tmp_path / "run" / "checkpoint")
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == "stopped; continue with --resume, from the first step"
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        line = one_line(lambda _: go_on(), capfd, 130)
+        assert line == "stopped; before the first step, so the same command begins anew"
+    runs.unlock(tmp_path / "run")
+    assert one_line(stop, capfd, 130) == "stopped"
+
+
+DAMAGES = {  # of a file, each with what is said of it
+    "not JSON": (lambda data: b"{" + data, "Expecting property name"),
+    "a list": (lambda _: b"[]\n", "not a JSON object"),
+    "half a letter": (lambda data: data.replace(b": ", b": \xff", 1), "can't decode byte 0xff"),
+    "NUL": (lambda data: data.replace(b"1", b"\0", 1), ""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["args.json", "metrics.jsonl", "environment.json"])
+def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(file, damage, begun, tmp_path):
+    go_on, (change, reason) = begun("sft"), DAMAGES[damage]
+    path = tmp_path / "run" / file
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    before = snapshot(tmp_path / "run" / "checkpoint")
+    with pytest.raises(BadInput) as error:
+        go_on()
+    where = f"{path}:1" if file == "metrics.jsonl" else str(path)
+    assert str(error.value).startswith(f"{where} is damaged (") and reason in str(error.value)
+    assert "\n" not in str(error.value) and snapshot(tmp_path / "run" / "checkpoint") == before
+    path.write_bytes(whole)
+    go_on()
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"step": 1}, {"step": 1, "model": {}, "optimizer": {}}])
+def test_a_checkpoint_of_something_else(content, begun, tmp_path):
+    go_on, path = begun("sft"), tmp_path / "run" / "checkpoint" / "step-1" / "state.pt"
+    path.with_name("SHA256SUMS").unlink()
+    torch.save(content, path)
+    with pytest.raises(BadInput) as error:
+        go_on()
+    assert str(error.value).startswith("--resume: ") and "checkpoint" in str(error.value)
+    assert "\n" not in str(error.value) and path.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "dpo kto", "sft"])
 def test_killed_at_random_moments(name, world, straight, server, tmp_path):
@@ -380,11 +504,11 @@ def halfway(world):
 
 def test_resume_refuses_other_flags(world, halfway):
     before = snapshot(halfway)
-    a = arguments(world, halfway, "dpo dpo", lr=4e-3, seed=1, max_steps=6, resume=True)
+    a = arguments(world, halfway, "dpo dpo", lr=4e-3, seed=1, warmup=0.2, resume=True)
     with pytest.raises(BadInput) as error:
         train(a)
     message = str(error.value)
-    assert all(change in message for change in ("--lr 0.003 -> 0.004", "--seed 0 -> 1", "--max-steps None -> 6"))
+    assert all(change in message for change in ("--lr 0.003 -> 0.004", "--seed 0 -> 1", "--warmup 0.1 -> 0.2"))
     assert "--beta" not in message and "--resume ->" not in message and "\n" not in message
     assert snapshot(halfway) == before
 
@@ -406,6 +530,60 @@ def test_a_complete_run_is_refused(name, world, straight):
     with pytest.raises(BadInput, match="already holds a run, which is complete: name another, or delete it"):
         train(arguments(world, out, name))
     assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("name", ["dpo dpo", "dpo bco", "sft"])
+@pytest.mark.parametrize("first", [{"max_steps": 5}, {"epochs": 2}])
+def test_a_finished_run_is_extended(name, first, world, straight, tmp_path, capsys):
+    """At a constant learning rate it is the run of 12 steps bit for bit; nothing of the shorter run is lost."""
+    constant = {"schedule": "constant", "warmup": 0.0}
+    train(arguments(world, tmp_path / "straight", name, **constant))
+    a = arguments(world, tmp_path / "run", name, **constant, **first)
+    train(a)
+    done = first.get("max_steps", 6)
+    before = contents(tmp_path / "run")
+    for flags in (first, {"max_steps": 4}, {"max_steps": done}):
+        with pytest.raises(BadInput, match="a larger --max-steps or --epochs extends it|raise --max-steps or --epochs"):
+            continued(arguments(world, tmp_path / "run", name, **constant, **first | flags))
+    assert contents(tmp_path / "run") == before
+    capsys.readouterr()
+    continued(arguments(world, tmp_path / "run", name, **constant))
+    said = capsys.readouterr().out
+    assert f"--resume: extended to 12 steps. From step {done + 1} on the learning rate is that of a run of 12" in said
+    mine, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("run", "straight"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    after, want = contents(tmp_path / "run"), contents(tmp_path / "straight")
+    assert after["results"] == want["results"] and after["samples"] == before["samples"] + want["samples"]
+    trained = lambda rows: [row for row in rows if "loss" in row]  # noqa: E731
+    assert trained(after["metrics"]) == trained(want["metrics"])
+    assert json.loads((tmp_path / "run" / f"results-{done}.json").read_text()) == before["results"]
+    flags = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (flags["max_steps"], flags["epochs"]) == (None, 4)
+
+
+def test_extended_the_learning_rate_is_that_of_the_longer_run(world, straight, tmp_path, capsys):
+    train(arguments(world, tmp_path / "run", "sft", max_steps=6))
+    a = arguments(world, tmp_path / "run", "sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            continued(a)
+    rate = 3e-3 * 0.5 * (1 + math.cos(math.pi * (6 - 2) / (12 - 2)))
+    assert f"is that of a run of 12 steps, {rate:.3g} first (cosine)" in capsys.readouterr().out
+    continued(a)  # it was stopped, and goes on with the flags that it has now
+    rows = [row for row in contents(tmp_path / "run")["metrics"] if "lr" in row]
+    whole = [row["lr"] for row in contents(straight("sft"))["metrics"] if "lr" in row]
+    assert [row["lr"] for row in rows[6:]] == whole[6:] and rows[5]["lr"] < rows[6]["lr"]
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_extended(world, straight, tmp_path):
+    shutil.copytree(straight("sft"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    a = arguments(world, tmp_path / "run", "sft", epochs=8)
+    a_flags = json.loads((tmp_path / "run" / "args.json").read_text()) | {"out": a.out}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(a_flags))
+    with pytest.raises(BadInput, match="is complete; it has no checkpoint to extend it from: name another --out"):
+        continued(a)
 
 
 def test_a_used_folder_is_refused(world, halfway, tmp_path):
@@ -670,7 +848,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, failure,
         with pytest.raises(OSError) as error:
             run.save_checkpoint(10, state(10))
     message = str(error.value)
-    assert "no checkpoint of step 10" in message and failure.args[-1] in message and "\n" not in message
+    assert message == f"no checkpoint of step 10 in {run.out}/checkpoint ({failure})"
     assert [folder.name for folder in (run.out / "checkpoint").iterdir()] == ["step-5"]
     assert run.load_checkpoint()["step"] == 5
     run.save_checkpoint(10, state(10))
@@ -811,7 +989,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, run):
     assert f"--resume: {path} is damaged or missing" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("sums", ["", "garbage", "e3b0c442  state.pt\n", "\n\n"])
+@pytest.mark.parametrize("sums", ["", "garbage", "e3b0c442  state.pt\n", "\n\n", "e3b0c442  a\0b\n"])
 def test_damaged_checksums(sums, run):
     run.save_checkpoint(5, state(5))
     (run.out / "checkpoint" / "step-5" / "SHA256SUMS").write_text(sums)

@@ -294,6 +294,9 @@ RAISES = """
     def nothing(prompts, responses, rows): pass
     def texts(prompts, responses, rows): return ["good"] * len(prompts)
     def thrice(prompts): return 1
+    def text(prompts, responses, rows): return "1" * len(prompts)
+    def by_text(prompts, responses, rows): return dict.fromkeys(responses, 1.0)
+    def one(prompts, responses, rows): return 1.0
     number = 3
 """
 WRONG = {  # name: what the line says
@@ -304,7 +307,10 @@ WRONG = {  # name: what the line says
     "many": ("gave 5 ", "for 4 responses"),
     "nan": ("gave nan", "'it was'", "'great'"),
     "endless": ("gave -inf", "'the plot'", "'was dull .'"),
-    "nothing": ("raised TypeError", "'the plot'", "'was superb .'"),
+    "nothing": ("returned NoneType, wanted a list of numbers",),
+    "text": ("returned str, wanted a list of numbers",),
+    "by_text": ("returned dict, wanted a list of numbers",),
+    "one": ("returned float, wanted a list of numbers",),
     "texts": ("raised ValueError", "'the plot'", "'was superb .'"),
     "thrice": ("raised TypeError", "'the plot'", "'was superb .'"),
 }
@@ -346,6 +352,7 @@ def test_long_texts_are_shortened_and_messages_shown(module):
         ("{name}:g", "cannot be imported (AttributeError"),
         ("{name}:number", "is not a function"),
         ("{name}:", "cannot be imported"),
+        ("{name}.py:f", "names a module: drop .py ("),
         ("{broken}:f", "cannot be imported (SyntaxError"),
         ("{raising}:f", "cannot be imported (RuntimeError"),
     ],

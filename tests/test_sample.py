@@ -1,6 +1,7 @@
 """sample.py: what is sampled, what is written, and what is left after a kill."""
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from tokenizers.models import WordLevel
 
 import sample
 from rlhf import BadInput
-from support import generate, models, reviews, runs
+from support import examples, generate, models, reviews, runs
 from support.examples import build
 from support.rows import read_rows
 from support.tokens import digest
@@ -727,3 +728,22 @@ def test_preferences_as_prompts(world, tmp_path, go):
     rows = pairs(6)
     data = write_rows(tmp_path / "pairs.jsonl", rows)
     assert [row["prompt"] for row in go(data=str(data)).rows] == [*dict.fromkeys(row["prompt"] for row in rows)]
+
+
+def test_other_fields_of_messages_are_written_as_the_template_shows_them(tmp_path, monkeypatch):
+    """A date, which JSON does not have, and half of a surrogate pair: both would end the run after its sampling."""
+    template = "{% for m in messages %}{{ m['content'] ~ ' ' ~ m['when'] ~ ' ' ~ m['mark'] | length }}{% endfor %}"
+    models.save(tiny("llama"), words(template=template + "{{ ' w5' }}"), tmp_path / "model")
+    when, half = datetime.datetime(2026, 1, 2, 3, 4), json.loads('"\\ud83d"')
+    rows = [{"prompt": [{"role": "user", "content": f"w{i}", "when": when, "mark": half}]} for i in (7, 8, 9)]
+    monkeypatch.setattr(examples, "read_rows", lambda *_: ([(f"p:{i}", row) for i, row in enumerate(rows, 1)], []))
+    out = tmp_path / "samples.jsonl"
+    flags = {"model": f"{tmp_path}/model", "data": "p", "k": 2, "max_new_tokens": 3, "batch_size": 2}
+    a = sample.Args(out=str(out), device="cpu", **flags)
+    sample.main(a)
+    kept = [[row["prompt"][0] | {"when": "2026-01-02 03:04:00"}] for row in rows]
+    assert [row["prompt"] for row in read(out)] == kept
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    sample.main(dataclasses.replace(a, resume=True))
+    assert out.read_bytes() == whole

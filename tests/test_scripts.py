@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,13 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
-from tiny import example, random_examples, tiny
+from tiny import ARCHITECTURES, GQA, VOCAB, example, random_examples, tiny
 
 import train_dpo
 import train_sft
 from rlhf import BadInput, losses
 from rlhf.tree import collate
-from support import models, refcache, report, reviews, runs, scoring
+from support import models, refcache, report, reviews, runs, scoring, waiting
 from support.examples import build
 from support.examples import load as load_examples
 from support.generate import generate
@@ -533,6 +534,37 @@ def test_ties(world, go, tmp_path):
     assert run.evals[0]["eval/loss"] == pytest.approx(math.log(6) + 0.4 * math.log(2), abs=1e-5)
 
 
+def test_a_token_that_the_model_has_no_embedding_of_is_refused(world):
+    """In the prompt or in a response, and in prompts that are yet to be answered."""
+    llama, last = tiny("llama"), VOCAB - 1
+    for e in (example([last + 1], [[3]]), example([3], [[4], [5, last + 1]]), example([3, last + 1], [])):
+        with pytest.raises(BadInput) as error:
+            scoring.check_tokens(llama, [example([last], [[last]]), e])
+        reason = f"test:1: has the token id {VOCAB}, and the llama model {VOCAB} embeddings: its tokenizer is that of"
+        assert str(error.value).startswith(reason) and "\n" not in str(error.value)
+    scoring.check_tokens(llama, [example([last], [[last]]), example([last], [])])
+
+
+def test_a_model_whose_base_is_itself(monkeypatch):
+    """Llama 4's language model: its log-probs are those of its own logits, and it can answer."""
+    flags = {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    monkeypatch.setitem(ARCHITECTURES, "llama4", lambda: transformers.Llama4TextConfig(**GQA, **flags))
+    model = tiny("llama4")
+    assert model.base_model is model
+    examples = random_examples([(5, [3, 4]), (9, [6, 2])])
+    batching = scoring.Batching("auto", 0, torch.float32, 200, "cpu")
+    batching = batching._replace(layout=scoring.choose_layout(model, examples, batching))
+    scores = scoring.score_logps(model, examples, batching)
+    models.set_attention(model, packed=False)
+    for e, logps in zip(examples, scores, strict=True):
+        for response, logp in zip(e.responses, logps.tolist(), strict=True):
+            own = model(torch.tensor([e.prompt + response])).logits[0, len(e.prompt) - 1 : -1].log_softmax(-1)
+            assert logp == pytest.approx(own[range(len(response)), response].sum().item(), abs=1e-4)
+    ids = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    greedy, logps = generate(model, ids, [examples[0].prompt], 4, temperature=0.0, k=2)
+    assert greedy[0] == greedy[1] and len(logps[0]) == len(greedy[0]) > 0
+
+
 def test_answers_end_at_the_last_position_that_a_model_has_learnt(go, world, tmp_path):
     """GPT-2 with 16 positions: rows that are longer are refused before training, longer answers are cut after it."""
     tokenizer = reviews.tokenizer()
@@ -774,7 +806,8 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
             scored.append(True)
             return scoring.score_logps(model, rows, scoring.Batching("tree", micro_batch_tokens=1000))
 
-        found = refcache.cached(tmp_path, refcache.cache_key(model, tokenizer, rows, **settings), compute)
+        key = refcache.cache_key(model, tokenizer, rows, **settings)
+        found = refcache.cached(tmp_path, key, refcache.row_digests(rows), compute)
         return bool(scored), capsys.readouterr().out, found
 
     assert ask()[0] and not ask()[0]
@@ -783,7 +816,7 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
         "lengths": {"lengths": (512, 1025)},
         "dtype": {"dtype": "bfloat16"},
         "layout": {"layout": "padded"},
-        "rows": {"rows": examples[::-1]},
+        "rows": {"rows": examples + random_examples([(3, [1, 1])], seed=1)},
     }.items():
         scored, said, _ = ask(**changes)
         assert scored and f"no cached ones fit (the nearest were made with other {name})" in said
@@ -1180,7 +1213,8 @@ def test_what_a_run_leaves(script, world, go, whole, monkeypatch):
     names = {path.name for path in run.out.iterdir()}
     own = {"args.json", "environment.json", f"train_{script}.py", "metrics.jsonl", "samples.jsonl", "curves.png"}
     assert own | {"results.json", "config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert "checkpoint" not in names and not [name for name in names if "partial" in name or name.startswith(".")]
+    assert [path.name for path in (run.out / "checkpoint").iterdir()] == ["step-2"]  # from which it can be extended
+    assert not [name for name in names if "partial" in name or name.startswith(".")]
 
     flags = json.loads((run.out / "args.json").read_text())
     assert set(flags) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
@@ -1487,12 +1521,72 @@ def test_a_reference_with_another_vocabulary_is_refused(go, tmp_path):
         go(ref=f"{tmp_path}/foreign")
 
 
-def test_a_run_that_died_while_its_checkpoint_was_dropped_is_complete(go):
-    """results.json is written first; what is left of the checkpoint does not matter any more."""
-    run = go(max_steps=1)
-    (run.out / "checkpoint/step-1").mkdir(parents=True)
-    with pytest.raises(BadInput, match="is complete"):
-        go(max_steps=1, out=str(run.out), resume=True)
+@pytest.mark.parametrize("total, said", [(1000, "answers: this takes about 8 minutes more\n"), (100, ""), (None, "")])
+def test_what_a_wait_says(total, said, capsys, monkeypatch):
+    """2 units a second after the first ten, which do not count: 490 or 40 seconds are left. It is said once."""
+    times = iter([7.0, 7.5, 12.0, 30.0, 31.0])
+    monkeypatch.setattr(waiting.time, "perf_counter", lambda: next(times))
+    with waiting.Waiting("answers", total, "token") as bar:
+        for n in (10, 1, 9, 1):
+            bar.update(n)
+        assert bar.done == bar.bar.n == 21
+    assert capsys.readouterr().out == said
+    with waiting.Waiting("", 1000, "token") as bar:
+        bar.update(1)
+
+
+@pytest.mark.parametrize("most", [0, 3, 5, 512])
+def test_held_out_rows_that_are_scored_are_chosen_by_hash(most, go, tmp_path, capsys):
+    """The same metrics as with a file of just those rows, whose order there does not matter."""
+
+    def digest(row: dict) -> bytes:
+        return hashlib.sha256(repr((row["prompt"], [row["chosen"], row["rejected"]])).encode()).digest()
+
+    held = pairs(5, seed=1)
+    run = go(max_steps=1, eval_pairs=most)
+    said = f"{most} of 5 held-out rows are scored, chosen by hash (--eval-pairs)"
+    assert (said in capsys.readouterr().out) == (most < 5)
+    few = sorted(held, key=digest)[:most]
+    if not few:
+        assert not run.evals and "after/eval/loss" not in run.results
+        return
+    for name, rows in (("few", few), ("mixed", [*reversed(held)])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        other = go(max_steps=1, eval_data=f"{tmp_path}/{name}.jsonl", eval_pairs=most)
+        for mine, theirs in zip(run.evals, other.evals, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_part_of_the_rows_uses_the_cache_of_all(loss, go, tmp_path, capsys, monkeypatch):
+    """With a lower --max-steps, and with fewer held-out rows: what is read is what would be computed."""
+    parts = [{"max_steps": 1}, {"eval_pairs": 2}][: 1 if loss == "kto" else 2]  # kto's z0 is of all held-out prompts
+    alone = [go(loss=loss, **part) for part in parts]
+    assert len({*(tmp_path / "cache").iterdir()}) == len(parts)
+    shutil.rmtree(tmp_path / "cache")
+    go(loss=loss)
+    [file] = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(refcache, "score_logps", lambda *_: pytest.fail("scored again"))
+    capsys.readouterr()
+    for run, part in zip(alone, parts, strict=True):
+        again = go(loss=loss, **part, max_new_tokens=2, eval_prompts=1)
+        assert f"reference log-probs: from {file}, which has these rows and more" in capsys.readouterr().out
+        for mine, theirs in zip(again.train + again.evals, run.train + run.evals, strict=True):
+            names = [name for name in mine if not name.startswith("perf/")]
+            assert [mine[n] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-4)
+    assert len({*(tmp_path / "cache").iterdir()}) == 1
+
+
+def test_a_damaged_cache_of_more_rows_is_not_used(go, tmp_path):
+    go()
+    [file] = (tmp_path / "cache").iterdir()
+    tensors = load_file(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    tensors["logps"][3] += 1
+    save_file(tensors, file, metadata=metadata)
+    go(max_steps=1)
+    assert len({*(tmp_path / "cache").iterdir()}) == 2
 
 
 def test_a_checkpoint_folder_without_its_state_is_passed_over(tmp_path):

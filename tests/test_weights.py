@@ -1,6 +1,8 @@
 """Weights that a checkpoint lacks are never made up: what cannot be loaded in full is refused, by name."""
 
 import json
+import math
+import pickle
 import shutil
 
 import pytest
@@ -110,6 +112,52 @@ def test_missing_weights_are_refused_by_name(name, change, config, message, chan
         LOADERS[name](source, "cpu", flag="--flag")
     assert str(error.value).startswith(f"--flag {source}: ") and "\n" not in str(error.value)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_called_so(name, value, changed):
+    def one_weight(weights):
+        weights[next(key for key in weights if "1.mlp.up_proj" in key)].view(-1)[3] = value
+        return weights
+
+    source = changed(name, one_weight)
+    with pytest.raises(BadInput) as error:
+        LOADERS[name](source, "cpu", flag="--flag")
+    assert str(error.value).startswith(f"--flag {source}: weights are NaN or infinite: ")
+    assert "1.mlp.up_proj" in str(error.value) and "1.mlp.down_proj" not in str(error.value)
+
+
+def test_large_weights_are_finite(changed):
+    """Although their sum is not."""
+    large = lambda weights: {key: x.fill_(3e38) if "norm" in key else x for key, x in weights.items()}  # noqa: E731
+    models.load_model(changed("policy", large), "cpu")
+
+
+BROKEN = {  # what is written to a file of a model, and what is said of it
+    "config.json": [b"[]", b"null", b"{", b"\xff", b'{"model_type": "llama", "hidden_size": "big"}'],
+    "generation_config.json": [b"[]"],
+    "model.safetensors": [b"", b"garbage" * 10],
+    "tokenizer.json": [b"[]", b"{"],
+    "tokenizer_config.json": [b"[]"],
+    "adapter_config.json": [b"[]", b"{"],
+    "pytorch_model.bin": [b"garbage" * 10, pickle.dumps(print)],
+}
+
+
+@pytest.mark.parametrize("file", BROKEN)
+def test_a_folder_with_a_broken_file_is_refused_in_one_line(file, world, tmp_path):
+    for i, data in enumerate(BROKEN[file]):
+        source = tmp_path / str(i)
+        shutil.copytree(world / "policy", source)
+        if file == "pytorch_model.bin":
+            (source / "model.safetensors").unlink()
+        (source / file).write_bytes(data)
+        with pytest.raises(BadInput) as error:
+            models.load_tokenizer(str(source))
+            models.load_model(str(source), "cpu")
+        message = str(error.value)
+        assert str(source) in message and "\n" not in message and "weights_only" not in message
 
 
 @pytest.mark.parametrize("name", LOADERS)
