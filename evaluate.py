@@ -519,7 +519,8 @@ def on_pairs(a: Args) -> dict:
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in examples[:3]))
         return {}
-    lengths = {e.where: [*map(len, e.response_texts)] for e in examples}
+    characters = lambda e: [float(len(text)) for text in e.response_texts]  # noqa: E731
+    lengths = {e.where: characters(e) for e in examples}
 
     # ---------------------------------------------------------------------------------------------- models, one by one
     run.check_same(pairs=examples)
@@ -533,7 +534,7 @@ def on_pairs(a: Args) -> dict:
         rewards = [x.tolist() for x in rewards_of(name, its_examples, tokenizer, a)]
         for e, values in zip(its_examples, rewards, strict=True):
             require(all(map(math.isfinite, values)), f"--models {name}: gave the rewards {values} ({e.where})")
-        its_lengths = [lengths.get(e.where) or [*map(len, e.response_texts)] for e in its_examples]
+        its_lengths = [lengths.get(e.where) or characters(e) for e in its_examples]
         state["models"][name] = rewardbench.scores([*map(as_row, its_examples)], rewards, its_lengths)
         state["rewards"][name] = {e.where: values for e, values in zip(its_examples, rewards, strict=True)}
         values = {f"{name}/{n}": x["value"] for n, x in state["models"][name].items() if x["value"] is not None}
@@ -614,7 +615,7 @@ def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args) -> li
     path = Path(name).expanduser() / "args.json"
     flags = json.loads(path.read_text()) if path.exists() else {}
     reference, loss = a.ref or flags.get("ref") or flags.get("model"), flags.get("loss")
-    known = a.ref or "ref" in flags
+    known = bool(a.ref) or "ref" in flags
     require(known, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
     rewards = score_with(models.load_model, scoring.score_logps, name, "--models")
     if a.ref or loss not in train_dpo.REFERENCE_FREE:

@@ -112,7 +112,7 @@ def ties_score(prompts: Sequence[dict[str, tuple[list[float], list[float]]]]) ->
 
 def scores(
     rows: Sequence[Row], rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, float | int | None]]:
     """Every score of a model, as {"value", "low", "high", "n"} with a 95 % interval over prompts; None: not defined.
 
     all, subset/NAME     mean over rows; of a subset that is all ties: `ties_score`, with a bootstrap interval
@@ -162,7 +162,7 @@ def scores(
     return found
 
 
-def share(values: Sequence[float], weights: Sequence[float], prompts: Sequence[str]) -> dict[str, float | None]:
+def share(values: Sequence[float], weights: Sequence[float], prompts: Sequence[str]) -> dict[str, float | int | None]:
     """The weighted mean of values in [0, 1], with its `share_interval` over prompts, and how many values have a weight
     above 0."""
     sums, counts = defaultdict(float), defaultdict(float)
@@ -173,6 +173,6 @@ def share(values: Sequence[float], weights: Sequence[float], prompts: Sequence[s
     return as_number(sum(sums.values()) / sum(counts.values()), low, high, sum(w > 0 for w in weights))
 
 
-def as_number(value: float, low: float = math.nan, high: float = math.nan, n: int = 0) -> dict[str, float | None]:
+def as_number(value: float, low: float = math.nan, high: float = math.nan, n: int = 0) -> dict[str, float | int | None]:
     named = {"value": value, "low": low, "high": high}
     return {name: x if math.isfinite(x) else None for name, x in named.items()} | {"n": n}
