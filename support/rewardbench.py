@@ -129,7 +129,8 @@ def scores(
 
     def of_section(counts: dict[str, int]) -> list[float]:
         weights = [counts.get(row.subset, 0) / len(subsets[row.subset]) for row in rows]
-        return [w / sum(weights) for w in weights]
+        total = sum(weights)
+        return [w / total for w in weights]
 
     present = {name: of_section(counts) for name, counts in SECTIONS.items() if counts.keys() & subsets}
     weights = {"all": [1.0] * len(rows)} | {f"section/{name}": w for name, w in present.items()}
