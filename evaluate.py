@@ -526,12 +526,13 @@ def on_pairs(a: Args) -> dict:
     run.check_same(pairs=examples)
     state = run.load_checkpoint() or {"step": 0, "models": {}, "rewards": {}}
     run.start(state["step"], len(a.models))
+    known: dict[tuple, list[Tensor]] = {}
     for step, name in list(enumerate(a.models))[state["step"] :]:
         tokenizer = models.load_tokenizer(name, a.trust_remote_code, "--models")
         its_examples, report = read_pairs(data, tokenizer, a)
         if report != shown:
             print(f"\n{a.pairs}, by the tokenizer of {name}\n{report}\n")
-        rewards = [x.tolist() for x in rewards_of(name, its_examples, tokenizer, a)]
+        rewards = [x.tolist() for x in rewards_of(name, its_examples, tokenizer, a, known)]
         for e, values in zip(its_examples, rewards, strict=True):
             require(all(map(math.isfinite, values)), f"--models {name}: gave the rewards {values} ({e.where})")
         its_lengths = [lengths.get(e.where) or characters(e) for e in its_examples]
@@ -584,11 +585,10 @@ def read_pairs(data: tuple[list[Row], list[str]], tokenizer, a: Args) -> tuple[l
 
     def ranked(row: dict) -> dict:
         if has_lists(row):
-            texts, ranks = row["chosen"] + row["rejected"], [1] * len(row["chosen"]) + [2] * len(row["rejected"])
-            row = {n: x for n, x in row.items() if n not in ("chosen", "rejected")} | {
-                "responses": texts,
-                "ranks": ranks,
-            }
+            row = dict(row)
+            chosen, rejected = row.pop("chosen"), row.pop("rejected")
+            row["responses"] = texts = chosen + rejected
+            row["ranks"] = [1] * len(chosen) + [2] * len(rejected)
             if not all(text.strip() for text in texts):  # an empty response is one that ended at once
                 row["ended"] = [True] * len(texts)
         return asked_by_user(row) if tokenizer.chat_template else row
@@ -599,10 +599,10 @@ def read_pairs(data: tuple[list[Row], list[str]], tokenizer, a: Args) -> tuple[l
     return examples, str(report)
 
 
-def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args) -> list[Tensor]:
+def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args, known: dict) -> list[Tensor]:
     """The reward of every response, one tensor [k] for each example: by a reward model, or the implicit reward of a
     DPO run, without its beta: log pi - log ref, over the length for a loss that is per token, and without log ref for
-    one without a reference."""
+    one without a reference. `known` keeps the log-probs of references, which several runs may share."""
     batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
 
     def score_with(load: Callable, score: Callable, name: str, flag: str) -> list[Tensor]:
@@ -615,13 +615,15 @@ def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args) -> li
     path = Path(name).expanduser() / "args.json"
     flags = json.loads(path.read_text()) if path.exists() else {}
     reference, loss = a.ref or flags.get("ref") or flags.get("model"), flags.get("loss")
-    known = bool(a.ref) or "ref" in flags
-    require(known, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
+    named = bool(a.ref) or "ref" in flags
+    require(named, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
     rewards = score_with(models.load_model, scoring.score_logps, name, "--models")
     if a.ref or loss not in train_dpo.REFERENCE_FREE:
         models.require_same_tokenizer(reference, name, tokenizer, a.trust_remote_code)
-        ref_logps = score_with(models.load_model, scoring.score_logps, reference, "--ref")
-        rewards = [x - y for x, y in zip(rewards, ref_logps, strict=True)]
+        key = reference, tokens.digest(tokenizer), tokenizer.chat_template
+        if key not in known:
+            known[key] = score_with(models.load_model, scoring.score_logps, reference, "--ref")
+        rewards = [x - y for x, y in zip(rewards, known[key], strict=True)]
     if not a.ref and loss in train_dpo.PER_TOKEN:
         rewards = [x / torch.tensor(e.lengths) for x, e in zip(rewards, examples, strict=True)]
     return rewards

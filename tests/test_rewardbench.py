@@ -256,7 +256,7 @@ def test_rewards_are_those_of_plain_transformers(world, go, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "dpo_norm"])
-def test_implicit_rewards_of_a_run(loss, world, go, tmp_path):
+def test_implicit_rewards_of_a_run(loss, world, go, tmp_path, monkeypatch):
     """Beside a reward model; the reference is that of the run's args.json, where its loss has one, unless --ref is."""
     rows = [{n: row[n] for n in ("prompt", "chosen", "rejected")} for row in pairs(4)]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
@@ -280,9 +280,12 @@ def test_implicit_rewards_of_a_run(loss, world, go, tmp_path):
     assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-4)
     right = sum(x > y for x, y in expected) / 4
     assert results["models"][loss]["all"]["value"] == right
-    go(file, str(run), ref=str(world / "policy"), out=str(tmp_path / "again"))
+    loaded, load = [], models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, *rest: loaded.append(Path(name).name) or load(name, *rest))
+    go(file, str(run), "ref", ref=str(world / "policy"), out=str(tmp_path / "again"))
+    assert loaded == [loss, "policy", "ref"]  # the reference is scored once
     again = [json.loads(line)["rewards"] for line in open(tmp_path / "again" / "samples.jsonl")]
-    assert again == [[0, 0]] * 4
+    assert again[:4] == [[0, 0]] * 4 and again[4:] != again[:4]
 
 
 # ------------------------------------------------------------------------------------------------ other files and flags
