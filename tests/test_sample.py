@@ -120,7 +120,7 @@ def test_the_next_command_ranks_answers_if_there_are_several(k, go, capsys):
     assert capsys.readouterr().out.endswith(f"\n{end}")
 
 
-def test_the_list_for_alpaca_eval(world, tmp_path, go):
+def test_the_list_for_alpaca_eval(world, tmp_path, go, monkeypatch):
     """One answer to each instruction, stripped, with the columns of the data set; instructions are messages of a user
     where there is a template."""
     tokenizer = reviews.tokenizer()
@@ -140,6 +140,8 @@ def test_the_list_for_alpaca_eval(world, tmp_path, go):
     ]
     (tmp_path / "alpaca_eval.json").write_text(json.dumps(asked))
     flags = {"data": str(tmp_path / "alpaca_eval.json"), "k": 1, "format": "alpaca_eval"}
+    answer, spaced = sample.answer, lambda e: dataclasses.replace(e, response_texts=[f" {e.response_texts[0]}\n"])
+    monkeypatch.setattr(sample, "answer", lambda *args, **kwargs: [*map(spaced, answer(*args, **kwargs))])
     for name, template in (("chat", True), ("model", False)):
         model = str((tmp_path if template else world) / name)
         found = go(f"{name}.jsonl", model=model, **flags)
