@@ -1,8 +1,10 @@
-"""Compare policies: how much reward each gained, how far it moved from the reference, and what it lost.
+"""Compare policies: how much reward each gained, how far it moved from the reference, and what it lost. Or, with
+--pairs, compare reward models and DPO runs: how often each rewards the better one of given responses.
 
     python evaluate.py                                                      the embedded task: runs/sft and runs/dpo
     python evaluate.py --models runs/sft runs/a runs/b --data prefs.jsonl   your own runs, on rows with prompts
     python evaluate.py --reward runs/rm --judge my_module:my_judge          another reward; a judge, say another model
+    python evaluate.py --pairs rewardbench.parquet --models runs/rm runs/dpo  RewardBench, or preferences of your own
 
 Every model answers the same prompts with the same seeds. The price of a reward is the distance to the reference, exact
 over the vocabulary at each sampled token:
@@ -11,10 +13,12 @@ over the vocabulary at each sampled token:
 
 so runs can be compared in the plane of reward and KL, which the plot shows. Numbers are means over prompts with 95 %
 intervals: Wilson's for shares, bootstrap for the others. In order below: the measures, data, the models one by one,
-table and plot. docs/metrics.md has the formula of each number.
+table and plot; then the same for --pairs. docs/metrics.md has the formula of each number.
 """
 
+import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +35,13 @@ import train_sft
 from rlhf import BadInput, require
 from rlhf.logprobs import token_kl, token_logps
 from rlhf.tree import collate, micro_batches
-from support import lazy_import, models, reviews, runs, scoring, sharding, tokens
-from support.examples import Example, held_out, load, show
+from support import lazy_import, models, reviews, rewardbench, runs, scoring, sharding, tokens
+from support.examples import Example, build, group_of, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
 from support.report import bootstrap, new_page, share_interval, standard_error, table
 from support.rewards import checked, load_function, load_reward
-from support.rows import for_each_response, prompt_of, texts_of
+from support.rows import Row, asked_by_user, for_each_response, prompt_of, read_rows, texts_of
 from support.scoring import Batching
 
 bleu = lazy_import("sacrebleu.metrics")
@@ -80,15 +84,24 @@ SHARES = {  # numbers in [0, 1], or in [lowest, lowest + 1]: name -> lowest
     "implicit_accuracy": 0.0,
     "explicit_accuracy": 0.0,
 }
+NOT_OF_PAIRS = ("data", "reward", "judge", "k", "temperature", "eval_fraction", "eval_prompts", "eval_pairs", "seed")
 
 
 @dataclass
 class Args(runs.Flags):
     models: tuple[str, ...] = (train_sft.Args.out, train_dpo.Args.out)
     """run directories, local folders or hub ids, with one tokenizer; win rates are against the first. runs/sft and
-    runs/dpo are made first if they are missing and --data is reviews"""
+    runs/dpo are made first if they are missing and --data is reviews. With --pairs: reward models and DPO runs, each
+    with its own tokenizer"""
     ref: str | None = None
-    """reference model of the KL and of the implicit reward; default: the first model"""
+    """reference model of the KL and of the implicit reward; default: the first model. With --pairs, of the implicit
+    rewards of all DPO runs; default: each run's own, from its args.json"""
+    pairs: str | None = None
+    """sample nothing, and compare the rewards of the responses in this file, folder or hub id: RewardBench 1 or 2, or
+    any preferences or rankings"""
+    by: str | None = None
+    """with --pairs: the column by whose values accuracies are told apart ("topic", or "meta.topic" if nested); default
+    subset, where there is one"""
     data: runs.Sources = "reviews"
     """rows with prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files
     or hub ids; where they have preferences too, these are the pairs that the rewards' accuracies are measured on"""
@@ -273,6 +286,9 @@ def judged(
 
 def main(a: Args) -> dict:
     """Evaluate, and return what results.json holds (docs/metrics.md)."""
+    require(bool(a.pairs) or not a.by, f"--by {a.by}: of which data? give --pairs too")
+    if a.pairs:
+        return on_pairs(a)
     a = replace(a, ref=a.ref or next(iter(a.models), None))
     require(bool(a.models), "--models: name at least one")
     require(len({*a.models}) == len(a.models), f"--models: {' '.join(a.models)} has the same model twice")
@@ -475,6 +491,158 @@ def plot(results: dict, path: Path) -> None:
     axes.set_xlabel(f"KL to {results['reference']}, nats per answer")
     axes.set_ylabel(f"reward ({results['reward']})")
     page.savefig(path, dpi=120)
+
+
+# -------------------------------------------------------------------------------------- pairs: no sampling, only scores
+
+
+def on_pairs(a: Args) -> dict:
+    """Compare the rewards of given responses, and return what results.json holds (docs/metrics.md)."""
+    unused = runs.repeated(a, *NOT_OF_PAIRS)
+    require(not unused, f"--pairs: samples nothing and does not use{unused}: leave it out")
+    require(len({*a.models}) == len(a.models) > 0, "--models: name at least one, and none of them twice")
+    runs.check(a)
+    run = runs.Run(a, __file__)
+    data = read_rows(a.pairs, a.split, a.skip_bad_rows)
+    raw = dict(data[0])
+    by = a.by or ("subset" if any(row.get("subset") for row in raw.values()) else None)
+
+    def as_row(e: Example) -> rewardbench.Row:
+        tie, lists = re.fullmatch(r"(ref|tied):(\d+)", str(e.row.get("id"))), has_lists(raw[e.where])
+        rule = "ties" if lists and tie else "best_of_k" if lists else "pairs"
+        subset = group_of(e, by) if by else "all"
+        return rewardbench.Row(subset, e.prompt_text, e.ranks, rule, tie.groups() if rule == "ties" else ("", ""))
+
+    tokenizer = models.load_tokenizer(a.models[0], a.trust_remote_code, "--models")
+    examples, shown = read_pairs(data, tokenizer, a)
+    print(f"{a.pairs}\n{shown}\n")
+    rows = [*map(as_row, examples)]
+    if a.dry_run:
+        print("\n\n".join(show(e, tokenizer) for e in examples[:3]))
+        return {}
+    characters = lambda e: [float(len(text)) for text in e.response_texts]  # noqa: E731
+    lengths = {e.where: characters(e) for e in examples}
+
+    # ---------------------------------------------------------------------------------------------- models, one by one
+    run.check_same(pairs=examples)
+    state = run.load_checkpoint() or {"step": 0, "models": {}, "rewards": {}}
+    run.start(state["step"], len(a.models))
+    known: dict[tuple, list[Tensor]] = {}
+    for step, name in list(enumerate(a.models))[state["step"] :]:
+        tokenizer = models.load_tokenizer(name, a.trust_remote_code, "--models")
+        its_examples, report = read_pairs(data, tokenizer, a)
+        if report != shown:
+            print(f"\n{a.pairs}, by the tokenizer of {name}\n{report}\n")
+        rewards = [x.tolist() for x in rewards_of(name, its_examples, tokenizer, a, known)]
+        for e, values in zip(its_examples, rewards, strict=True):
+            require(all(map(math.isfinite, values)), f"--models {name}: gave the rewards {values} ({e.where})")
+        its_lengths = [lengths.get(e.where) or characters(e) for e in its_examples]
+        state["models"][name] = rewardbench.scores([*map(as_row, its_examples)], rewards, its_lengths)
+        state["rewards"][name] = {e.where: values for e, values in zip(its_examples, rewards, strict=True)}
+        values = {f"{name}/{n}": x["value"] for n, x in state["models"][name].items() if x["value"] is not None}
+        run.log(step + 1, values)
+        run.progress(step + 1)
+        run.save_checkpoint(step + 1, state | {"step": step + 1})
+        if run.interrupted:
+            run.leave(step + 1)
+    run.end()
+
+    # ----------------------------------------------------------------------------------------------------------- table
+    longer_wins = rewardbench.scores(rows, [*lengths.values()], [*lengths.values()])
+    longer_wins = {n: x for n, x in longer_wins.items() if n not in ("longer", "shorter")}
+    results = {"pairs": a.pairs, "by": by, "rows": len(rows), "models": state["models"], "longer_wins": longer_wins}
+    columns = [*state["models"].values(), longer_wins]
+    names = dict.fromkeys(n for numbers in columns for n in numbers if by or n != "subset/all")
+    cells = [
+        [pairs_title(n, state["models"][a.models[0]].get(n)), *(cell(n, x.get(n)) for x in columns)] for n in names
+    ]
+    print("\n" + table([f"{len(rows)} rows", *map(short, a.models), "'longer wins'"], cells))
+    print("accuracy of the reward [95 % interval over prompts]; in parentheses how many; length in characters")
+    for name, its in state["rewards"].items():
+        if its.keys() != lengths.keys():
+            print(f"{name}: of {len(its)} rows, since others were dropped (see above)")
+    run.samples(
+        len(a.models),
+        [
+            {"model": name, "where": where, "rewards": values}
+            for name, its in state["rewards"].items()
+            for where, values in its.items()
+        ],
+    )
+    run.finish(results, {})
+    print(f"\nresults.json and samples.jsonl are in {run.out}")
+    return results
+
+
+def has_lists(row: dict) -> bool:
+    """Whether `chosen` and `rejected` are lists of texts, as in RewardBench 2."""
+    sides = row.get("chosen"), row.get("rejected")
+    return all(isinstance(x, list) and x and all(isinstance(text, str) for text in x) for x in sides)
+
+
+def read_pairs(data: tuple[list[Row], list[str]], tokenizer, a: Args) -> tuple[list[Example], str]:
+    """Examples of --pairs, and the data report. Lists of chosen and rejected texts become a ranking with two ranks, and
+    under a chat template a prompt that is a text becomes the message of a user."""
+
+    def ranked(row: dict) -> dict:
+        if has_lists(row):
+            row = dict(row)
+            chosen, rejected = row.pop("chosen"), row.pop("rejected")
+            row["responses"] = texts = chosen + rejected
+            row["ranks"] = [1] * len(chosen) + [2] * len(rejected)
+            if not all(text.strip() for text in texts):  # an empty response is one that ended at once
+                row["ended"] = [True] * len(texts)
+        return asked_by_user(row) if tokenizer.chat_template else row
+
+    rows = [(where, ranked(row)) for where, row in data[0]]
+    limits = a.max_prompt_length, a.max_length
+    examples, report = build(rows, tokenizer, "preference", *limits, a.skip_bad_rows, data[1])
+    return examples, str(report)
+
+
+def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args, known: dict) -> list[Tensor]:
+    """The reward of every response, one tensor [k] for each example: by a reward model, or the implicit reward of a
+    DPO run, without its beta: log pi - log ref, over the length for a loss that is per token, and without log ref for
+    one without a reference. `known` keeps the log-probs of references, which several runs may share."""
+    batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
+
+    def score_with(load: Callable, score: Callable, name: str, flag: str) -> list[Tensor]:
+        model = sharding.load(lambda device: load(name, device, a.trust_remote_code, flag), a.device, batching.dtype)
+        layout = scoring.choose_layout(model, examples, batching)
+        return score(model, examples, batching._replace(layout=layout), short(name))
+
+    if models.is_reward_model(name, a.trust_remote_code, "--models"):
+        return score_with(models.load_reward_model, scoring.score_rewards, name, "--models")
+    path = Path(name).expanduser() / "args.json"
+    flags = json.loads(path.read_text()) if path.exists() else {}
+    reference, loss = a.ref or flags.get("ref") or flags.get("model"), flags.get("loss")
+    named = bool(a.ref) or "ref" in flags
+    require(named, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
+    rewards = score_with(models.load_model, scoring.score_logps, name, "--models")
+    if a.ref or loss not in train_dpo.REFERENCE_FREE:
+        models.require_same_tokenizer(reference, name, tokenizer, a.trust_remote_code)
+        key = reference, tokens.digest(tokenizer), tokenizer.chat_template
+        if key not in known:
+            known[key] = score_with(models.load_model, scoring.score_logps, reference, "--ref")
+        rewards = [x - y for x, y in zip(rewards, known[key], strict=True)]
+    if not a.ref and loss in train_dpo.PER_TOKEN:
+        rewards = [x / torch.tensor(e.lengths) for x, e in zip(rewards, examples, strict=True)]
+    return rewards
+
+
+def pairs_title(name: str, number: dict | None) -> str:
+    """A score's name in the table, with the number of its rows."""
+    kind, _, rest = name.partition("/")
+    titles = {
+        "all": "all rows",
+        "section": rest.replace("/swapped", ", weights of xstest swapped"),
+        "sections": "mean of the sections",
+        "subset": f"  {rest}",
+        "subsets": "mean of the subsets",
+        "longer": "where the better one is longer",
+        "shorter": "where it is shorter",
+    }
+    return titles[kind] + (f" ({number['n']})" if number else "")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python sample.py --model runs/sft --data prompts.jsonl --k 4 --temperature 0.9
     python sample.py --model runs/dpo --ref runs/sft                      with log-probs under a reference too
     python sample.py --model runs/dpo --data prompts.jsonl --k 1 --out runs/answers.jsonl      plain answers
+    python sample.py --model runs/dpo --data alpaca_eval.json --k 1 --format alpaca_eval --out runs/alpaca.jsonl
 
 Every token is drawn from the whole of softmax(logits / temperature): no top-k, no top-p and no repetition penalty,
 whatever the model's own generation settings say. `logps` are the responses' log-probs at temperature 1, whatever the
@@ -23,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -33,7 +35,7 @@ from support import models, read_json, read_json_lines, reviews, runs, scoring, 
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
 from support.report import interval, mean_interval, share_and_half, table, visible
-from support.rows import prompt_of
+from support.rows import content_text, prompt_of
 from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -57,6 +59,9 @@ class Args(runs.Flags):
     """answer this many prompts, >= 1, drawn by --seed; default all (embedded: 4000)"""
     out: str = "runs/samples.jsonl"
     """the file of samples; one that is there is never overwritten"""
+    format: Literal["alpaca_eval"] | None = None
+    """alpaca_eval: write the answers as the list that alpaca_eval reads too, to --out with .json in place of .jsonl;
+    needs --k 1. Prompts that are texts are then messages of a user, where the model has a chat template"""
     k: int = 4
     """responses to each prompt, >= 1"""
     temperature: float = 1.0
@@ -78,7 +83,7 @@ class Args(runs.Flags):
 def distinct_prompts(a: Args, tokenizer) -> list[Example]:
     """The distinct prompts of --data, in its order, as token ids, or --max-prompts of them; prints what became of its
     rows."""
-    examples = load(a.data, "prompts", tokenizer, a)
+    examples = load(a.data, "prompts", tokenizer, a, chat=a.format == "alpaca_eval")
     first = {e.prompt_text: i for i, e in reversed([*enumerate(examples)])}
     distinct = [examples[i] for i in sorted(first.values())]
     print(f"{len(distinct)} distinct prompts\n")
@@ -91,6 +96,16 @@ def distinct_prompts(a: Args, tokenizer) -> list[Example]:
 def identity(prompt: str | list) -> str:
     """A prompt as a key: its JSON, in which a date is the text that a template shows."""
     return json.dumps(prompt, sort_keys=True, default=str)
+
+
+def instruction(e: Example) -> str:
+    """The text of a prompt that is a text, or one message of a user. BadInput for others: alpaca_eval has none."""
+    prompt = prompt_of(e.row)
+    if isinstance(prompt, str):
+        return prompt
+    alone = len(prompt) == 1 and prompt[0]["role"] == "user" and not e.row.get("tools")
+    require(alone, f"{e.where}: --format alpaca_eval is for prompts of one user message: leave out the row")
+    return content_text(prompt[0]["content"])
 
 
 def begun(a: Args, prompts: Sequence[Example]) -> list[dict]:
@@ -138,11 +153,17 @@ def main(a: Args) -> dict[str, float]:
     a = runs.with_defaults(a, DEFAULTS["reviews" if embedded else "any"])
     models.require_same_tokenizer(a.ref, a.model, tokenizer, a.trust_remote_code)
     require(a.out.endswith(".jsonl"), f"--out {a.out}: must end in .jsonl, as what reads it wants")
+    for_alpaca_eval = a.format == "alpaca_eval"
+    require(not for_alpaca_eval or a.k == 1, "--format alpaca_eval: has one answer to an instruction: give --k 1")
     prompts = distinct_prompts(a, tokenizer)
+    instructions = [*map(instruction, prompts)] if for_alpaca_eval else []
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         return {}
     out, rows = Path(a.out), begun(a, prompts)
+    others = out.with_suffix(".json")
+    free = not for_alpaca_eval or a.resume or not others.exists()
+    require(free, f"--format alpaca_eval: {others} is there already: name another --out")
     flags = out.with_suffix(".args.json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +234,13 @@ def main(a: Args) -> dict[str, float]:
     place = {identity(prompt_of(e.row)): i for i, e in enumerate(prompts)}
     rows.sort(key=lambda row: place[identity(row["prompt"])])
     write(out, rows, "w")
+    if for_alpaca_eval:
+        answers = [
+            {"instruction": text, "output": row["responses"][0].strip(), "generator": a.model}
+            | {name: e.row[name] for name in ("dataset", "datasplit") if e.row.get(name)}
+            for text, e, row in zip(instructions, prompts, rows, strict=True)
+        ]
+        others.write_text(json.dumps(answers, indent=1, ensure_ascii=False), "utf-8")
 
     # ------------------------------------------------------------------------------------------------------ statistics
     stats = {
@@ -234,7 +262,9 @@ def main(a: Args) -> dict[str, float]:
         print(visible(f"\nprompt  {str(row['prompt'])[-300:]}"))
         print("\n".join(visible(f"     {i}  {text}") for i, text in enumerate(row["responses"], 1)))
     runs.unlock(flags)
-    print(f"\nThe samples are in {out}." + (f"\nNext: python annotate.py {out}" if a.k > 1 else ""))
+    print(f"\nThe samples are in {out}{f' and {others}' if for_alpaca_eval else ''}.")
+    if a.k > 1:
+        print(f"Next: python annotate.py {out}")
     return {name: mean_interval(values)[0] for name, (_, values) in stats.items()}
 
 

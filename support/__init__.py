@@ -19,6 +19,7 @@
     waiting.py        bars and estimates for what takes long
     report.py         tables, intervals, curves, before and after
     reward_report.py  how far a reward model can be trusted
+    rewardbench.py    RewardBench's scores, from the rewards of given responses
     parallel.py       processes and collectives (torchrun)
     sharding.py       one model over several processes (FSDP2)
 

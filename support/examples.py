@@ -47,6 +47,7 @@ from support.rows import (
     Dropped,
     Message,
     Row,
+    asked_by_user,
     check_messages,
     check_prompt,
     check_response,
@@ -513,12 +514,13 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
 # ------------------------------------------------------------------------------------------------ token ids
 
 
-def load(source: str | Sequence[str], kind: str, tokenizer, a: Any) -> list[Example]:
+def load(source: str | Sequence[str], kind: str, tokenizer, a: Any, chat: bool = False) -> list[Example]:
     """Read one or several sources, turn their rows into examples, and print the data report. A tokenizer without a chat
     template gets HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
-    skip_bad_rows, max_prompt_length, and max_length or max_new_tokens).
+    skip_bad_rows, max_prompt_length, and max_length or max_new_tokens). With `chat`, and a tokenizer that has a chat
+    template, a prompt that is a text is the message of a user.
     """
     alone = "reviews" not in sources(source) or source == "reviews"
     require(alone, "reviews is the embedded task, which does not mix with other data: give it alone, or not at all")
@@ -526,6 +528,8 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any) -> list[Exam
         rows, skipped = reviews.rows(REVIEWS_KINDS[kind], reviews.ROWS), []
     else:
         rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
+    if chat and tokenizer.chat_template:
+        rows = [(where, asked_by_user(row)) for where, row in rows]
     if kind == "preference or prompts":
         kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)

@@ -5,6 +5,7 @@
     standard    a row that names its prompt otherwise, as if it had named it `prompt`
     with_system a row whose system text has a column of its own, as if it were in the messages
     prompt_of   the prompt of a row
+    asked_by_user   a row whose prompt is a text, as if that were a user's message
     texts_of    the responses of a preference or ranking row
     for_each_response   a column of a ranking row that has a value for each of them
 
@@ -588,6 +589,14 @@ def prompt_of(row: dict) -> Any:
     if isinstance(row["prompt"], str) and any(isinstance(answer, list) for answer in answers):
         return [{"role": "user", "content": row["prompt"]}]
     return row["prompt"]
+
+
+def asked_by_user(row: dict) -> dict:
+    """The row with a prompt that is a text as the message of a user; other rows as they are."""
+    name = next(iter(prompt_columns(row)), "prompt")
+    if not isinstance(row.get(name), str) or DIALOGUE.match(row[name]) or implicit(row):
+        return row
+    return row | {name: [{"role": "user", "content": row[name]}]}
 
 
 def texts_of(row: dict) -> list[str]:

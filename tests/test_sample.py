@@ -121,6 +121,50 @@ def test_the_next_command_ranks_answers_if_there_are_several(k, go, capsys):
     assert capsys.readouterr().out.endswith(f"\n{end}")
 
 
+def test_the_list_for_alpaca_eval(world, tmp_path, go, monkeypatch):
+    """One answer to each instruction, stripped, with the columns of the data set; instructions are messages of a user
+    where there is a template."""
+    tokenizer = reviews.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}the film {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} was{% endif %}"
+    )
+    models.save(models.load_model(str(world / "model"), "cpu"), tokenizer, tmp_path / "chat")
+    asked = [
+        {
+            "instruction": "the plot",
+            "output": "fine .",
+            "generator": "davinci",
+            "dataset": "koala",
+            "datasplit": "eval",
+        },
+        {"instruction": "i loved", "output": "", "generator": "davinci", "dataset": "vicuna", "input": ""},
+    ]
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps(asked))
+    flags = {"data": str(tmp_path / "alpaca_eval.json"), "k": 1, "format": "alpaca_eval"}
+    answer, spaced = sample.answer, lambda e: dataclasses.replace(e, response_texts=[f" {e.response_texts[0]}\n"])
+    monkeypatch.setattr(sample, "answer", lambda *args, **kwargs: [*map(spaced, answer(*args, **kwargs))])
+    for name, template in (("chat", True), ("model", False)):
+        model = str((tmp_path if template else world) / name)
+        found = go(f"{name}.jsonl", model=model, **flags)
+        user = [[{"role": "user", "content": row["instruction"]}] for row in asked]
+        assert [row["prompt"] for row in found.rows] == (user if template else ["the plot", "i loved"])
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == [
+            {"instruction": "the plot", "output": found.rows[0]["responses"][0].strip(), "generator": model}
+            | {"dataset": "koala", "datasplit": "eval"},
+            {"instruction": "i loved", "output": found.rows[1]["responses"][0].strip(), "generator": model}
+            | {"dataset": "vicuna"},
+        ]
+    (tmp_path / "new.json").write_text("mine")
+    with pytest.raises(BadInput, match=r"new\.json is there already: name another --out"):
+        go("new.jsonl", **flags)
+    with pytest.raises(BadInput, match="one answer to an instruction: give --k 1"):
+        go("two.jsonl", **flags | {"k": 2})
+    turns = [*user[0], {"role": "assistant", "content": "was fine ."}, *user[1]]
+    write_rows(tmp_path / "turns.jsonl", [{"prompt": turns}])
+    with pytest.raises(BadInput, match="turns.jsonl:1: --format alpaca_eval is for prompts of one user message"):
+        go("turns-out.jsonl", **flags | {"data": str(tmp_path / "turns.jsonl"), "model": str(tmp_path / "chat")})
+
+
 @pytest.fixture(scope="module")
 def whole(world):
     """The bytes of the file of a run that was never stopped."""
