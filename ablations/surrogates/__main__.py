@@ -252,41 +252,48 @@ def log_variance(results: common.Results, method: str) -> dict[int, float]:
     return {seed: torch.tensor(x).log().item() for seed, x in of_seeds.items()}
 
 
-def path(results: common.Results, setting: str, seed: int) -> list[tuple[float, float]]:
-    """(KL, reward) after each rollout of a run, from the start on."""
-    of, steps = results.values_of, [x for x in range(STEPS + 1) if (setting, seed, x, "kl") in results.values_of]
-    return [(of[setting, seed, step, "kl"], of[setting, seed, step, "reward"]) for step in steps]
+Paths = dict[str, dict[int, list[tuple[float, float]]]]
 
 
-def reached(results: common.Results, setting: str, nats: float | None) -> dict[int, float]:
-    """Seed -> a run's reward at the end, or at a KL, where it must reach that; else nothing."""
-    paths = {seed: path(results, setting, seed) for seed in results.values(setting, "seconds")}
+def paths(results: common.Results) -> Paths:
+    """Setting -> seed -> (KL, reward) after each rollout of the run, from the start on."""
+    found: Paths = {}
+    for (setting, seed, step, metric), nats in results.values_of.items():
+        if metric == "kl":
+            found.setdefault(setting, {}).setdefault(seed, []).append(
+                (nats, results.values_of[setting, seed, step, "reward"])
+            )
+    return found
+
+
+def reached(points: Sequence[tuple[float, float]], nats: float | None) -> float | None:
+    """A run's reward at the end, or at a KL, if it reaches that."""
     if nats is None:
-        return {seed: points[-1][1] for seed, points in paths.items()}
-    return {seed: between(points, nats) for seed, points in paths.items() if max(points)[0] > nats}
+        return points[-1][1]
+    return between(points, nats) if max(points)[0] > nats else None
 
 
-def chosen(results: common.Results, method: str, nats: float | None = None) -> str | None:
+def chosen(runs: Paths, method: str, nats: float | None = None) -> str | None:
     """The setting whose learning rate has the most reward in all worlds of VALIDATION_SEEDS, at the end or at a KL."""
     means = {}
     for setting in (f"{method} at {rate:g}" for rate in RATES):
-        trained = [seed for seed in VALIDATION_SEEDS if seed in results.values(setting, "seconds")]
-        found = reached(results, setting, nats)
-        if trained and all(seed in found for seed in trained):
-            means[setting] = sum(found[seed] for seed in trained) / len(trained)
+        found = [reached(x, nats) for seed, x in runs.get(setting, {}).items() if seed in VALIDATION_SEEDS]
+        if found and None not in found:
+            means[setting] = sum(found) / len(found)
     return max(means, key=means.get) if means else None
 
 
-def reward(results: common.Results, method: str, nats: float | None = None) -> dict[int, float]:
+def reward(runs: Paths, method: str, nats: float | None = None) -> dict[int, float]:
     """Seed -> reward of a method at its chosen learning rate, at the end or at a KL, without the worlds that chose."""
-    setting = chosen(results, method, nats)
-    found = reached(results, setting, nats) if setting else {}
-    return {seed: x for seed, x in found.items() if seed not in VALIDATION_SEEDS}
+    of_seeds = runs.get(chosen(runs, method, nats), {})
+    found = {seed: reached(x, nats) for seed, x in sorted(of_seeds.items()) if seed not in VALIDATION_SEEDS}
+    return {seed: x for seed, x in found.items() if x is not None}
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
     """Clause -> the mean that it says is above 0, and half its interval."""
-    end = {method: reward(results, method) for method in METHODS}
+    runs = paths(results)
+    end = {method: reward(runs, method) for method in METHODS}
     turned = [gradient(results, method, "cosine", 0) for method in ("RLOO", "GRPO")]
     noise = [log_variance(results, method) for method in ("GRPO", "GSPO")]
     return {
@@ -312,21 +319,21 @@ def of_gradients(results: common.Results) -> list[list[str]]:
 
 def of_training(results: common.Results) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
     """Rows of methods at the chosen rates, of differences to GRPO, and of the reward by rate in the choosing worlds."""
-    rows, differences, by_rate = [], [], []
-    seeds = len(reward(results, "GRPO"))
+    runs, rows, differences, by_rate = paths(results), [], [], []
+    seeds = len(reward(runs, "GRPO"))
     for method in METHODS:
-        setting, found = chosen(results, method), {nats: reward(results, method, nats) for nats in (None, *NATS)}
-        kls = [path(results, setting, seed)[-1][0] for seed in found[None]]
+        found = {nats: reward(runs, method, nats) for nats in (None, *NATS)}
+        kls = [runs[chosen(runs, method)][seed][-1][0] for seed in found[None]]
         cells = [show(t_interval([*x.values()]), 3) if len(x) == seeds else "" for x in found.values()]
-        rates = [(chosen(results, method, nats) or " none").rsplit(" ", 1)[1] for nats in (None, *NATS)]
+        rates = [(chosen(runs, method, nats) or " none").rsplit(" ", 1)[1] for nats in (None, *NATS)]
         rows.append([method, cells[0], show(t_interval(kls)), *cells[1:], ", ".join(rates)])
-        both = [(x, reward(results, "GRPO", nats)) for nats, x in found.items()]
+        both = [(x, reward(runs, "GRPO", nats)) for nats, x in found.items()]
         cells = [show(paired(*x), 3) if all(len(y) == seeds for y in x) else "" for x in both]
         if method != "GRPO":
             differences.append([f"{method} - GRPO", *cells])
-        ends = [reached(results, f"{method} at {rate:g}", None) for rate in RATES]
-        means = [[x[seed] for seed in VALIDATION_SEEDS if seed in x] for x in ends]
-        by_rate.append([method, *(f"{sum(x) / len(x):.3f}" if x else "" for x in means)])
+        choosing = [runs.get(f"{method} at {rate:g}", {}) for rate in RATES]
+        ends = [[x[seed][-1][1] for seed in VALIDATION_SEEDS if seed in x] for x in choosing]
+        by_rate.append([method, *(f"{sum(x) / len(x):.3f}" if x else "" for x in ends)])
     return rows, differences, by_rate
 
 
@@ -356,14 +363,14 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 def draw(results: common.Results, page) -> None:
     """Cosine and variance against the number of updates; reward along training, means over the worlds."""
-    axes = page.subplots(1, 3)
+    axes, runs = page.subplots(1, 3), paths(results)
     for method in METHODS:
         mean = lambda metric, n, method=method: t_interval([*gradient(results, method, metric, n).values()])[0]  # noqa: E731
         for place, metric in zip(axes, ("cosine", "variance"), strict=False):
             place.plot(MOVES, [mean(metric, n) for n in MOVES], marker="o", markersize=3, lw=1, label=method)
-        setting, seeds = chosen(results, method), reward(results, method)
-        paths = torch.tensor([path(results, setting, seed) for seed in seeds])  # [worlds rollouts 2]
-        axes[2].plot(range(paths.shape[1]), paths[..., 1].mean(0), marker="o", markersize=3, lw=1)
+        of_seeds = runs[chosen(runs, method)]
+        of_worlds = torch.tensor([points for seed, points in of_seeds.items() if seed not in VALIDATION_SEEDS])
+        axes[2].plot(range(of_worlds.shape[1]), of_worlds[..., 1].mean(0), marker="o", markersize=3, lw=1)
     axes[1].set_yscale("log")
     for place, title, below in zip(
         axes,
