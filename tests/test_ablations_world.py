@@ -476,6 +476,9 @@ def test_surrogates_clauses_by_hand(trained):
     table, verdict, effect = surrogates.report(trained)
     assert verdict == "not resolved" and "CISPO - DAPO -0.055 +- 0.064" in effect
     assert "| DAPO | 0.705 +- 0.064 | 4.00 +- 0.00 |" in table and "0.003, 0.003, 0.003, 0.003 |" in table
+    assert "| CISPO - GRPO | 0.050 +- 0.000 |" in table and surrogates.same_rates(
+        surrogates.paths(trained), "DAPO"
+    ) == ["0.000 +- 0.000", "0.000 +- 0.000", "0.105 +- 0.064", "0.000 +- 0.000", "0.000 +- 0.000"]
     needed = 64 * math.e**3 / ((0.98 / 0.9) ** 2 - 1)
     assert f"| {needed:.0f} | {needed:.0f} | {needed:.0f} | 0.100 | 0.100 |" in table and "| never |" in table
     trained.values_of["CISPO at 0.003", 1, surrogates.STEPS, "reward"] = 0.665  # 0.05 and 0.045 below DAPO

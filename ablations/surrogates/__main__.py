@@ -38,7 +38,8 @@ are above 0. Contradicted: one is below 0. Else not resolved.
     GSPO        E[R] at the end, GSPO - GRPO
     CISPO       E[R] at the end, CISPO - DAPO
 
-Reported and not judged: the other methods and numbers of updates, and E[R] at equal KL.
+Reported and not judged: the other methods and numbers of updates, and E[R] at equal KL and, added after the results, at
+equal learning rates.
 """
 
 import dataclasses
@@ -317,6 +318,16 @@ def of_gradients(results: common.Results) -> list[list[str]]:
     return rows
 
 
+def same_rates(runs: Paths, method: str) -> list[str]:
+    """Reward at the end of a method minus GRPO's at the same learning rate, for each rate."""
+    cells = []
+    for rate in RATES:
+        both = [runs.get(f"{name} at {rate:g}", {}) for name in (method, "GRPO")]
+        ends = [{seed: points[-1][1] for seed, points in x.items() if seed not in VALIDATION_SEEDS} for x in both]
+        cells.append(show(paired(*ends), 3) if all(ends) else "")
+    return cells
+
+
 def of_training(results: common.Results) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
     """Rows of methods at the chosen rates, of differences to GRPO, and of the reward by rate in the choosing worlds."""
     runs, rows, differences, by_rate = paths(results), [], [], []
@@ -330,7 +341,7 @@ def of_training(results: common.Results) -> tuple[list[list[str]], list[list[str
         both = [(x, reward(runs, "GRPO", nats)) for nats, x in found.items()]
         cells = [show(paired(*x), 3) if all(len(y) == seeds for y in x) else "" for x in both]
         if method != "GRPO":
-            differences.append([f"{method} - GRPO", *cells])
+            differences.append([f"{method} - GRPO", *cells, *same_rates(runs, method)])
         choosing = [runs.get(f"{method} at {rate:g}", {}) for rate in RATES]
         ends = [[x[seed][-1][1] for seed in VALIDATION_SEEDS if seed in x] for x in choosing]
         by_rate.append([method, *(f"{sum(x) / len(x):.3f}" if x else "" for x in ends)])
@@ -349,7 +360,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         markdown(["gradient", *header, *(f"clipped, {n}" for n in MOVES[1:])], of_gradients(results)),
         "Training:",
         markdown(["method", "E[R] at the end", "KL at the end", *at_kl, "learning rates of these E[R]"], rows),
-        markdown(["difference", "E[R] at the end", *at_kl], differences),
+        markdown(["difference", "E[R] at the end", *at_kl, *(f"at the end, rate {x:g}" for x in RATES)], differences),
         "E[R] at the end by learning rate, in the two worlds that choose it:",
         markdown(["method", *(f"{rate:g}" for rate in RATES)], by_rate),
         markdown(
