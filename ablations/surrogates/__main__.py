@@ -98,10 +98,10 @@ def main(a: Args) -> None:
     results, folder = common.results(NAME, a), common.work(NAME, a)
     short = a.smoke or a.quick
     seeds, others = range(min(a.seeds, 1 if short else a.seeds)), VALIDATION_SEEDS[: 1 if short else None]
-    steps, rollouts = (2, 4) if a.smoke else (STEPS, ROLLOUTS)
+    steps, rollouts = (1, 2) if a.smoke else (STEPS, ROLLOUTS)
     settings = [x for x in SETTINGS if "lr" in SETTINGS[x] and (not a.smoke or SETTINGS[x]["lr"] == 1e-3)]
     for seed in (*others, *seeds):
-        prepare(seed, folder, 800 if a.smoke else world.SENTENCES)
+        prepare(seed, folder, 128 if a.smoke else world.SENTENCES)
     tasks = [(x, seed, folder, steps) for seed in (*others, *seeds) for x in settings if not results.done(x, seed)]
     for (setting, seed, *_), along, seconds in common.each(train, tasks, a.jobs, folder):
         for step, values in along.items():
