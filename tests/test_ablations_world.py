@@ -1,5 +1,6 @@
-"""The enumerable world of the ablations and what the three experiments of DPO's frontier, beta and weight compute."""
+"""The enumerable world of the ablations and what its experiments compute: DPO's frontier, beta, weight; surrogates."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 import train_dpo
+import train_ppo
 from ablations import common, world
 from ablations.beta_sweep import __main__ as beta_sweep
 from ablations.frontier import __main__ as frontier
 from ablations.frontier import tier_s
 from ablations.grad_weight import __main__ as grad_weight
+from ablations.surrogates import __main__ as surrogates
+from rlhf import advantages
 from rlhf.losses import dpo
 from support import models, runs, scoring
 from support.examples import build
@@ -369,3 +373,113 @@ def test_grad_weight_clauses_by_hand(tmp_path):
     table, verdict, _ = grad_weight.report(results)
     assert verdict == "reproduced", "Unlikelihood is not judged"
     assert "| weight 1/2 | 4.10 +- 1.27 | 2 +- 0 | 0.40 +- 0.00 | 0.40 | 9 +- 0 | 9 |" in table
+
+
+# ----------------------------------------------------------------------------------------------------------- surrogates
+
+
+def test_direction_by_hand():
+    of_rollouts = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
+    # mean (1, 0); variance 4 / 3; the squared mean is 1 less a quarter of that, 2 / 3
+    found = surrogates.direction(of_rollouts, torch.tensor([3.0, 3.0]))
+    assert found == pytest.approx({"cosine": 0.5**0.5 / (2 / 3) ** 0.5, "variance": 2.0}, rel=1e-6)
+
+
+def test_answers_needed_by_hand():
+    assert surrogates.answers_needed(1.0, 2.0) == pytest.approx(64 * 2 / (1 / 0.81 - 1))
+    n = surrogates.answers_needed(0.95, 3.0) / 64
+    assert 0.95 / (1 + 3.0 / n) ** 0.5 == pytest.approx(0.9)
+    assert surrogates.answers_needed(0.9, 0.1) == math.inf
+
+
+@pytest.fixture
+def place(untrained, tmp_path):
+    model, tokenizer = untrained
+    models.save(model, tokenizer, tmp_path / f"world-{SEED}" / "sft")
+    return tmp_path
+
+
+def test_gradients_of_a_saved_rollout_are_those_of_the_enumerated_log_probs(place, untrained):
+    """RLOO's and GRPO's gradients by `update`, against autograd through the log-probs of all answers."""
+    model, tokenizer = untrained
+    asked, batching = world.prompts(SEED)["train"][:3], scoring.Batching("padded", world.PAD)
+    rows = [("", {"prompt": x, "world": SEED}) for x in asked]
+    examples, _ = build(rows, tokenizer, "prompts", *world.LIMITS.values())
+    saved, scores, lengths = surrogates.rollout(model, tokenizer, examples, batching, "a")
+    which = torch.tensor([[world.TEXTS.index(text.strip()) for text in e.response_texts] for e in saved.examples])
+    assert torch.allclose(scores.view(which.shape).double(), world.rewards(SEED, asked).gather(1, which))
+    grouped, sizes = scores.view(which.shape).double(), lengths.view(which.shape)
+    expected = {"RLOO": advantages.rloo(grouped), "GRPO": advantages.grpo(grouped) / sizes}
+    for method, weights in expected.items():
+        a = world.args(train_ppo, k=surrogates.K, **surrogates.METHODS[method])
+        saved.advantages, _ = train_ppo.compute_advantages(a, 0.0, 0 * saved.logps, scores, lengths, None, None)
+        model.zero_grad()
+        train_ppo.update(a, model, model, None, saved, range(3), 0.0, batching)
+        found = surrogates.flat_gradient(model)
+        model.zero_grad()
+        logps = world.differentiable_logps(model, asked).gather(1, which)
+        (-(weights * logps).sum() / which.numel()).backward()
+        exact = surrogates.flat_gradient(model)
+        assert (found - exact).norm() < 1e-4 * exact.norm()
+        surrogates.set_gradient(model, 2 * found)
+        assert torch.equal(surrogates.flat_gradient(model), 2 * found)
+        model.zero_grad()
+
+
+def test_at_ratio_1_surrogates_differ_by_their_average_only(place, monkeypatch):
+    monkeypatch.setattr(surrogates, "PROMPTS", 2)
+    found = surrogates.gradients(SEED, place, 3)
+    assert [*found] == [*surrogates.METHODS] and all([*x] == [*surrogates.MOVES] for x in found.values())
+    start = {method: x[0]["cosine"] for method, x in found.items()}
+    for same in (("GRPO", "clip-high", "GSPO", "GSPO 0.2"), ("token average", "DAPO", "CISPO")):
+        assert [start[x] for x in same] == pytest.approx([start[same[0]]] * len(same), abs=1e-5)
+    assert abs(start["GRPO"] - start["DAPO"]) > 1e-4 and abs(start["GRPO"] - start["RLOO"]) > 1e-4
+    assert all(x[0]["moved"] == pytest.approx(0, abs=1e-9) and x[0]["clipped"] == 0 for x in found.values())
+    last = surrogates.MOVES[-1]
+    assert found["GSPO"][last]["clipped"] > found["GRPO"][last]["clipped"] >= found["clip-high"][last]["clipped"]
+    assert found["CISPO"][last]["clipped"] < found["clip-high"][last]["clipped"] and found["GRPO"][last]["moved"] > 0
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Two worlds. Rewards end at 0.6 (GRPO), 0.7 (DAPO), 0.65 (CISPO and others) at a rate of 0.003, the best in the
+    worlds that choose, and at 0.9 at other rates; paths are straight lines to 4 nats."""
+    results, ends = common.Results(tmp_path / "results.csv"), {"GRPO": 0.6, "DAPO": 0.7}
+    runs = [(method, rate) for method in surrogates.METHODS for rate in surrogates.RATES]
+    for (method, rate), seed in itertools.product(runs, (*surrogates.VALIDATION_SEEDS, 0, 1)):
+        end = ends.get(method, 0.65) + 0.01 * (seed == 1) * (method == "DAPO")
+        if rate != 0.003:
+            end = 0.5 if seed in surrogates.VALIDATION_SEEDS else 0.9
+        for step in range(surrogates.STEPS + 1):
+            share, run = step / surrogates.STEPS, (f"{method} at {rate:g}", seed, step)
+            results.values_of |= {(*run, "kl"): 4 * share, (*run, "reward"): 0.2 + (end - 0.2) * share}
+    for method, seed, n in itertools.product(surrogates.METHODS, (0, 1), surrogates.MOVES):
+        values = {"cosine": 0.98 if method == "RLOO" else 0.9, "clipped": 0.1, "moved": 0.01 * n}
+        values["variance"] = math.e if method == "GSPO" else math.e**3
+        for metric, value in values.items():
+            results.values_of[f"{method}, gradient", seed, n, metric] = value
+    return results
+
+
+def test_surrogates_choose_the_rate_in_other_worlds(trained):
+    runs = surrogates.paths(trained)
+    assert surrogates.chosen(runs, "GRPO") == "GRPO at 0.003"
+    assert surrogates.reward(runs, "GRPO") == pytest.approx({0: 0.6, 1: 0.6})
+    assert surrogates.reward(runs, "GRPO", 1.0) == pytest.approx({0: 0.3, 1: 0.3})  # a quarter of the way
+    assert surrogates.chosen(runs, "GRPO", 5.0) is None and surrogates.reward(runs, "GRPO", 5.0) == {}
+
+
+def test_surrogates_clauses_by_hand(trained):
+    found = [*surrogates.clauses(trained).values()]
+    assert [mean for mean, _ in found] == pytest.approx([0.08, 2, 0.105, 0.05, -0.055], abs=1e-5)
+    assert found[2][1] == pytest.approx(12.706 * 0.005, rel=1e-4)  # of 0.1 and 0.11
+    table, verdict, effect = surrogates.report(trained)
+    assert verdict == "not resolved" and "CISPO - DAPO -0.055 +- 0.064" in effect
+    assert "| DAPO | 0.705 +- 0.064 | 4.00 +- 0.00 |" in table and "0.003, 0.003, 0.003, 0.003 |" in table
+    assert "| CISPO - GRPO | 0.050 +- 0.000 |" in table and surrogates.same_rates(
+        surrogates.paths(trained), "DAPO"
+    ) == ["0.000 +- 0.000", "0.000 +- 0.000", "0.105 +- 0.064", "0.000 +- 0.000", "0.000 +- 0.000"]
+    needed = 64 * math.e**3 / ((0.98 / 0.9) ** 2 - 1)
+    assert f"| {needed:.0f} | {needed:.0f} | {needed:.0f} | 0.100 | 0.100 |" in table and "| never |" in table
+    trained.values_of["CISPO at 0.003", 1, surrogates.STEPS, "reward"] = 0.665  # 0.05 and 0.045 below DAPO
+    assert surrogates.report(trained)[1] == "contradicted"
