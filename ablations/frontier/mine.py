@@ -18,7 +18,7 @@ function's own runs are made anew by each call, since the function may have chan
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,11 @@ from rlhf import BadInput, require
 from support.rewards import load_function, one_line
 
 Methods = dict[str, dict[str, dict]]  # method: setting: flags of its script
-RATES = frontier.GRID[1:4]  # of --quick
+RATES = (3e-3, 1e-3, 1e-2)  # of --quick; a smoke run has the first
 COORDINATES = [f"{x} {part}" for part in frontier.PARTS for x in ("kl", "reward")]
 
 
-# --------------------------------------------------------------------------------------------------- the function, tried
+# -------------------------------------------------------------------------------------------------- the function, tried
 
 
 def checked(flag: str, name: str) -> Callable:
@@ -119,55 +119,55 @@ def main(a) -> None:
     else:
         try_advantage(fn, name)
 
-    short = a.quick or a.smoke
-    methods, updates = methods_of(flag, name, short, depends), 8 if a.smoke else frontier.UPDATES
-    seeds, rates = range(min(a.seeds, 2 if a.smoke else 3 if a.quick else a.seeds)), RATES if short else frontier.GRID
+    updates = 8 if a.smoke else frontier.UPDATES
+    seeds = range(min(a.seeds, 2 if a.smoke else 3 if a.quick else a.seeds))
+    rates = RATES[:1] if a.smoke else RATES if a.quick else frontier.GRID
+    mine, *others = methods = methods_of(flag, name, 1 if a.smoke else 2 if a.quick else 4, depends)
     folder = common.work(frontier.NAME, a)
-    out = folder / name.replace(":", ".")
-    shutil.rmtree(out, ignore_errors=True)
-    rivals, results = common.Results(folder / "rivals.csv"), common.Results(out / "results.csv")
-    mine = next(iter(methods))
-
-    def fill(runs: Sequence[tuple[str, str, float, int]]) -> None:
-        """Run what is missing of (method, setting, learning rate, world)."""
-        tasks = {
-            (setting, seed, folder, updates, rate): (rivals if method != mine else results, method)
-            for method, setting, rate, seed in runs
-        }
-        tasks = {task: x for task, x in tasks.items() if not x[0].done(named(task[0], task[-1]), task[1])}
-        calls = [(*task, methods.get(method, {}).get(task[0], {})) for task, (_, method) in tasks.items()]
-        for (*task, _), (along, end), seconds in common.each(run, calls, a.jobs, folder):
-            setting, seed, *_, rate = task
-            store, _ = tasks[tuple(task)]
-            for step, values in along.items():
-                store.add(named(setting, rate), seed, values, step)
-            store.add(named(setting, rate), seed, end | {"seconds": seconds})
-
     for seed in (frontier.TUNED_IN, *seeds):
         frontier.prepare(seed, folder, updates)
+
+    def fill(results: common.Results, runs: Iterable[tuple[str, float, int, dict]]) -> None:
+        """Run what is missing of (setting, learning rate, world, flags)."""
+        tasks = [
+            (setting, seed, folder, updates, rate, flags)
+            for setting, rate, seed, flags in runs
+            if not results.done(named(setting, rate), seed)
+        ]
+        for (setting, seed, *_, rate, _), (along, end), seconds in common.each(run, tasks, a.jobs, folder):
+            for step, values in along.items():
+                results.add(named(setting, rate), seed, values, step)
+            results.add(named(setting, rate), seed, end | {"seconds": seconds})
+
+    def learn(results: common.Results, names: Sequence[str]) -> dict[str, float]:
+        """Tune these methods, and run them in all worlds at their best learning rates, which are returned."""
+        settings = [(m, setting, flags) for m in names for setting, flags in methods[m].items()]
+        fill(results, [(x, rate, frontier.TUNED_IN, flags) for _, x, flags in settings for rate in rates])
+        best = {m: best_rate(results, methods[m], rates) for m in names}
+        fill(results, [(x, best[m], seed, flags) for m, x, flags in settings for seed in seeds])
+        return best
+
+    rivals = common.Results(folder / "rivals.csv")
     if rivals.values_of:
-        print(f"runs of other methods are taken from {rivals.path}; delete it to make them again")
-    tuned = [("", "optimum", 0.0, seed) for seed in (frontier.TUNED_IN, *seeds)]
-    for method, settings in methods.items():
-        tuned += [(method, setting, rate, frontier.TUNED_IN) for setting in settings for rate in rates]
-    fill(tuned)
-    results.values_of |= rivals.values_of
-    best = {method: best_rate(results, settings, rates) for method, settings in methods.items()}
-    fill([(m, setting, best[m], seed) for m, settings in methods.items() for setting in settings for seed in seeds])
-    results.values_of |= rivals.values_of
+        print(f"other methods' runs are taken from {rivals.path}: delete it to make them again")
+    fill(rivals, [("optimum", 0.0, seed, {}) for seed in (frontier.TUNED_IN, *seeds)])
+    best = learn(rivals, others)
+    out = folder / name.replace(":", ".")
+    shutil.rmtree(out, ignore_errors=True)
+    results = common.Results(out / "results.csv")
+    results.values_of |= rivals.values_of  # in memory: its file has the function's own runs
+    best |= learn(results, [mine])
 
     tables, paragraph = report(results, methods, best, rates, seeds)
     plot.picture(results, partial(draw, methods=methods, best=best, seeds=seeds), out / "figure.png")
-    minutes = results.minutes()
-    print(f"\n{tables}\n\n{paragraph}\n\n{minutes:.1f} minutes of one thread, {common.hardware()}.")
-    print(f"The figure is {out}/figure.png, the numbers are {out}/results.csv and {rivals.path}.")
+    print(f"\n{tables}\n\n{paragraph}\n\n{results.minutes():.1f} minutes of one thread, {common.hardware()}.")
+    print(f"The figure is {out}/figure.png; the numbers are {results.path} and {rivals.path}.")
 
 
-def methods_of(flag: str, name: str, short: bool, depends: bool) -> Methods:
-    """The user's function first, then its rivals, each with its settings; `depends`: whether a loss uses a.beta."""
-    betas, coefs = frontier.BETAS, frontier.GOLD_COEFS
-    if short:
-        betas, coefs = betas[1:3], coefs[::2]
+def methods_of(flag: str, name: str, count: int, depends: bool) -> Methods:
+    """The user's function first, then its rivals, with `count` settings each; `depends`: whether a loss uses a.beta."""
+    betas = {1: frontier.BETAS[1:2], 2: frontier.BETAS[1:3], 4: frontier.BETAS}[count]
+    coefs = {1: frontier.GOLD_COEFS[:1], 2: frontier.GOLD_COEFS[::2], 4: frontier.GOLD_COEFS}[count]
 
     def of_losses(losses: dict[str, str]) -> Methods:
         return {m: {f"{m} {x:g}": {"loss": loss, "beta": x} for x in betas} for m, loss in losses.items()}
@@ -267,30 +267,27 @@ def report(results: common.Results, methods: Methods, best: dict, rates: Sequenc
         return show(t_interval([gain / (tops[1.0][seed] - starts[seed]) for seed, gain in gains.items()]))
 
     sides = [f"{side(differences[x]['mean'])} {x} ({show(differences[x]['mean'], 3)})" for x in others]
-    nats = ", ".join(f"{x:g}" for x in frontier.NATS)
-    shares = ", ".join(f"{x} {share(x)}" for x in others)
+    nats, listed = (", ".join(f"{x:g}" for x in xs) for xs in (frontier.NATS, sorted(rates)))
     sentences = [
-        f"{mine} is, in reward at equal KL, {', '.join(sides[:-1])} and {sides[-1]}.",
+        f"In reward at equal KL, {mine} is {', '.join(sides[:-1])} and {sides[-1]}.",
         f"These are means over KL {nats} nats, paired by world, with 95 % t-intervals over {len(seeds)} worlds.",
-        f"At 1 nat it has {share(mine)} of the gain that the optimum has there ({shares}).",
+        f"At 1 nat it has {share(mine)} of the gain that the optimum has there "
+        f"({', '.join(f'{x} {share(x)}' for x in others)}).",
     ]
-    if min(reach[mine]) < frontier.NATS[-1]:
+    least = min(reach[mine])
+    if least == 0:
+        sentences.append("In some world no checkpoint of it has more reward than the reference, whose reward counts.")
+    elif least < frontier.NATS[-1]:
         sentences.append(
-            f"In some world it gets no further than {min(reach[mine]):.2f} nats with a rising reward; beyond that its "
-            "last reward counts."
+            f"In some world its reward rises no further than {least:.2f} nats, where its last reward counts."
         )
-    sentences.append(
-        f"Every method has the best of the learning rates {', '.join(f'{x:g}' for x in rates)} in a world of its own"
-        + (
-            f"; {best[mine]:g} is at the end of the list, so a better one may lie beyond."
-            if best[mine] in (rates[0], rates[-1])
-            else "."
-        )
-    )
-    if not any("beta" in flags or "kl_coef" in flags for flags in methods[mine].values()):
+    sentences.append(f"Each method has its best learning rate of {listed}, found in another world.")
+    if len(rates) > 1 and best[mine] in (min(rates), max(rates)):
+        sentences.append(f"Its own, {best[mine]:g}, is at the end of that list, so a better one may lie beyond.")
+    if "seed" in next(iter(methods[mine].values())):
         sentences.append("It does not depend on a.beta, so its settings are orders of the data.")
-    if lost := [name for (name, *_, metric) in results.values_of if metric == "diverged" and name.startswith(mine)]:
-        sentences.append(f"{len(lost)} of its runs diverged and add no points ({', '.join(sorted({*lost}))}).")
+    if lost := sum(key[0].startswith(mine) and key[3] == "diverged" for key in results.values_of):
+        sentences.append(f"{lost} of its runs, those for the learning rate included, diverged and add no points.")
     return "\n\n".join(tables), " ".join(sentences)
 
 
