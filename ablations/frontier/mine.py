@@ -160,7 +160,10 @@ def main(a) -> None:
 
     tables, paragraph = report(results, methods, best, rates, seeds)
     plot.picture(results, partial(draw, methods=methods, best=best, seeds=seeds), out / "figure.png")
-    print(f"\n{tables}\n\n{paragraph}\n\n{results.minutes():.1f} minutes of one thread, {common.hardware()}.")
+    print(
+        f"\n{tables}\n\n{paragraph}\n\n{results.minutes():.1f} minutes of one thread for all these "
+        f"runs, {common.hardware()}."
+    )
     print(f"The figure is {out}/figure.png; the numbers are {results.path} and {rivals.path}.")
 
 
