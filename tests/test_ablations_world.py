@@ -324,7 +324,8 @@ def test_the_users_advantage_is_known_inside_only(user):
         ("advantage", "return x / [1]", "raised TypeError"),
     ],
 )
-def test_a_function_that_cannot_be_used_is_refused_before_the_run(flag, body, message, user):
+def test_a_function_that_cannot_be_used_is_refused_before_the_run(flag, body, message, user, monkeypatch):
+    monkeypatch.setattr(frontier, "prepare", lambda *_: pytest.fail("it is run"))
     name = user(body)
     with pytest.raises(BadInput) as error:
         frontier.main(frontier.Args(smoke=True, **{flag: name}))
@@ -396,7 +397,7 @@ def test_a_users_loss_at_equal_kl_by_hand(small):
     # of the optimum's 0.8 at 1 nat: 0.375 and 0.625
     assert "At 1 nat it has 0.50 +- 1.59 of the gain" in paragraph and "DPO 0.38 +- 1.59" in paragraph
     assert "rises no further than 1.00 nats" in paragraph
-    assert "Its own, 0.003, is at the end of that list" in paragraph and "diverged" not in paragraph
+    assert "For loss m:f and DPO and IPO that is an end of the list" in paragraph and "diverged" not in paragraph
 
 
 def test_sides_of_an_interval():
@@ -427,6 +428,8 @@ def test_a_run_that_diverges_adds_no_points(small, monkeypatch, tmp_path):
     results, methods = small
     results.add("loss m:f 1 at 0.01", 0, {"diverged": 1.0})
     assert mine.path(results, methods["loss m:f"], 0.01, 0, "test") == [(0.0, 0.0)]
+    results.add("optimum", 2, {"start test": 0.0, "start validation": 0.0})
+    assert mine.path(results, methods["loss m:f"], 0.003, 2, "test") == [(0.0, 0.0)], "the other worlds have points"
     paragraph = mine.report(results, methods, dict.fromkeys(methods, 0.003) | {"loss m:f": 0.01}, (0.01,), (0, 1))[1]
     assert "1 of its runs, those for the learning rate included, diverged" in paragraph
     assert "no checkpoint of it has more reward than the reference" in paragraph

@@ -9,7 +9,7 @@ compared with DPO, IPO and SimPO on the same rankings. An advantage is compared 
 and with DPO, which only sees an order. All methods have the same worlds, updates, number of settings, and learning
 rates to choose from: each takes the rate with the most reward on validation prompts of the tuning world, averaged over
 the four KL, at the same settings. Reward at a KL is measured as in __main__.py. --quick has two settings instead of
-four, three learning rates instead of five, and three worlds.
+four, four learning rates instead of five, and three worlds.
 
 A loss that ignores a.beta would be the same run for every beta, so it gets as many orders of the data instead. A run
 whose loss becomes NaN adds no points. Other methods' runs are kept in rivals.csv and reused by later calls. The
@@ -36,7 +36,7 @@ from rlhf import BadInput, require
 from support.rewards import load_function, one_line
 
 Methods = dict[str, dict[str, dict]]  # method: setting: flags of its script
-RATES = (3e-3, 1e-3, 1e-2)  # of --quick; a smoke run has the first
+RATES = (3e-3, 3e-4, 1e-3, 1e-2)  # of --quick; a smoke run has the first
 COORDINATES = [f"{x} {part}" for part in frontier.PARTS for x in ("kl", "reward")]
 
 
@@ -285,8 +285,9 @@ def report(results: common.Results, methods: Methods, best: dict, rates: Sequenc
             f"In some world its reward rises no further than {least:.2f} nats, where its last reward counts."
         )
     sentences.append(f"Each method has its best learning rate of {listed}, found in another world.")
-    if len(rates) > 1 and best[mine] in (min(rates), max(rates)):
-        sentences.append(f"Its own, {best[mine]:g}, is at the end of that list, so a better one may lie beyond.")
+    at_an_end = [m for m in methods if len(rates) > 1 and best[m] in (min(rates), max(rates))]
+    if at_an_end:
+        sentences.append(f"For {' and '.join(at_an_end)} that is an end of the list, so a better one may lie beyond.")
     if "seed" in next(iter(methods[mine].values())):
         sentences.append("It does not depend on a.beta, so its settings are orders of the data.")
     if lost := sum(key[0].startswith(mine) and key[3] == "diverged" for key in results.values_of):
