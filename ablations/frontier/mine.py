@@ -277,13 +277,11 @@ def report(results: common.Results, methods: Methods, best: dict, rates: Sequenc
         f"At 1 nat it has {share(mine)} of the gain that the optimum has there "
         f"({', '.join(f'{x} {share(x)}' for x in others)}).",
     ]
-    least = min(reach[mine])
-    if least == 0:
+    if min(reach[mine]) == 0:
         sentences.append("In some world no checkpoint of it has more reward than the reference, whose reward counts.")
-    elif least < frontier.NATS[-1]:
-        sentences.append(
-            f"In some world its reward rises no further than {least:.2f} nats, where its last reward counts."
-        )
+    if ends := {m: min(x) for m, x in reach.items() if min(x) < frontier.NATS[-1]}:
+        least = ", ".join(f"{m} {x:.2f}" for m, x in ends.items())
+        sentences.append(f"Beyond its largest KL a method's last reward counts; the least over worlds is: {least}.")
     sentences.append(f"Each method has its best learning rate of {listed}, found in another world.")
     at_an_end = [m for m in methods if len(rates) > 1 and best[m] in (min(rates), max(rates))]
     if at_an_end:
@@ -322,7 +320,7 @@ def draw(results: common.Results, page, methods: Methods, best: dict, seeds: Seq
     right.axhline(0, color="black", linewidth=1)
     right.set_xscale("log", base=2)
     right.set_xticks(frontier.NATS, [f"{x:g}" for x in frontier.NATS])
-    right.set_title(f"reward of {mine} minus that of", fontsize=9)
+    right.set_title(f"{mine} minus", fontsize=8)
     left.set_xlim(-0.1, frontier.CURVE[-1])
     left.set_ylabel("gold reward")
     left.set_title(f"world {seed}, test prompts", fontsize=9)
