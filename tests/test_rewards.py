@@ -350,7 +350,6 @@ def test_long_texts_are_shortened_and_messages_shown(module):
     [
         ("missing_module_of_mine:f", "cannot be imported (ModuleNotFoundError"),
         ("{name}:g", "cannot be imported (AttributeError"),
-        ("mine.py:f", "a module has no .py: --by mine:f"),
         ("{name}:number", "is not a function"),
         ("{name}:", "cannot be imported"),
         ("{name}.py:f", "names a module: drop .py ("),
