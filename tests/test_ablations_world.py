@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,10 @@ import train_ppo
 from ablations import common, world
 from ablations.beta_sweep import __main__ as beta_sweep
 from ablations.frontier import __main__ as frontier
-from ablations.frontier import tier_s
+from ablations.frontier import mine, tier_s
 from ablations.grad_weight import __main__ as grad_weight
 from ablations.surrogates import __main__ as surrogates
-from rlhf import advantages
+from rlhf import BadInput, advantages
 from rlhf.losses import dpo
 from support import models, runs, scoring
 from support.examples import build
@@ -260,6 +263,196 @@ def test_the_exact_gradient_raises_its_objective_and_keeps_its_checkpoints(untra
     best = world.tilted(ref, r, 0.3)
     assert [*seen] == [4, 8, 12, 16]
     assert world.expected(ref, r) < seen[4] < seen[16] < best[1] - 0.3 * best[0]
+
+
+# ------------------------------------------------------------------------------------------- a loss of the user's own
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """Write the module and return a way to name its function; the working directory is the module's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "of_a_user", raising=False)
+
+    def write(body: str) -> str:
+        Path("of_a_user.py").write_text(f"import torch\n\n\ndef fn(*args):\n    *_, x = args\n    {body}\n")
+        return "of_a_user:fn"
+
+    yield write
+    sys.modules.pop("of_a_user", None)
+
+
+def test_the_users_function_is_known_inside_only(user):
+    name, before = user("return x.chosen - 3 * x.rejected_logps"), dict(train_dpo.LOSSES)
+    pair = train_dpo.Pairs(*(torch.tensor([v]) for v in (0.5, 0.0, -3.0, -5.0)), (torch.tensor([1]), torch.tensor([1])))
+    with mine.added("--loss", name):
+        assert train_dpo.LOSSES[name](train_dpo.Args(), pair).item() == 0.5 + 15.0
+        assert name not in train_ppo.GROUPED
+    assert before == train_dpo.LOSSES and name not in train_ppo.AVERAGES
+
+
+def test_the_users_advantage_is_known_inside_only(user):
+    name, before = user("return 2 * x"), (dict(train_ppo.GROUPED), dict(train_ppo.AVERAGES))
+    a = train_ppo.Args(advantage=name, k=2, kl_coef=0.0)
+    scores, lengths = torch.tensor([1.0, 3.0]), torch.tensor([1, 2])
+    with mine.added("--advantage", name):
+        estimates, _ = train_ppo.compute_advantages(a, 0.0, torch.zeros(3), scores, lengths, None, None)
+        assert estimates.tolist() == [2.0, 6.0, 6.0] and train_ppo.AVERAGES[name] == "sequences"
+    assert before == (train_ppo.GROUPED, train_ppo.AVERAGES)
+
+
+@pytest.mark.parametrize(
+    ("flag", "body", "message"),
+    [
+        (
+            "loss",
+            "return x.choosen",
+            "raised AttributeError: 'Pairs' object has no attribute 'choosen', at of_a_user.py:6",
+        ),
+        ("loss", "return 1.0", "gave a float, not a tensor"),
+        ("loss", "return x.chosen.mean()", r"gave the shape [] for pairs of the shape [8]: it must be the same"),
+        ("loss", "return (x.chosen - x.rejected).log()", "where policy and reference agree: it must be finite"),
+        ("loss", "return x.chosen.abs().sqrt()", "its gradient is not finite where policy and reference agree"),
+        ("loss", "return x.chosen.detach()", "has no gradient: compute it from x.chosen, x.rejected or their _logps"),
+        (
+            "loss",
+            "return x.chosen ** 2",
+            "its gradient is 0 where policy and reference agree: nothing would be learned",
+        ),
+        ("advantage", "return x.mean(1)", "gave the shape [3] for rewards of the shape [3, 4]: it must be the same"),
+        ("advantage", "return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)", "it must be finite"),
+        ("advantage", "return 0 * x", "nothing would be learned"),
+        ("advantage", "return x / [1]", "raised TypeError"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_refused_before_the_run(flag, body, message, user, monkeypatch):
+    monkeypatch.setattr(frontier, "prepare", lambda *_: pytest.fail("it is run"))
+    name = user(body)
+    with pytest.raises(BadInput) as error:
+        frontier.main(frontier.Args(smoke=True, **{flag: name}))
+    text = str(error.value)
+    assert text.startswith(f"--{flag} {name}: ") and message in text and "\n" not in text
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"loss": "ipo"}, "--loss ipo: must be module:function, as in mine:fn"),
+        ({"loss": "no_such:fn"}, "--loss no_such:fn: cannot be imported"),
+        ({"loss": "m:f", "advantage": "m:f"}, "give one at a time"),
+        ({"loss": "m:f", "tune": True}, "leave out --tier and --tune"),
+        ({"advantage": "m:f", "seeds": 1}, "--seeds 1: --advantage needs at least 2"),
+    ],
+)
+def test_flags_of_a_users_function(flags, message):
+    with pytest.raises(BadInput) as error:
+        frontier.main(frontier.Args(**flags))
+    assert message in str(error.value)
+
+
+def test_a_loss_without_beta_gets_orders_of_the_data(user):
+    fn = lambda name: mine.checked("--loss", name)  # noqa: E731
+    name = user("a = args[0]; return (x.rejected - x.chosen) * a.beta")
+    assert mine.try_loss(fn(name), name)
+    sys.modules.pop("of_a_user")
+    name = user("return x.rejected_logps - x.chosen_logps")
+    assert not mine.try_loss(fn(name), name)
+    known, unknown = (mine.methods_of("--loss", name, 2, x)[f"loss {name}"] for x in (True, False))
+    assert [*known.values()] == [{"loss": name, "beta": 0.1}, {"loss": name, "beta": 1.0}]
+    assert [*unknown.values()] == [{"loss": name, "seed": 0}, {"loss": name, "seed": 1}]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two worlds and the tuning world. A method's reward is slope * KL up to 1 nat, its only checkpoint."""
+    results = common.Results(tmp_path / "results.csv")
+    methods = {m: {f"{m} 1": {"beta": 1.0}} for m in ("loss m:f", "DPO", "IPO")}
+    slopes = {"loss m:f": (0.3, 0.5), "DPO": (0.2, 0.4), "IPO": (0.5, 0.4)}
+    for seed in (0, 1, frontier.TUNED_IN):
+        tops = {f"{x:g}": 0.8 * x for x in frontier.CURVE}
+        results.add("optimum", seed, tops | {"start test": 0.0, "start validation": 0.0, "seconds": 30.0})
+    for method, of_worlds in slopes.items():
+        for seed, slope in enumerate(of_worlds):
+            values = {f"{n} {part}": x for part in frontier.PARTS for n, x in (("kl", 1.0), ("reward", slope))}
+            results.add(f"{method} 1 at 0.003", seed, values, 4)
+            results.add(f"{method} 1 at 0.003", seed, {"seconds": 60.0})
+    return results, methods
+
+
+def test_a_users_loss_at_equal_kl_by_hand(small):
+    results, methods = small
+    best = dict.fromkeys(methods, 0.003)
+    rewards = mine.at_equal_kl(results, methods["loss m:f"], 0.003, (0, 1))
+    # 0.3 and 0.5 a nat, and from 1 nat on what the last point has
+    assert rewards[0.25] == pytest.approx({0: 0.075, 1: 0.125}) and rewards[2.0] == pytest.approx({0: 0.3, 1: 0.5})
+    assert rewards["mean"] == pytest.approx({0: 0.3 * 2.75 / 4, 1: 0.5 * 2.75 / 4})
+    tables, paragraph = mine.report(results, methods, best, (0.001, 0.003), (0, 1))
+    # - DPO: 0.1 a nat in both worlds; - IPO: -0.2 and 0.1 a nat, so -0.05 +- 12.706 * 0.15
+    assert (
+        "| loss m:f - DPO | 0.025 +- 0.000 | 0.050 +- 0.000 | 0.100 +- 0.000 | 0.100 +- 0.000 | 0.069 +- 0.000 |"
+        in tables
+    )
+    assert "| loss m:f - IPO | -0.013 +- 0.476 | -0.025 +- 0.953 | -0.050 +- 1.906 |" in tables
+    assert "loss m:f is above DPO (0.069 +- 0.000) and not told apart from IPO (-0.034 +- 1.310)." in paragraph
+    # of the optimum's 0.8 at 1 nat: 0.375 and 0.625
+    assert "At 1 nat it has 0.50 +- 1.59 of the gain" in paragraph and "DPO 0.38 +- 1.59" in paragraph
+    assert "the least over worlds is: loss m:f 1.00, DPO 1.00, IPO 1.00." in paragraph
+    assert "For loss m:f and DPO and IPO that is an end of the list" in paragraph and "diverged" not in paragraph
+
+
+def test_sides_of_an_interval():
+    assert [mine.side(x) for x in ((0.2, 0.1), (-0.2, 0.1), (0.05, 0.1), (0.0, 0.0))] == [
+        "above",
+        "below",
+        "not told apart from",
+        "not told apart from",
+    ]
+
+
+def test_the_rate_is_the_best_on_validation_prompts(small):
+    results, methods = small
+    for rate, (validation, test) in {0.001: (0.4, 0.1), 0.003: (0.3, 0.9)}.items():
+        values = {"kl validation": 1.0, "reward validation": validation, "kl test": 1.0, "reward test": test}
+        results.add(f"DPO 1 at {rate:g}", frontier.TUNED_IN, values, 4)
+    assert mine.best_rate(results, methods["DPO"], (0.003, 0.001, 0.01)) == 0.001
+
+
+def test_a_run_that_diverges_adds_no_points(small, monkeypatch, tmp_path):
+    def diverge(*_):
+        raise FloatingPointError("step 3: the loss is nan")
+
+    monkeypatch.setattr(frontier, "run", diverge)
+    assert mine.run("DPO 1", 0, tmp_path, 8, 0.1, {"loss": "dpo"}) == ({}, {"diverged": 1.0})
+    monkeypatch.setattr(frontier, "run", lambda *_: ({4: {"kl test": math.nan}}, {"share test": 0.5}))
+    assert mine.run("DPO 1", 0, tmp_path, 8, 0.1, {"loss": "dpo"}) == ({}, {"diverged": 1.0})
+    results, methods = small
+    results.add("loss m:f 1 at 0.01", 0, {"diverged": 1.0})
+    assert mine.path(results, methods["loss m:f"], 0.01, 0, "test") == [(0.0, 0.0)]
+    results.add("optimum", 2, {"start test": 0.0, "start validation": 0.0})
+    assert mine.path(results, methods["loss m:f"], 0.003, 2, "test") == [(0.0, 0.0)], "the other worlds have points"
+    paragraph = mine.report(results, methods, dict.fromkeys(methods, 0.003) | {"loss m:f": 0.01}, (0.01,), (0, 1))[1]
+    assert "1 of its runs, those for the learning rate included, diverged" in paragraph
+    assert "no checkpoint of it has more reward than the reference" in paragraph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flag", "method"), [("loss", "loss of_a_user:fn"), ("advantage", "PPO-gold of_a_user:fn")])
+def test_a_users_function_is_run_beside_others(flag, method, user, tmp_path):
+    name = user({"loss": "return x.rejected - x.chosen", "advantage": "return x - x.mean(1, keepdim=True)"}[flag])
+    root = Path(world.__file__).parent.parent
+    committed = root / "ablations/frontier/results.csv"
+    before = committed.read_bytes()
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ablations.frontier", f"--{flag}", name, "--smoke"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert f"In reward at equal KL, {method} is " in done.stdout and f"| {method} - DPO |" in done.stdout
+    folder = tmp_path / "runs/ablations/frontier/smoke"
+    assert (folder / "of_a_user.fn/figure.png").stat().st_size > 5000
+    own = {x.split(",")[0] for x in (folder / "of_a_user.fn/results.csv").read_text().splitlines()[1:]}
+    assert own and all(x.startswith(method) for x in own) and committed.read_bytes() == before
 
 
 @pytest.mark.slow

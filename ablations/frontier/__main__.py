@@ -3,6 +3,7 @@
     python -m ablations.frontier                    --quick, --smoke, --seeds, --jobs
     python -m ablations.frontier --tune             the learning rates, in a world that is not among the seeds
     python -m ablations.frontier --tier s           a real model on film reviews, on a GPU (README.md)
+    python -m ablations.frontier --loss mine:fn     a loss of your own beside DPO, IPO and SimPO (docs/my_loss.md)
 
 Claim (Rafailov et al. 2023, section 6.1 and figure 2 left, arXiv 2305.18290): at every KL to the reference, DPO has the
 most reward. Each seed is a world of its own (ablations/world.py): a source, a gold reward in [0, 1), an SFT model, and
@@ -96,6 +97,10 @@ class Args(common.Args):
     """causal language model for --tier s: a local folder or a hub id"""
     tune: bool = False
     """only run each method at each learning rate of a grid, in a world that is not one of the seeds"""
+    loss: str | None = None
+    """module:function(a, x) -> [m], a loss that is put beside DPO, IPO and SimPO (mine.py, docs/my_loss.md)"""
+    advantage: str | None = None
+    """module:function(R [p k]) -> [p k], an advantage that is put beside RLOO, GRPO and DPO (mine.py)"""
     jobs: int = 2
     """processes, one thread each, >= 1; the results do not depend on it"""
 
@@ -105,6 +110,11 @@ class Args(common.Args):
 
 def main(a: Args) -> None:
     """Run whatever results.csv lacks, and write table and figure."""
+    if a.loss or a.advantage:
+        from ablations.frontier import mine  # it imports this module
+
+        mine.main(a)
+        return
     if a.tier == "s":
         with mock.patch.dict(train_dpo.LOSSES, LOSSES):
             tier_s.main(SETTINGS, a.model, a.smoke)
