@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from einops import repeat
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from rlhf import require
@@ -279,24 +279,6 @@ def _given_logps(sampler: str, model, rows: Sequence[Tree], temperature: float, 
     choose = given(responses, temperature, model.device)
     _, logps = _run(sampler, model, prompts, 1, [*map(len, responses)], choose, [], pad, dtype)
     return [x[: len(r)] for x, r in zip(logps, responses, strict=True)]
-
-
-@torch.no_grad()
-def cached_logps(
-    model,
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    temperature: float,
-    pad_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> list[Float[Tensor, " n"]]:
-    """Log-probs (nats) of given response tokens, as `generate` computes them while it samples: one by one, with a
-    key-value cache. For comparison with what scores them."""
-    pad = _filler(model, pad_id)
-    sampler = choose_sampler(model, prompts, max(map(len, responses)), pad, dtype)
-    rows = [SimpleNamespace(prompt=p, responses=[r], trained=None) for p, r in zip(prompts, responses, strict=True)]
-    groups = [[row] for row in rows] if sampler == "alone" else [rows]
-    return [x for group in groups for x in _given_logps(sampler, model, group, temperature, pad, dtype)]
 
 
 # ------------------------------------------------------------------------------------------------- answers to examples

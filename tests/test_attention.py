@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import random_examples, tiny
+from tiny import cached_logps, random_examples, tiny
 
 from rlhf.tree import collate
 from support import models, reviews, scoring
-from support.generate import cached_logps, generate
+from support.generate import generate
 
 EXAMPLES = random_examples([(7, [5, 9]), (12, [3, 14])])
 FAMILIES = ["llama", "mistral", "gpt2", "gemma3_text"]

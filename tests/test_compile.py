@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_resume import pairs, write_model, write_rows
-from tiny import ARCHITECTURES, GQA, random_examples, tiny
+from tiny import ARCHITECTURES, GQA, cached_logps, random_examples, tiny
 
 import train_dpo
 import train_ppo
@@ -19,7 +19,7 @@ import train_sft
 from rlhf import BadInput
 from rlhf.tree import collate
 from support import models, scoring, sharding
-from support.generate import cached_logps, generate
+from support.generate import generate
 
 BATCHES = [  # of other numbers of prompts, responses and tokens; the last is longer than any before
     random_examples([(7, [5, 9]), (1, [3, 4]), (12, [1, 14])]),

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import ARCHITECTURES, GQA, MOE, SMALL, VOCAB, example, tiny
+from tiny import ARCHITECTURES, GQA, MOE, SMALL, VOCAB, cached_logps, example, tiny
 
 from rlhf import BadInput
 from rlhf.tree import collate
 from support import decode, models, scoring, sharding
 from support import generate as sampling
-from support.generate import cached_logps, end_ids, generate
+from support.generate import end_ids, generate
 
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)
 PADDED_WITH_EOS = SimpleNamespace(eos_token_id=2, pad_token_id=2)

@@ -32,7 +32,7 @@ from test_resume import (  # noqa: F401 (quick and server are fixtures)
 )
 from test_rm import llama
 from test_sample import words
-from tiny import ARCHITECTURES, example, tiny
+from tiny import ARCHITECTURES, cached_logps, example, tiny
 
 import evaluate
 import train_ppo
@@ -40,7 +40,7 @@ from rlhf import BadInput
 from rlhf.tree import collate
 from support import generate as sampling
 from support import models, report, reviews, runs, scoring
-from support.generate import answer, cached_logps, generate
+from support.generate import answer, generate
 from support.report import ANSWER_STATS
 from support.runs import Run
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import random
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import transformers
 
+from support import generate
 from support.examples import Example
 
 VOCAB = 61
@@ -118,3 +120,14 @@ def no_float32():
         mock.patch.object(torch.nn.functional, "softmax", wide_softmax),
     ):
         yield
+
+
+@torch.no_grad()
+def cached_logps(model, prompts, responses, temperature: float, pad_id: int, dtype: torch.dtype = torch.float32):
+    """Log-probs (nats) of given response tokens, as `generate` computes them while it samples: one by one, with a
+    key-value cache."""
+    pad = generate._filler(model, pad_id)
+    sampler = generate.choose_sampler(model, prompts, max(map(len, responses)), pad, dtype)
+    rows = [SimpleNamespace(prompt=p, responses=[r], trained=None) for p, r in zip(prompts, responses, strict=True)]
+    groups = [[row] for row in rows] if sampler == "alone" else [rows]
+    return [x for group in groups for x in generate._given_logps(sampler, model, group, temperature, pad, dtype)]
