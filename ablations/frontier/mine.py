@@ -158,10 +158,11 @@ def main(a) -> None:
     results.values_of |= rivals.values_of  # in memory: its file has the function's own runs
     best |= learn(results, [mine])
 
+    seconds = [x for key, x in results.values_of.items() if key[3] == "seconds" and key[0].startswith((*methods,))]
     tables, paragraph = report(results, methods, best, rates, seeds)
     plot.picture(results, partial(draw, methods=methods, best=best, seeds=seeds), out / "figure.png")
     print(
-        f"\n{tables}\n\n{paragraph}\n\n{results.minutes():.1f} minutes of one thread for all these "
+        f"\n{tables}\n\n{paragraph}\n\n{sum(seconds) / 60:.1f} minutes of one thread for all these "
         f"runs, {common.hardware()}."
     )
     print(f"The figure is {out}/figure.png; the numbers are {results.path} and {rivals.path}.")
