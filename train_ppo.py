@@ -580,7 +580,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
         answers = torch.tensor([len(r) for i in group for r in examples[i].responses])
-        weights = torch.cat([by_answer[i] for i in group]).repeat_interleave(answers)
+        weights = torch.cat([by_answer[i] for i in group]).repeat_interleave(answers, output_size=len(old["logps"]))
         weights = weight * send(weights, a.device) * old["weights"]
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)

@@ -69,10 +69,11 @@ def ours(job: dict) -> dict:
 
     def watched_generate(model, tokenizer, prompts, *args, **kwargs):
         began = time.perf_counter()
-        _, logps = sample(model, tokenizer, prompts, *args, **kwargs)
+        sample(model, tokenizer, prompts, *args, **kwargs)
         sampled.append(time.perf_counter())
         phases.append({"rollout": sampled[-1] - began})
-        return [answer for prompt in prompts for answer in given[compare.key(prompt)]], logps
+        answers = [answer for prompt in prompts for answer in given[compare.key(prompt)]]
+        return answers, [[0.0] * len(answer) for answer in answers]  # nobody sampled them, so `guard` is left out
 
     def watched_update(a, policy, reference, critic, rollout, *args, **kwargs):
         phases[-1].setdefault("scoring", time.perf_counter() - sampled[-1])
@@ -91,7 +92,7 @@ def ours(job: dict) -> dict:
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(train_ppo, load=lambda *_: examples, update=watched_update),
+        mock.patch.multiple(train_ppo, load=lambda *_: examples, update=watched_update, guard=lambda *_: None),
         mock.patch.object(generate, "generate", watched_generate),
         watch.script() as watched,
     ):

@@ -233,9 +233,10 @@ def check_tokens(model, examples: Sequence[Example]) -> None:
     size = model.get_input_embeddings().num_embeddings
     for e in examples:
         for ids in (e.prompt, *e.responses):
+            largest = max(ids, default=0)
             require(
-                max(ids) < size,
-                f"{e.where}: has the token id {max(ids)}, and the {model.config.model_type} model {size} embeddings: "
+                largest < size,
+                f"{e.where}: has the token id {largest}, and the {model.config.model_type} model {size} embeddings: "
                 "its tokenizer is that of another model",
             )
     most = max(len(e.prompt) + max(map(len, e.responses), default=1) for e in examples)
