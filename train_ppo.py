@@ -82,10 +82,10 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_target: float | None = None
     """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
-    """--kl-target: share of the run's answers over which kl_coef can change by a factor of about e^0.2, in (0, 1]"""
+    """--kl-target: share of the run's answers, in (0, 1], within which kl_coef changes by a factor of at most e^0.2"""
     kl_stop: float | None = None
-    """stop after a pass over the rollout whose last minibatch finds pi further than this from pi_old, the policy that
-    sampled (k2, in nats per token), > 0; default: never"""
+    """skip the rest of a rollout's passes once the last minibatch of a pass finds pi further than this from pi_old, the
+    policy that sampled (k2, in nats per token), > 0; default: never"""
     gamma: float = 1.0
     """gae: discount per token, in [0, 1]; at 1 the score counts in full at every token"""
     lam: float = 0.95
@@ -102,21 +102,21 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """see --missing-eos; in units of reward"""
     surrogate: Literal["token", "sequence", "cispo"] = "token"
     """token: PPO's, with a ratio pi / pi_old for each token, where pi_old is the policy that sampled; sequence: GSPO's,
-    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: the ratio is a capped weight without
-    gradient, so that every token keeps a gradient"""
+    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: log pi, weighted by the
+    capped ratio, which passes no gradient, so that no token loses its own"""
     clip_range: float | None = None
     """how far the ratio may fall below 1 before a token gets no gradient, > 0 (cispo has no such bound); default 0.2
     (--surrogate sequence: 3e-4)"""
     clip_high: float | None = None
-    """how far the ratio may rise above 1, > 0; default --clip-range (--surrogate sequence: 4e-4). DAPO has 0.28, with
-    0.2 below"""
+    """how far the ratio may rise above 1, > 0; default --clip-range (--surrogate sequence: 4e-4). DAPO has 0.28,
+    with --clip-range 0.2"""
     average: Literal["tokens", "responses", "sequences", "constant"] | None = None
-    """how a minibatch's loss is averaged. tokens (default of gae and reinforce++): over its tokens. The others average
-    over its answers: each one's mean (responses: grpo, and --surrogate sequence), its sum (sequences: rloo, remax) or
-    its sum / --max-new-tokens (constant: drgrpo)"""
+    """how a minibatch's loss is averaged. tokens (default of gae, reinforce++): over its tokens. The others average
+    over its answers: responses (grpo, --surrogate sequence) each one's mean, sequences (rloo, remax) each one's sum,
+    constant (drgrpo) each one's sum / --max-new-tokens"""
     overlong: Literal["keep", "mask"] = "keep"
-    """mask: the policy's loss leaves out answers that were cut at --max-new-tokens, which still count in the baseline
-    of the others"""
+    """mask: the policy's loss leaves out answers that were cut at --max-new-tokens; other answers to the prompt are
+    still compared with them"""
     sampler_correction: Literal["none", "token", "sequence"] | None = None
     """importance weights of the loss where sampling computes other log-probs than training. token: p_train / p_sampler
     of each token, at most --sampler-cap; sequence: that of the whole answer, or 0 above --sampler-cap. Default:
@@ -124,8 +124,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     sampler_cap: float | None = None
     """see --sampler-correction, > 0; default 3 (token: 2)"""
     resample_groups: int = 0
-    """if the answers to a prompt all score the same, a group method learns nothing from them: they are replaced by
-    answers to the epoch's next prompts, in at most this many more rounds of sampling, >= 0"""
+    """if the answers to a prompt all score the same, comparing them teaches nothing: they are replaced by answers to
+    the epoch's next prompts, in at most this many more rounds of sampling, >= 0"""
     value_clip: float | None = 0.2
     """in units of reward, > 0: a value that has moved further than this towards its target gets no gradient; None: no
     clipping"""
@@ -146,7 +146,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     the learning rate. Without --ref the reference is then the policy without adapters. A critic is trained in full"""
     data: runs.Sources = "reviews"
     """prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub
-    ids; of dialogues, what chosen and rejected share"""
+    ids; of two dialogues, the beginning that they share is the prompt"""
     lr: float | None = None
     """peak learning rate of the policy's AdamW, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
@@ -226,7 +226,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:
-    """The weight of each answer's tokens [b] in a minibatch's loss, whose weighted sum is the mean of --average.
+    """The weight of each answer's tokens [b]: the weighted sum of a minibatch's token losses is the mean of --average.
 
     lengths [b]: tokens of the minibatch's answers; kept [b]: 1 for those that count, else 0. All are on the CPU.
     """
@@ -248,7 +248,7 @@ def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, leng
 
 
 def other_models(a: Args) -> list[dryrun.Other]:
-    """The models beside the policy, for --dry-run: the reference, and what scores token ids."""
+    """The models beside the policy, for --dry-run: the reference, the reward model and the critic."""
     models = [] if a.lora_rank and not a.ref else [dryrun.Other(a.ref or a.model, "--ref")]
     scores_ids = Path(a.reward).is_dir() or a.reward == train_rm.Args.out
     made_of = a.reward if runs.is_made(a.reward) else a.model
@@ -279,7 +279,7 @@ def main(a: Args) -> dict[str, float]:
     defaults |= {"sampler_correction": correction, "sampler_cap": 2.0 if correction == "token" else 3.0}
     a = runs.with_defaults(a, defaults)
     check_flags(a)
-    if names_function(a.reward):  # what is wrong with it is said before the long work
+    if names_function(a.reward):  # an error in its file stops the run before the long work
         load_function(a.reward, "--reward")
     run = runs.start(a, __file__)
 
@@ -634,7 +634,7 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap
     """In float32, raise BadInput unless sampling, scoring and loss agree on log-probs before a rollout's first update.
 
     `gap` is the `relative_gap` between scoring and loss in the first minibatch, `sampling_gap` the largest difference
-    in nats between sampling, token by token with a cache, and scoring. This catches log-probs at another temperature,
+    in nats between scoring and sampling (token by token, with a cache). This catches log-probs at another temperature,
     dropout, attention that leaks and a wrong shift.
     """
     if a.dtype != "float32":
