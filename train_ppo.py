@@ -40,7 +40,7 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-AVERAGES = {  # of a minibatch's loss, unless --average says otherwise
+AVERAGES = {  # default of --average with --surrogate token
     "gae": "tokens",
     "reinforce++": "tokens",
     "rloo": "sequences",
@@ -76,7 +76,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """reward that a nat of KL costs, >= 0; default 0.05 (embedded: 0.5). With --kl-in loss it multiplies a minibatch's
     KL, averaged as --average says"""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """estimator of the KL at each token (rlhf/advantages.py); in the reward, only k1 gives an unbiased gradient"""
+    """estimator of the KL at each token (rlhf/advantages.py); in the reward, only k1 gives an unbiased gradient; in
+    the loss, k1 does nothing on average"""
     kl_in: Literal["reward", "loss"] = "reward"
     """whether the KL is subtracted from each token's reward, or added to the loss (as GRPO does, with k3)"""
     kl_target: float | None = None
@@ -105,15 +106,15 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: log pi, weighted by the
     capped ratio, which passes no gradient, so that no token loses its own"""
     clip_range: float | None = None
-    """how far the ratio may fall below 1 before a token gets no gradient, > 0 (cispo has no such bound); default 0.2
-    (--surrogate sequence: 3e-4)"""
+    """how far the ratio may fall below 1 before a token of negative advantage gets no gradient, > 0 (cispo has no such
+    bound); default 0.2 (--surrogate sequence: 3e-4)"""
     clip_high: float | None = None
-    """how far the ratio may rise above 1, > 0; default --clip-range (--surrogate sequence: 4e-4). DAPO has 0.28,
-    with --clip-range 0.2"""
+    """how far the ratio may rise above 1, > 0; default: --clip-range, if that is set, else 0.2 (--surrogate sequence:
+    4e-4, cispo: 5, our choice). DAPO has 0.28, with --clip-range 0.2"""
     average: Literal["tokens", "responses", "sequences", "constant"] | None = None
-    """how a minibatch's loss is averaged. tokens (default of gae, reinforce++): over its tokens. The others average
-    over its answers: responses (grpo, --surrogate sequence) each one's mean, sequences (rloo, remax) each one's sum,
-    constant (drgrpo) each one's sum / --max-new-tokens"""
+    """how a minibatch's loss is averaged. tokens (default of gae, reinforce++, --surrogate cispo): over its tokens. The
+    others average over its answers: responses (grpo, --surrogate sequence) each one's mean, sequences (rloo, remax)
+    each one's sum, constant (drgrpo) each one's sum / --max-new-tokens"""
     overlong: Literal["keep", "mask"] = "keep"
     """mask: the policy's loss leaves out answers that were cut at --max-new-tokens; other answers to the prompt are
     still compared with them"""
@@ -124,8 +125,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     sampler_cap: float | None = None
     """see --sampler-correction, > 0; default 3 (token: 2)"""
     resample_groups: int = 0
-    """if the answers to a prompt all score the same, comparing them teaches nothing: they are replaced by answers to
-    the epoch's next prompts, in at most this many more rounds of sampling, >= 0"""
+    """rloo, grpo, drgrpo: if the answers to a prompt all score the same, comparing them teaches only their KL: they are
+    replaced by answers to the next prompts in the epoch's order, in at most this many more rounds, >= 0"""
     value_clip: float | None = 0.2
     """in units of reward, > 0: a value that has moved further than this towards its target gets no gradient; None: no
     clipping"""
@@ -181,7 +182,8 @@ def check_flags(a: Args) -> None:
         f"--surrogate sequence wants one advantage for an answer, and --advantage {a.advantage} has one for each token",
     )
     require(
-        not a.resample_groups or a.k >= 2, "--resample-groups compares the answers to a prompt: --k must be at least 2"
+        not a.resample_groups or a.advantage in GROUPED,
+        f"--resample-groups is for advantages that compare a prompt's answers, and --advantage {a.advantage} does not",
     )
     require(1 <= a.minibatches <= a.batch_size, f"--minibatches must be in [1, --batch-size {a.batch_size}]")
 
@@ -271,10 +273,14 @@ def main(a: Args) -> dict[str, float]:
     defaults = DEFAULTS["reviews" if embedded else "any"]
     if a.lr is not None:  # the critic's rate keeps its ratio to the policy's
         defaults = defaults | {"critic_lr": defaults["critic_lr"] * a.lr / defaults["lr"]}
-    sequence = a.surrogate == "sequence"
-    clip_range, clip_high = (3e-4, 4e-4) if sequence else (0.2, 0.2)  # GSPO's and PPO's
-    defaults = defaults | {"clip_range": clip_range, "clip_high": a.clip_range or clip_high}
-    defaults["average"] = "responses" if sequence else AVERAGES[a.advantage]
+    usual = {
+        "token": (0.2, 0.2, AVERAGES[a.advantage]),
+        "sequence": (3e-4, 4e-4, "responses"),
+        "cispo": (0.2, 5.0, "tokens"),
+    }
+    clip_range, clip_high, average = usual[a.surrogate]
+    defaults = defaults | {"clip_range": clip_range, "average": average}
+    defaults["clip_high"] = clip_high if a.surrogate == "cispo" else a.clip_range or clip_high
     correction = a.sampler_correction or ("sequence" if a.dtype == "bfloat16" else "none")
     defaults |= {"sampler_correction": correction, "sampler_cap": 2.0 if correction == "token" else 3.0}
     a = runs.with_defaults(a, defaults)
@@ -414,7 +420,7 @@ def main(a: Args) -> dict[str, float]:
         raw, greedy, replaced = score(examples), None, 0
         for extra in range(a.resample_groups):
             grouped = rearrange(after_missing_eos(raw, examples), "(p k) -> p k", k=a.k)
-            alike = [i for i, x in enumerate(grouped.tolist()) if max(x) - min(x) < 1e-6]
+            alike = (grouped.std(1) < 1e-4).nonzero().flatten().tolist()
             if not alike:
                 break
             started, after = time.perf_counter(), (place + 1) * a.batch_size + replaced

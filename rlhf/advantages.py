@@ -238,10 +238,11 @@ def sampler_weights(
         token      min(w_t, cap) with w_t = exp(logps - sampler_logps) at that token
         sequence   w, or 0 if w > cap, with w = the product of w_t over the sequence
 
-    Yao et al. 2025 (fengyao.notion.site/off-policy-rl) and TRL's `sequence_mask`. A loss whose terms are multiplied by
-    the sequence weight has, without a cap, exactly the expected gradient of samples from the policy; its variance grows
-    with the length. The token weight corrects the choice of its own token, but neither how often the prefix was sampled
-    nor what followed, and so leaves a bias. No gradient. Raises BadInput for another correction.
+    token: Yao et al. 2025 (fengyao.notion.site/off-policy-rl); sequence: TRL's `sequence_mask`. A loss whose terms are
+    multiplied by the sequence weight has, without a cap, exactly the expected gradient of samples from the policy, if a
+    term depends on its own sequence only; its variance, and the share above a cap, grow with the length. The token
+    weight corrects the choice of its own token, but neither how often the prefix was sampled nor what followed, and so
+    leaves a bias. No gradient. Raises BadInput for another correction.
     """
     check_ranges(sampler_cap=sampler_cap)
     log_weights = (logps - sampler_logps).detach()

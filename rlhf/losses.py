@@ -455,9 +455,9 @@ def ppo_clip(
     1. Range [-A (1 + clip_high), 0) for A > 0; at least -A (1 - clip_range) and unbounded above for A < 0.
 
     Given each response's `sequence_means` (rlhf/advantages.py) in place of logps and old_logps it is GSPO (Zheng et
-    al. 2025, section 4, arXiv 2507.18071, clipped at 3e-4 and 4e-4): the ratio is exp(mean log-ratio of the response),
-    and a token's gradient that of its response divided by the length. So even at ratio = 1 it is not the policy
-    gradient unless all responses are equally long.
+    al. 2025, section 4, arXiv 2507.18071, clipped at 3e-4 and 4e-4): the ratio is exp(mean log-ratio of the response).
+    GSPO averages a response's values over its tokens, which divides its gradient by its length. So even at ratio = 1
+    that is not the policy gradient unless all responses are equally long; the gradient of their sum is.
     """
     check_ranges(clip_range=clip_range, clip_high=clip_high)
     A, ratio = advantages.detach(), _ratio(logps, old_logps)

@@ -51,6 +51,26 @@ def test_rounding_has_no_bias_over_the_steps():
     assert (logs[0] - v.log2()).abs().max() > 0.05
 
 
+def test_no_code_wraps():
+    """Steps at which 254 + u or 127 + u would round up to 255 or 128 in float32, for some element of a block; each
+    element is its block's largest once."""
+    v = (torch.full((256, 256), 1e-8) + torch.eye(256) * 1e-6).view(-1)
+    m = v.sqrt() * (0.1 + 0.9 * torch.eye(256).view(-1))
+    for step in (740, 1480, 2220, 2258, 4167):
+        code_m, code_v, scales = optim.compress(m, v, step)
+        assert (code_v[::257] == 255).all() and (code_m[::257] == 127).all() and scales.isfinite().all()
+
+
+def test_a_gradient_whose_square_overflows_leaves_all_weights_finite():
+    weight = torch.nn.Parameter(torch.ones(1, 256))
+    optimizer = optim.AdamW([weight], {}, lr=0.1, eight_bits=True)
+    for size in (1e21, 1.0):
+        weight.grad = torch.ones(1, 256)
+        weight.grad[0, 0] = size
+        optimizer.step()
+    assert weight.isfinite().all()
+
+
 def both(size: int, **settings):
     """A weight with float32 moments and its copy with 8-bit ones."""
     weights = [torch.nn.Parameter(torch.zeros(1, size)) for _ in range(2)]

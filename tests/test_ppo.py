@@ -406,8 +406,8 @@ def test_every_update_is_that_of_padded_rows(name, world, go):
     run = go(**flags | {"ptx_data": f"{world}/pairs.jsonl"})
     a, rollout, of = run.a, run.rollouts[0], shaped(world, run)
     rows = of.rows
-    assert a.average == flags.get("average", "responses" if a.surrogate == "sequence" else USUAL[a.advantage])
-    assert a.clip_high == flags.get("clip_high", 4e-4 if a.surrogate == "sequence" else a.clip_range)
+    usual = {"token": (USUAL[a.advantage], a.clip_range), "sequence": ("responses", 4e-4), "cispo": ("tokens", 5.0)}
+    assert (a.average, a.clip_high) == tuple(map(flags.get, ("average", "clip_high"), usual[a.surrogate]))
     assert 0 < rows.ended.sum() < len(rows.ended) and len({*rows.lengths.tolist()}) > 2
     assert rollout.lengths.tolist() == rows.lengths.tolist()
     assert rollout.scores.tolist() == pytest.approx(of.scores.tolist(), abs=1e-4)
