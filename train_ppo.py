@@ -104,7 +104,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     surrogate: Literal["token", "sequence", "cispo"] = "token"
     """token: PPO's, with a ratio pi / pi_old for each token, where pi_old is the policy that sampled; sequence: GSPO's,
     with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: log pi, weighted by the
-    capped ratio, which passes no gradient, so that no token loses its own"""
+    capped ratio, which is detached, so that every token keeps a gradient"""
     clip_range: float | None = None
     """how far the ratio may fall below 1 before a token of negative advantage gets no gradient, > 0 (cispo has no such
     bound); default 0.2 (--surrogate sequence: 3e-4)"""
@@ -112,9 +112,9 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """how far the ratio may rise above 1, > 0; default: --clip-range, if that is set, else 0.2 (--surrogate sequence:
     4e-4, cispo: 5, our choice). DAPO has 0.28, with --clip-range 0.2"""
     average: Literal["tokens", "responses", "sequences", "constant"] | None = None
-    """how a minibatch's loss is averaged. tokens (default of gae, reinforce++, --surrogate cispo): over its tokens. The
-    others average over its answers: responses (grpo, --surrogate sequence) each one's mean, sequences (rloo, remax)
-    each one's sum, constant (drgrpo) each one's sum / --max-new-tokens"""
+    """how a minibatch's loss is averaged. tokens: over its tokens (default of gae, reinforce++, --surrogate cispo);
+    responses: over the means of its answers (grpo, --surrogate sequence); sequences: over their sums (rloo, remax);
+    constant: over their sums / --max-new-tokens (drgrpo)"""
     overlong: Literal["keep", "mask"] = "keep"
     """mask: the policy's loss leaves out answers that were cut at --max-new-tokens; other answers to the prompt are
     still compared with them"""
@@ -125,7 +125,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     sampler_cap: float | None = None
     """see --sampler-correction, > 0; default 3 (token: 2)"""
     resample_groups: int = 0
-    """rloo, grpo, drgrpo: if the answers to a prompt all score the same, comparing them teaches only their KL: they are
+    """rloo, grpo, drgrpo: if the answers to a prompt all score the same, only their KL tells them apart. They are
     replaced by answers to the next prompts in the epoch's order, in at most this many more rounds, >= 0"""
     value_clip: float | None = 0.2
     """in units of reward, > 0: a value that has moved further than this towards its target gets no gradient; None: no
@@ -228,7 +228,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:
-    """The weight of each answer's tokens [b]: the weighted sum of a minibatch's token losses is the mean of --average.
+    """Weights [b] of each answer's tokens, with which a minibatch's losses add up to the mean that --average names.
 
     lengths [b]: tokens of the minibatch's answers; kept [b]: 1 for those that count, else 0. All are on the CPU.
     """
@@ -300,7 +300,7 @@ def main(a: Args) -> dict[str, float]:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         answered = [replace(e, responses=[[0] * a.max_new_tokens] * a.k) for e in prompts]  # the longest there can be
         per_step, others = math.ceil(a.batch_size / a.minibatches), other_models(a)
-        scorings = 2 if a.lora_rank and not a.ref else 1  # the policy, and the reference if it is not one of the others
+        scorings = 2 if a.lora_rank and not a.ref else 1  # without --ref the reference is the policy, adapters off
         dryrun.dry_run(
             a, answered, tokenizer, others=others, per_step=per_step, updates=a.epochs_per_rollout, scorings=scorings
         )
