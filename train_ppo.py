@@ -83,7 +83,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_target: float | None = None
     """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
-    """--kl-target: share of the run's answers, in (0, 1], within which kl_coef changes by a factor of at most e^0.2"""
+    """--kl-target: over this share of the run's answers, in (0, 1], kl_coef can grow by a factor of at most e^0.2"""
     kl_stop: float | None = None
     """skip the rest of a rollout's passes once the last minibatch of a pass finds pi further than this from pi_old, the
     policy that sampled (k2, in nats per token), > 0; default: never"""
@@ -103,8 +103,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """see --missing-eos; in units of reward"""
     surrogate: Literal["token", "sequence", "cispo"] = "token"
     """token: PPO's, with a ratio pi / pi_old for each token, where pi_old is the policy that sampled; sequence: GSPO's,
-    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: log pi, weighted by the
-    capped ratio, which is detached, so that every token keeps a gradient"""
+    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: the detached,
+    capped ratio times log pi, through which every token keeps a gradient"""
     clip_range: float | None = None
     """how far the ratio may fall below 1 before a token of negative advantage gets no gradient, > 0 (cispo has no such
     bound); default 0.2 (--surrogate sequence: 3e-4)"""
@@ -147,7 +147,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     the learning rate. Without --ref the reference is then the policy without adapters. A critic is trained in full"""
     data: runs.Sources = "reviews"
     """prompts: reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub
-    ids; of two dialogues, the beginning that they share is the prompt"""
+    ids; the prompt of two dialogues is their shared beginning"""
     lr: float | None = None
     """peak learning rate of the policy's AdamW, > 0; default 1e-6 (embedded: 3e-4)"""
     critic_lr: float | None = None
@@ -228,7 +228,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
 
 
 def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:
-    """Weights [b] of each answer's tokens, with which a minibatch's losses add up to the mean that --average names.
+    """One weight for each answer [b] and all its tokens: the weighted losses add up to the mean that --average names.
 
     lengths [b]: tokens of the minibatch's answers; kept [b]: 1 for those that count, else 0. All are on the CPU.
     """
@@ -640,7 +640,7 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap
     """In float32, raise BadInput unless sampling, scoring and loss agree on log-probs before a rollout's first update.
 
     `gap` is the `relative_gap` between scoring and loss in the first minibatch, `sampling_gap` the largest difference
-    in nats between scoring and sampling (token by token, with a cache). This catches log-probs at another temperature,
+    in nats between scoring and token-by-token sampling with a cache. This catches log-probs at another temperature,
     dropout, attention that leaks and a wrong shift.
     """
     if a.dtype != "float32":
