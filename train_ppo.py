@@ -83,7 +83,7 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     kl_target: float | None = None
     """KL in nats per answer that an adaptive kl_coef steers towards (Ziegler et al. 2019), > 0; default: none"""
     kl_horizon: float = 0.25
-    """--kl-target: over this share of the run's answers, in (0, 1], kl_coef can grow by a factor of at most e^0.2"""
+    """share of the run's answers over which --kl-target can raise kl_coef by a factor of at most e^0.2, in (0, 1]"""
     kl_stop: float | None = None
     """skip the rest of a rollout's passes once the last minibatch of a pass finds pi further than this from pi_old, the
     policy that sampled (k2, in nats per token), > 0; default: never"""
@@ -109,8 +109,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """how far the ratio may fall below 1 before a token of negative advantage gets no gradient, > 0 (cispo has no such
     bound); default 0.2 (--surrogate sequence: 3e-4)"""
     clip_high: float | None = None
-    """how far the ratio may rise above 1, > 0; default: --clip-range, if that is set, else 0.2 (--surrogate sequence:
-    4e-4, cispo: 5, our choice). DAPO has 0.28, with --clip-range 0.2"""
+    """how far the ratio may rise above 1, > 0; default: 5 for --surrogate cispo (our choice), else --clip-range if
+    that is set, else 0.2 (sequence: 4e-4). DAPO has 0.28, with --clip-range 0.2"""
     average: Literal["tokens", "responses", "sequences", "constant"] | None = None
     """how a minibatch's loss is averaged. tokens: over its tokens (default of gae, reinforce++, --surrogate cispo);
     responses: over the means of its answers (grpo, --surrogate sequence); sequences: over their sums (rloo, remax);
