@@ -56,7 +56,7 @@ class Args:
     """answers to each prompt, in [2, 9]"""
     noise: float = reviews.NOISE
     """noise of the simulated annotators, in gold reward, >= 0 (Plackett-Luce)"""
-    betas: tuple[float, ...] = (0.6, 0.3, 0.15)
+    betas: tuple[float, ...] = (0.6, 0.3, 0.1)
     """DPO's beta for each of two or more one-shot policies, per nat, > 0; both rounds of iterative DPO use the first"""
     smoke: bool = False
     """a few steps of everything, to check that it runs; the results say nothing about the methods"""

@@ -315,7 +315,7 @@ def for_table(rows: list[dict]) -> list[dict]:
         if name := next((name for name in ("s/step", "ms") if name in row and name in base), None):
             row["time / ours"] = row[name] / base[name]
     columns = dict.fromkeys(name for row in rows for name in row if name != "outcome")
-    return [{name: row.get(name, "") for name in (*columns, "outcome")} for row in rows]
+    return [{name: "" if row.get(name) is None else row[name] for name in (*columns, "outcome")} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:

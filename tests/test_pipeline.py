@@ -38,7 +38,7 @@ def test_smoke_writes_every_file_with_its_columns(smoke, capsys):
     assert [row["prompt"] for row in second] == [row["prompt"] for row in ranked[16:]]
     assert any(x["responses"] != y["responses"] for x, y in zip(second, ranked[16:], strict=True))
 
-    for name in ("sft", "rm", "round1", "round2", "dpo-0.6", "dpo-0.3", "dpo-0.15"):
+    for name in ("sft", "rm", "round1", "round2", "dpo-0.6", "dpo-0.3", "dpo-0.1"):
         assert {"results.json", "config.json", "model.safetensors", "curves.png"} <= {
             path.name for path in (smoke / name).iterdir()
         }
@@ -105,10 +105,10 @@ def test_the_whole(tmp_path, monkeypatch):
     assert results["rm"]["ceiling"] - results["rm"]["accuracy"] < 0.03
     assert results["rm"]["gold_spearman"] > 0.9
     models = {Path(name).name: numbers for name, numbers in results["evaluate"]["models"].items()}
-    for name in ("round1", "round2", "dpo-0.6", "dpo-0.3", "dpo-0.15"):
+    for name in ("round1", "round2", "dpo-0.6", "dpo-0.3", "dpo-0.1"):
         assert models[name]["reward"]["low"] > models["sft"]["reward"]["high"]
         assert models[name]["win"]["low"] > 0.6
-    for tight, loose in (("0.6", "0.3"), ("0.3", "0.15")):  # the leash
+    for tight, loose in (("0.6", "0.3"), ("0.3", "0.1")):  # the leash
         assert models[f"dpo-{loose}"]["kl"]["low"] > models[f"dpo-{tight}"]["kl"]["high"]
     assert models["round2"]["kl"]["low"] > models["round1"]["kl"]["high"]
     assert found["kl_lower"] < found["kl"] < found["kl_upper"]  # the comparison is interpolated, whichever way it falls
