@@ -288,6 +288,7 @@ def main(a: Args) -> dict:
     """Evaluate, and return what results.json holds (docs/metrics.md)."""
     require(bool(a.pairs) or not a.by, f"--by {a.by}: of which data? give --pairs too")
     if a.pairs:
+        require(a.models != Args.models, f"--pairs {a.pairs}: say with --models what is to judge them")
         return on_pairs(a)
     a = replace(a, ref=a.ref or next(iter(a.models), None))
     require(bool(a.models), "--models: name at least one")

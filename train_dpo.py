@@ -370,9 +370,9 @@ def main(a: Args) -> dict[str, float]:
         f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
     )
     if a.loss not in REFERENCE_FREE:  # then beta sets the distance to the reference
-        names = ("model", "ref", "data", "split", "loss", "label_smoothing", "divergence", "divergence_alpha", "ties")
+        names = "model ref data split eval_data eval_split loss label_smoothing divergence divergence_alpha ties"
         beta = f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)"
-        print(f"Next: python train_dpo.py{runs.repeated(a, *names)} {beta}")
+        print(f"Next: python train_dpo.py{runs.repeated(a, *names.split())} {beta}")
     return results
 
 

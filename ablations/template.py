@@ -15,7 +15,7 @@ from ablations import common, plot
 from ablations.common import markdown, paired, show, t_interval
 from support.runs import cli
 
-NAME = "template"  # the folder's name
+NAME = Path(__file__).parent.name if Path(__file__).stem == "__main__" else "template"  # the folder's name
 CLAIM = "with smoothed labels DPO ends at a lower KL"
 SETTINGS = {"dpo": {}, "smoothed": {"label_smoothing": 0.2}}  # setting: flags of train_dpo.py
 PAIRS, TEST = 6400, 256  # preferences of each seed, held-out prompts

@@ -137,7 +137,9 @@ def checked(function: Reward, name: str) -> Reward:
         try:
             returned = function(list(prompts), list(responses), list(rows))
             listed = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | dict)
-            values = [float(x) for x in returned] if listed else None
+            returned = list(returned) if listed else returned
+            texts = listed and any(isinstance(x, str | bytes) for x in returned)
+            values = [float(x) for x in returned] if listed and not texts else None
         except Exception as error:
             where = "none of its sequences when given alone"
             for prompt, response, row in sequences:
@@ -147,7 +149,8 @@ def checked(function: Reward, name: str) -> Reward:
                     where = place(prompt, response)
                     break
             raise BadInput(f"{name}: raised {one_line(error, module)} ({where})") from error
-        require(values is not None, f"{name}: returned {type(returned).__name__}, wanted a list of numbers")
+        kind = "a list of strings" if texts else type(returned).__name__
+        require(values is not None, f"{name}: returned {kind}, wanted a list of numbers")
         require(
             len(values) == len(sequences),
             f"{name}: gave {len(values)} numbers for {len(sequences)} responses, from "

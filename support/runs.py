@@ -463,7 +463,9 @@ class Run:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
         progress bar; take over SIGINT and SIGTERM."""
         asked = f"--resume: {self.out} has {step} steps, and these flags ask for {steps}"
-        require(step < steps or not self.before, f"{asked}: raise --max-steps or --epochs")
+        epochs = getattr(self.args, "epochs", None)  # PPO has none
+        more = "; the last epoch ends there: raise --epochs" if epochs and steps != self.args.max_steps else ""
+        require(step < steps or not self.before, f"{asked}{more or ': raise --max-steps'}")
         if not parallel.is_main():
             self.bar = tqdm(disable=True)
             self._take_over_signals()

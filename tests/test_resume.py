@@ -543,8 +543,11 @@ def test_a_finished_run_is_extended(name, first, world, straight, tmp_path, caps
     done = first.get("max_steps", 6)
     before = contents(tmp_path / "run")
     for flags in (first, {"max_steps": 4}, {"max_steps": done}):
-        with pytest.raises(BadInput, match="a larger --max-steps or --epochs extends it|raise --max-steps or --epochs"):
+        with pytest.raises(BadInput, match="a larger --max-steps or --epochs extends it|raise --(max-steps|epochs)"):
             continued(arguments(world, tmp_path / "run", name, **constant, **first | flags))
+    if "epochs" in first:  # which --max-steps alone does not extend
+        with pytest.raises(BadInput, match="has 6 steps, .* ask for 6; the last epoch ends there: raise --epochs"):
+            continued(arguments(world, tmp_path / "run", name, **constant, epochs=2, max_steps=100))
     assert contents(tmp_path / "run") == before
     capsys.readouterr()
     continued(arguments(world, tmp_path / "run", name, **constant))

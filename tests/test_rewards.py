@@ -311,7 +311,7 @@ WRONG = {  # name: what the line says
     "text": ("returned str, wanted a list of numbers",),
     "by_text": ("returned dict, wanted a list of numbers",),
     "one": ("returned float, wanted a list of numbers",),
-    "texts": ("raised ValueError", "'the plot'", "'was superb .'"),
+    "texts": ("returned a list of strings, wanted a list of numbers",),
     "thrice": ("raised TypeError", "'the plot'", "'was superb .'"),
 }
 

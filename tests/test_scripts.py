@@ -901,6 +901,7 @@ def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, c
     [line] = re.findall(r"Next: python train_dpo\.py (.*)  \(further from ref\)\n", capsys.readouterr().out)
     proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
     files = {"model": f"{world}/model", "ref": f"{world}/other", "data": f"{world}/train.jsonl"}
+    files["eval_data"] = f"{world}/held.jsonl"
     assert proposed == train_dpo.Args(**files, **repeated, beta=BETA / 2, out=f"{run.out}-loose")
     train_dpo.check_flags(proposed)
 
