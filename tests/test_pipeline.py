@@ -111,5 +111,5 @@ def test_the_whole(tmp_path, monkeypatch):
     for tight, loose in (("0.6", "0.3"), ("0.3", "0.1")):  # the leash
         assert models[f"dpo-{loose}"]["kl"]["low"] > models[f"dpo-{tight}"]["kl"]["high"]
     assert models["round2"]["kl"]["low"] > models["round1"]["kl"]["high"]
-    assert found["kl_lower"] < found["kl"] < found["kl_upper"] + 0.1  # interpolated, or hardly extrapolated, which is said
+    assert found["kl_lower"] < found["kl"] < found["kl_upper"] + 0.1  # interpolated, or hardly beyond, which is said
     assert ("EXTRApolated" in pipeline.verdict(found)) == (found["kl"] > found["kl_upper"])
