@@ -103,8 +103,8 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """see --missing-eos; in units of reward"""
     surrogate: Literal["token", "sequence", "cispo"] = "token"
     """token: PPO's, with a ratio pi / pi_old for each token, where pi_old is the policy that sampled; sequence: GSPO's,
-    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: the detached,
-    capped ratio times log pi, through which every token keeps a gradient"""
+    with one ratio for an answer, the geometric mean of its tokens' ratios; cispo: the detached, capped
+    ratio times log pi, through which every token keeps a gradient"""
     clip_range: float | None = None
     """how far the ratio may fall below 1 before a token of negative advantage gets no gradient, > 0 (cispo has no such
     bound); default 0.2 (--surrogate sequence: 3e-4)"""
@@ -428,8 +428,8 @@ def main(a: Args) -> dict[str, float]:
             other_examples = sample(others, f"rollout {step} {extra}")
             sampling_seconds += time.perf_counter() - started
             rearrange(raw, "(p k) -> p k", k=a.k)[alike] = rearrange(score(other_examples), "(p k) -> p k", k=a.k)
-            for i, prompt, example in zip(alike, others, other_examples, strict=True):
-                asked[i], examples[i] = prompt, example
+            for i, example in zip(alike, other_examples, strict=True):
+                examples[i] = example
             replaced += len(alike)
         lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
         ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
@@ -446,7 +446,7 @@ def main(a: Args) -> dict[str, float]:
         if critic:
             values = scoring.per_token(lambda batch: scoring.token_values(critic, batch, dtype), examples, batching)
         sampled = torch.tensor([x for e in examples for y in e.sampled_logps for x in y], device=a.device)
-        weights = torch.ones_like(logps)
+        log_ratio, weights = logps - sampled, torch.ones_like(logps)
         if a.sampler_correction != "none":
             weights = advantages.sampler_weights(logps, sampled, lengths, a.sampler_correction, a.sampler_cap)
         k1 = logps - ref_logps
@@ -480,7 +480,7 @@ def main(a: Args) -> dict[str, float]:
                     totals["critic_norm"] = sharding.clip_gradients(critic_optimizer, a.max_grad_norm)
                 parts.append(numbers(totals))
                 if len(parts) == 1:
-                    guard(a, policy, rollout, step, parts[0]["gap"], (logps - sampled).abs().max().item())
+                    guard(a, policy, rollout, step, parts[0]["gap"], log_ratio.abs().max().item())
                 for loss, norm in (("loss/policy", "grad_norm"), ("loss/value", "critic_norm"))[: 1 + bool(critic)]:
                     run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
                 optimizer.step()
@@ -496,9 +496,9 @@ def main(a: Args) -> dict[str, float]:
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
-            "sampler/log_ratio": (logps - sampled).mean().item(),
-            "sampler/log_ratio_max": (logps - sampled).abs().max().item(),
-            "sampler/kl": advantages.kl_estimate(sampled - logps, "k3").mean().item(),
+            "sampler/log_ratio": log_ratio.mean().item(),
+            "sampler/log_ratio_max": log_ratio.abs().max().item(),
+            "sampler/kl": advantages.kl_estimate(-log_ratio, "k3").mean().item(),
             "objective/scores": raw.mean().item(),
             "objective/kl": mean_kl,
             "objective/entropy": entropy.mean().item(),

@@ -225,9 +225,11 @@ def main(a: Args) -> dict[str, float]:
     samples = held or train
     if from_policy and a.eval_prompts:
         distinct = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as it takes
-        policy = models.load_model(a.model, a.device, a.trust_remote_code)
-        asked, progress = [*itertools.islice(distinct, a.eval_prompts)], "answers of the starting model"
-        samples = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, progress=progress)
+        make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
+        policy = sharding.load(make_policy, a.device, dtype)
+        asked = [*itertools.islice(distinct, a.eval_prompts)]
+        settings = {"dtype": dtype, "progress": "answers of the starting model"}
+        samples = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, **settings)
         del policy
     scores = torch.cat(scoring.score_rewards(model, samples, batching, "rewards of the answers")).double()
     model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std(correction=0).item()

@@ -121,6 +121,7 @@ def main(a: Args) -> dict[str, float]:
         first = state["step"]
         models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        del state
     run.start(first, steps)
     if first == 0 and held:
         run.log(0, evaluate())

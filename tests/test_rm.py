@@ -334,6 +334,20 @@ def test_bfloat16_hardly_changes_the_loss(world, go):
     assert {w.dtype for w in load_file(runs[1].out / "model.safetensors").values()} == {torch.float32}
 
 
+def test_the_starting_model_samples_in_the_runs_dtype(world, go, monkeypatch):
+    """A float32 copy of it would take twice the memory of the model that was trained."""
+    seen, answer = [], train_rm.answer
+
+    def watched(policy, *rest, dtype, **more):
+        seen.append((policy.get_input_embeddings().weight.dtype, dtype))
+        return answer(policy, *rest, dtype=dtype, **more)
+
+    monkeypatch.setattr(train_rm, "answer", watched)
+    for dtype in ("float32", "bfloat16"):
+        go(dtype=dtype, eval_prompts=2, max_steps=1, model=f"{world}/model")
+    assert seen == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
+
+
 # ---------------------------------------------------------------------------------------------- ties, and bad input
 
 
