@@ -77,10 +77,11 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.alive:
-                self._add(x.untyped_storage())
+                self._add(x)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
 
         def free(_) -> None:

@@ -1,48 +1,27 @@
 """A bfloat16 run of 135 M weights never holds a float32 copy of its model: counted by what is allocated on a CPU."""
 
-import weakref
-
 import pytest
 import torch
 import transformers
 from test_resume import pairs, write_rows
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_dpo
 from rlhf import optim
-from support import models, reviews, sharding
+from support import memory, models, reviews, sharding
 from support.runs import Run
 
 
-class Float32Bytes(TorchDispatchMode):
-    """Bytes of the live float32 tensors that operations inside made: `now`, and their `peak` while `counting`."""
+class Float32Bytes(memory.LiveBytes):
+    """Bytes of the float32 tensors on the CPU that operations inside made and that are alive. `peak` is that while
+    `counting`."""
 
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.counting, self.alive = True, {}
+    counting = True
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.device.type == "cpu":
-                self.add(x.untyped_storage())
-        return result
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-
-        def free(_) -> None:
-            del self.alive[key]
-            self.now -= size
-
-        self.alive[key] = weakref.ref(storage, free)
-        self.now += size
-        if self.counting:
-            self.peak = max(self.peak, self.now)
+    def _add(self, x: torch.Tensor) -> None:
+        if x.dtype == torch.float32 and x.device.type == "cpu":
+            peak = self.peak
+            super()._add(x)
+            self.peak = self.peak if self.counting else peak
 
 
 @pytest.mark.slow
@@ -71,6 +50,7 @@ def test_nothing_holds_the_model_in_float32(lora_rank, tmp_path, monkeypatch):
     write_rows(tmp_path / "pairs.jsonl", pairs(4))
     del model
     mode = Float32Bytes()
+    monkeypatch.setattr(memory, "MOST_OPERATIONS", 10**9)  # a limit for traces
     monkeypatch.setattr(optim, "CHUNK", 1 << 20)  # its temporaries are as large for any model, and this one is small
 
     def uncounted(function, after: bool):
