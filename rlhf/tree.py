@@ -82,10 +82,12 @@ class Bucket:
     def take(self, x: Tensor, pieces: dict[int, Tensor], indices: Int[Tensor, "s width"]) -> Tensor:
         """Take the tokens of x at `indices` of the row, (1 h t d) -> (s h width d). `pieces` is `Segments.cut(x)`.
 
-        A bucket of one segment reads from `pieces`, since the backward pass of indexing fills a whole row with zeros.
+        A bucket of one segment reads from `pieces`, since the backward pass of `index_select` fills a whole row with
+        zeros. (That of x[..., indices, :] adds up gradients in any order if a CPU has several threads.)
         """
         if len(self.parts) > 1:
-            return rearrange(x[0][:, indices], "h s width d -> s h width d")
+            s, width = indices.shape
+            return rearrange(x[0].index_select(1, indices.flatten()), "h (s width) d -> s h width d", s=s, width=width)
         part = self.parts[0]
         if indices is self.queries or self.causal:
             return pieces[part.start]

@@ -56,7 +56,8 @@ def hidden_states(
         )
     states = getattr(out, "last_hidden_state", None)
     require(states is not None, f"{model.config.model_type}: the backbone gives no hidden states: use another model")
-    return rearrange(states, "rows t d -> (rows t) d")[places].to(precise if dtype == torch.float32 else dtype)
+    states = rearrange(states, "rows t d -> (rows t) d").index_select(0, places)
+    return states.to(precise if dtype == torch.float32 else dtype)
 
 
 @as_forward

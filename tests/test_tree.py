@@ -129,6 +129,20 @@ def test_sums_are_as_good_as_float64_over_a_thousand_tokens():
     assert torch.equal(sums, torch.stack([x.double().sum() for x in logps.split(120)]))
 
 
+def test_gradients_are_the_same_each_time_with_two_threads():
+    """The state before a response belongs to all responses of its prompt, whose gradients two threads add up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    model, batch = tiny("llama"), collate(random_examples([(5, [4] * 400)]), "tree", 0)
+    gradients = []
+    for _ in range(5):
+        model.zero_grad()
+        scoring.response_logps(model, batch)[1].sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, gradients[0]) for x in gradients)
+
+
 def test_the_leak_test_catches_a_branch_that_sees_another(monkeypatch):
     def leaky(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
         out = torch.nn.functional.scaled_dot_product_attention(
