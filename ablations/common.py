@@ -282,10 +282,10 @@ def trained(script: ModuleType, out: Path, **flags) -> str:
     return str(out)
 
 
-def sft_model(folder: Path, smoke: bool) -> str:
+def sft_model(folder: Path, smoke: bool, **flags) -> str:
     """The embedded task's SFT model, made by train_sft.py in folder/sft; with two updates in a smoke run."""
-    short = {"data": write(folder / "sft.jsonl", rows("sft", 60)), "max_steps": 2} if smoke else {}
-    return trained(train_sft, folder / "sft", eval_prompts=0, **short)
+    flags |= {"data": write(folder / "sft.jsonl", rows("sft", 60)), "max_steps": 2} if smoke else {}
+    return trained(train_sft, folder / "sft", eval_prompts=0, **flags)
 
 
 @cache
