@@ -21,6 +21,7 @@ from test_tokens import SMOLLM2_FOLDER
 
 import recipes.distil
 import recipes.gsm8k
+import train_ppo
 from rlhf import BadInput
 from support import models, reviews, runs
 from support.runs import check
@@ -183,6 +184,15 @@ def test_every_value_has_its_place_in_the_table(title, text):
     used = set().union(*(flags(words) for words in commands(text)))
     assert used and set().union(*(flags(row[1]) for row in rows)) == used
     assert all(len(row) == 4 and row[2].strip() for row in rows)
+
+
+def test_ppos_defaults_are_those_of_the_page_that_says_where_they_are_from():
+    page = (FOLDER.parent / "docs/ppo.md").read_text()
+    rows = re.findall(r"^\| (`--.*?) \|", page.split("## Where the defaults are from")[1].split("\n## ")[0], re.M)
+    named = {name.replace("-", "_"): value for row in rows for name, value in re.findall(r"--([\w-]+) ([^\s`]+)", row)}
+    defaults = asdict(train_ppo.Args()) | train_ppo.DEFAULTS["any"] | {"clip_range": 0.2}
+    assert len(named) > 20
+    assert {name: type(defaults[name])(value) for name, value in named.items()} == {n: defaults[n] for n in named}
 
 
 def test_the_index_names_every_file_and_section():
