@@ -332,7 +332,8 @@ def main(a: Args) -> dict[str, float]:
     scores_ids = Path(a.reward).is_dir()  # whether a reward model scores the sampled ids without re-tokenising
     if scores_ids:
         other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
-        scores_ids = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
+        known = tokenizer.get_vocab().items() <= other.get_vocab().items()  # it may know a padding token more
+        scores_ids = known and other.eos_token_id == tokenizer.eos_token_id
     if scores_ids:
         reward = load_sharded(models.load_reward_model, a.reward, "--reward").requires_grad_(False)
     else:

@@ -1005,17 +1005,19 @@ def test_cached_logps_are_plain_ones(name):
 )
 def test_a_pad_token_that_is_eos_or_bos(init, pad, bos, tmp_path, go):
     """Where it is EOS, as in SmolLM2 and many others, the reward model has another: BOS, or a new one. BOS is what
-    every prompt begins with."""
+    every prompt begins with. Both score the sampled ids."""
     tokenizer = byte_level(bos=bos, pad=pad)
     models.save(llama(tokenizer), tokenizer, tmp_path / "model")
     write_reward_model(tmp_path / "model", tmp_path / "rm")
     data = write_rows(tmp_path / "letters.jsonl", [{"prompt": "abcdefgh"[: i + 1]} for i in range(8)])
     flags = {"model": str(tmp_path / "model"), "ref": None, "reward": str(tmp_path / "rm"), "data": str(data)}
-    if init == "reward" and bos is None:  # the reward model knows one token more
-        stops(go, "--value-init", **flags | {"advantage": "gae"})
-    else:
-        run = go(**CHEAP | flags | {"advantage": "gae", "value_init": init})
-        assert math.isfinite(run.metrics[0]["loss/value"])
+    run = go(**CHEAP | flags | {"advantage": "gae", "value_init": init})
+    assert math.isfinite(run.metrics[0]["loss/value"])
+    sampled = [torch.tensor([e.prompt + r]) for e in run.rollouts[0].examples for r in e.responses]
+    model = load_rm(tmp_path / "rm")
+    with torch.no_grad():
+        wanted = torch.cat([model(ids).logits[0] for ids in sampled]) - REWARD_MEAN
+    assert torch.allclose(run.rollouts[0].scores.cpu(), wanted, atol=1e-5)
 
 
 def test_a_prompt_and_answer_that_just_fit_the_model(tmp_path, go):

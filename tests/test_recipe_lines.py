@@ -1,17 +1,29 @@
-"""Every command line of recipes/: its flags exist, its values are in range, each has a source, and none is mistyped."""
+"""Every command line of recipes/: its flags exist, its values are in range, each has a source, none is mistyped, and on
+a small model it goes to its end."""
 
 import importlib
+import json
+import math
+import random
 import re
 import shlex
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 import tyro
+from test_data import CHAT, talk, written
+from test_tokens import SMOLLM2_FOLDER
 
 import recipes.distil
 import recipes.gsm8k
+import train_ppo
 from rlhf import BadInput
+from support import models, reviews, runs
 from support.runs import check
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -174,6 +186,15 @@ def test_every_value_has_its_place_in_the_table(title, text):
     assert all(len(row) == 4 and row[2].strip() for row in rows)
 
 
+def test_ppos_defaults_are_those_of_the_page_that_says_where_they_are_from():
+    page = (FOLDER.parent / "docs/ppo.md").read_text()
+    rows = re.findall(r"^\| (`--.*?) \|", page.split("## Where the defaults are from")[1].split("\n## ")[0], re.M)
+    named = {name.replace("-", "_"): value for row in rows for name, value in re.findall(r"--([\w-]+) ([^\s`]+)", row)}
+    defaults = asdict(train_ppo.Args()) | train_ppo.DEFAULTS["any"] | {"clip_range": 0.2}
+    assert len(named) > 20
+    assert {name: type(defaults[name])(value) for name, value in named.items()} == {n: defaults[n] for n in named}
+
+
 def test_the_index_names_every_file_and_section():
     index = (FOLDER / "README.md").read_text()
     links = dict.fromkeys(re.findall(r"\]\(([\w.]+)(?:#([\w-]+))?\)", index))
@@ -182,3 +203,79 @@ def test_the_index_names_every_file_and_section():
         heads = re.findall(r"^## (.*)$", (FOLDER / name).read_text(), re.M)
         slugs = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
         assert not anchor or anchor in slugs
+
+
+# --------------------------------------------------------------------------------- each page goes to its end
+
+# The flags that are replaced, where a script has them. All others are the recipe's; what its models, data sets and
+# `mine` are called is too: two-layer models, 50 rows and a function bear these names.
+SHORT = {"device": "cpu", "batch_size": 8, "max_steps": 2, "max_new_tokens": 8, "eval_prompts": 2}
+FORMS = {  # how the sources have their rows, from a prompt and four answers; a pair of dialogues where none is named
+    "stanfordnlp/imdb": lambda p, a: {"text": p + a[0], "label": 1},
+    "pretraining.jsonl": lambda p, a: {"text": p + a[0]},
+    "prefixes.jsonl": lambda p, a: {"prompt": p},
+    "prompts.jsonl": lambda p, a: {"prompt": p},
+    "tldr.jsonl": lambda p, a: {"prompt": p, "completion": a[0]},
+    "demonstrations.jsonl": lambda p, a: {"prompt": p, "completion": a[0]},
+    "HuggingFaceH4/ultrachat_200k": lambda p, a: {"prompt": p, "messages": talk(p, *a[:3])},
+    "Anthropic/hh-rlhf": lambda p, a: {
+        name: f"\n\nHuman: {p}\n\nAssistant: {x}" for name, x in zip(("chosen", "rejected"), a, strict=False)
+    },
+    "comparisons.jsonl": lambda p, a: {"prompt": p, "chosen": a[0], "rejected": a[1]},
+    "CarperAI/openai_summarize_comparisons": lambda p, a: {"prompt": p, "chosen": a[0], "rejected": a[1]},
+    "rankings.jsonl": lambda p, a: {"prompt": p, "responses": a, "ranks": [1, 2, 2, 4]},
+}
+
+
+def give_model(name: str) -> None:
+    """A two-layer model with SmolLM2's tokenizer, or a tokenizer of bytes where that is not here."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2_FOLDER) if SMOLLM2_FOLDER.is_dir() else CHAT
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes, **ids)
+    torch.manual_seed(0)
+    models.save(transformers.LlamaForCausalLM(config), tokenizer, Path(name))
+
+
+def give_data(name: str, split: str | None) -> None:
+    """50 rows, in a file, or in a folder as the hub has it."""
+    rng = random.Random(0)
+    answers = [(prompt, reviews.continuations(prompt, 4, rng)) for prompt in reviews.prompts(50, 0)]
+    form = FORMS.get(name, lambda p, a: {"prompt": p, "chosen": talk(p, a[0]), "rejected": talk(p, a[1])})
+    file = name if name.endswith(".jsonl") else f"{name}/{split or 'train'}-00000-of-00001.jsonl"
+    written(Path(), file, *(form(p, a) for p, a in answers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FILES, ids=lambda path: path.name)
+def test_a_page_goes_to_its_end(page, tmp_path, monkeypatch):
+    """All its lines in turn, each on what the earlier ones made: of every model weights have moved, every number is
+    finite, and the flags that were not replaced are those of the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "environment", dict)
+    longer = lambda prompts, responses, rows: [float(len(text)) for text in responses]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(positive=longer))
+    for words in commands(page.read_text()):
+        script, parsed = importlib.import_module(words[0].removesuffix(".py")), parse(words)
+        short = {name: value for name, value in SHORT.items() if hasattr(parsed, name)}
+        a, out = replace(parsed, **short), Path(parsed.out)
+        for name in {getattr(a, "model", None), getattr(a, "ref", None)} - {None}:
+            if not Path(name).exists():  # ipo.md starts from what kto.md made
+                give_model(name)
+        for name in {getattr(a, "data", None), getattr(a, "ptx_data", None)} - {None, "reviews"}:
+            if not Path(name).exists():
+                give_data(name, a.split)
+        results = script.main(a)
+
+        if not hasattr(a, "lr"):  # sample.py, annotate.py
+            assert len(out.read_text().splitlines()) >= 40
+            continue
+        ran = json.loads((out / "args.json").read_text())
+        kept = {name: value for name, value in asdict(parsed).items() if value is not None and name not in SHORT}
+        assert len(kept) > 20 and {name: ran[name] for name in kept} == kept
+        logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        numbers = [*results.values(), *(value for row in logged for value in row.values())]
+        assert logged[-1]["step"] == 2 and all(map(math.isfinite, numbers)), words
+        load = models.load_reward_model if words[0] == "train_rm.py" else models.load_model
+        before, after = models.load_model(a.model, "cpu"), load(a.out, "cpu").state_dict()
+        assert not any(weight.equal(after[name]) for name, weight in before.named_parameters()), words
