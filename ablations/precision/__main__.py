@@ -51,7 +51,7 @@ CLAIM = (
     "a bfloat16 run from a bfloat16 checkpoint sees a part of what it has learned; dithered masters cure it; "
     "where training ends is the same"
 )
-RATES, DPO_RATES, GRPO_RATES = (1e-7, 1e-6, 1e-5, 1e-4), (1e-6, 1e-5, 1e-4), (1e-5, 1e-4)
+RATES, DPO_RATES, GRPO_RATES = (1e-7, 1e-6, 1e-5, 1e-4), (1e-6, 1e-5), (1e-5,)
 END_FORMS = ("float32", "on the grid", "dithered", "stochastic", "no masters")
 GRPO_FORMS = ("float32", "on the grid", "dithered", "no masters")
 SETTINGS = {f"seen, {form}, {rate:g}": ("seen", form, rate) for rate in RATES for form in seen.FORMS}
