@@ -192,10 +192,15 @@ def per_token(
 # ------------------------------------------------------------------------------------------------- choosing the layout
 
 
-def batching_for(model, examples: Sequence[Example], tokenizer, a: Any) -> Batching:
-    """The Batching of a script's flags, with the layout chosen for its model; prints what the model is."""
+def batching_for(model, examples: Sequence[Example], tokenizer, a: Any, others: Sequence = ()) -> Batching:
+    """The Batching of a script's flags, with the layout chosen for its model, and for others that score the same
+    batches; prints what the model is."""
     batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
-    batching = batching._replace(layout=choose_layout(model, examples, batching))
+    layouts = {choose_layout(model, examples, batching)}
+    for other in others:
+        pad_id = other.config.pad_token_id if models.has_reward_head(other) else batching.pad_id
+        layouts.add(choose_layout(other, examples, batching._replace(pad_id=pad_id)))
+    batching = batching._replace(layout="tree" if layouts == {"tree"} else "padded")
     size = model.num_parameters() / 1e6
     print(f"{a.model}: {size:.2f} M parameters, {batching.layout} layout, {a.dtype} on {a.device}")
     return batching
