@@ -318,11 +318,12 @@ def main(a: Args) -> dict[str, float]:
         require(bool(reward_model) or a.value_init != "reward", f"{needs}: use --value-init policy instead")
         critic, critic_low_bits = sharding.load_trained(make_critic, a.device, dtype, a.seed)
     ends = end_ids(policy, tokenizer)
-    others = [x for x in (reference, critic, reward_model) if x and x is not policy]
-    for model in (policy, *others):
+    with_heads = [x for x in (critic, reward_model) if x]
+    beside = with_heads if reference is policy else [reference, *with_heads]
+    for model in (policy, *beside):
         scoring.check_tokens(model, prompts)
-    pads = {models.pad_id(tokenizer), *(x.config.pad_token_id for x in (critic, reward_model) if x)}
-    batching = scoring.batching_for(policy, probes(prompts, a.max_new_tokens, pads), tokenizer, a, others)
+    pads = {models.pad_id(tokenizer), *(x.config.pad_token_id for x in with_heads)}
+    batching = scoring.batching_for(policy, probes(prompts, a.max_new_tokens, pads), tokenizer, a, beside)
 
     def score(examples: Sequence[Example]) -> Tensor:
         """Rewards of all responses, [b]."""
@@ -336,12 +337,19 @@ def main(a: Args) -> dict[str, float]:
         seed = random.Random(f"{a.seed} {name}").getrandbits(60)
         return answer(policy, tokenizer, asked, a.max_new_tokens, seed, a.temperature, a.k, dtype)
 
+    def has_eos(examples: Sequence[Example]) -> Tensor:
+        """Which responses ended before --max-new-tokens, [b]."""
+        return torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
+
     def after_missing_eos(scores: Tensor, examples: Sequence[Example]) -> Tensor:
         """The scores of these examples' responses by the rule --missing-eos, [b]."""
         if a.missing_eos == "no":
             return scores
-        ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        return advantages.missing_eos(scores, ended, a.missing_eos, a.missing_eos_value)
+        return advantages.missing_eos(scores, has_eos(examples), a.missing_eos, a.missing_eos_value)
+
+    def alike(scores: Tensor) -> Tensor:
+        """Which prompts have answers that all score the same, [p]."""
+        return rearrange(scores, "(p k) -> p k", k=a.k).std(1) < 1e-4
 
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
@@ -376,21 +384,18 @@ def main(a: Args) -> dict[str, float]:
         sampling_seconds = time.perf_counter() - began
         raw, greedy, replaced = score(examples), None, 0
         for extra in range(a.resample_groups):
-            grouped = rearrange(after_missing_eos(raw, examples), "(p k) -> p k", k=a.k)
-            alike = (grouped.std(1) < 1e-4).nonzero().flatten().tolist()
-            if not alike:
+            places = alike(after_missing_eos(raw, examples)).nonzero().flatten().tolist()
+            if not places:
                 break
             started, after = time.perf_counter(), (place + 1) * a.batch_size + replaced
-            others = [order[(after + i) % len(order)] for i in range(len(alike))]
-            other_examples = sample(others, f"rollout {step} {extra}")
+            others = sample([order[(after + i) % len(order)] for i in range(len(places))], f"rollout {step} {extra}")
             sampling_seconds += time.perf_counter() - started
-            rearrange(raw, "(p k) -> p k", k=a.k)[alike] = rearrange(score(other_examples), "(p k) -> p k", k=a.k)
-            for i, example in zip(alike, other_examples, strict=True):
+            rearrange(raw, "(p k) -> p k", k=a.k)[places] = rearrange(score(others), "(p k) -> p k", k=a.k)
+            for i, example in zip(places, others, strict=True):
                 examples[i] = example
-            replaced += len(alike)
+            replaced += len(places)
         lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
-        ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        scores = after_missing_eos(raw, examples)
+        ended, scores = has_eos(examples), after_missing_eos(raw, examples)
         if a.advantage == "remax":
             greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
             greedy = after_missing_eos(score(greedy_answers), greedy_answers)
@@ -466,8 +471,7 @@ def main(a: Args) -> dict[str, float]:
             "lr": a.lr * share,
         }
         if a.k > 1:
-            grouped = rearrange(scores, "(p k) -> p k", k=a.k)
-            metrics["frac_reward_zero_std"] = (grouped.std(1) < 1e-4).float().mean().item()
+            metrics["frac_reward_zero_std"] = alike(scores).float().mean().item()
         if a.sampler_correction != "none":
             cut = weights == (a.sampler_cap if a.sampler_correction == "token" else 0)
             metrics["sampler/cut"] = cut.float().mean().item()
@@ -484,12 +488,8 @@ def main(a: Args) -> dict[str, float]:
             kl_coef = advantages.adaptive_kl_coef(kl_coef, mean_kl, a.kl_target, len(lengths), horizon)
         seconds = time.perf_counter() - began
         speed = lengths.sum().item() / seconds
-        metrics |= {
-            "perf/tokens_per_second": speed,
-            "perf/seconds": seconds,
-            "perf/sampling_share": sampling_seconds / seconds,
-        }
-        run.log(step + 1, metrics)
+        metrics |= {"perf/tokens_per_second": speed, "perf/seconds": seconds}
+        run.log(step + 1, metrics | {"perf/sampling_share": sampling_seconds / seconds})
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
         last = step + 1 == a.max_steps
         if run.interrupted or last or (step + 1) % a.save_every == 0:
