@@ -215,7 +215,7 @@ class Rollout:
 
     def by_prompt(self, name: str, places: Sequence[int]) -> list[Tensor]:
         """A per-token tensor at the prompts at these places, one part for each."""
-        parts = getattr(self, name).split([sum(map(len, e.responses)) for e in self.examples])
+        parts = getattr(self, name).split([sum(e.lengths) for e in self.examples])
         return [parts[i] for i in places]
 
 
@@ -288,13 +288,13 @@ def main(a: Args) -> dict[str, float]:
         runs.make_missing(train_rm, a.reward, a.device)
     there = a.reward != train_rm.Args.out or runs.is_made(a.reward)
     require(there, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
-    dtype = models.DTYPES[a.dtype]
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
-    make_reference = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code, "--ref")  # noqa: E731
+    make_ref = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code, "--ref")  # noqa: E731
     make_reward = lambda device: models.load_reward_model(a.reward, device, a.trust_remote_code)  # noqa: E731
 
     def make_critic(device: str):
+        """The critic as it starts, by --value-init."""
         if a.value_init == "reward":
             return make_reward(device)
         critic = models.new_reward_model(make_policy(device), models.load_tokenizer(a.model, a.trust_remote_code))
@@ -302,10 +302,11 @@ def main(a: Args) -> dict[str, float]:
             torch.nn.init.zeros_(critic.score.weight)
         return critic
 
+    dtype = models.DTYPES[a.dtype]
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     reference = policy  # with LoRA: the same model with its adapters off
     if a.ref or not a.lora_rank:
-        reference = sharding.load(make_reference, a.device, dtype).requires_grad_(False)
+        reference = sharding.load(make_ref, a.device, dtype).requires_grad_(False)
     reward = reward_model = None  # a function of texts, or a model that scores the sampled ids as they are
     if scores_ids(a.reward, tokenizer, a.trust_remote_code):
         reward_model = sharding.load(make_reward, a.device, dtype).requires_grad_(False)
@@ -338,7 +339,7 @@ def main(a: Args) -> dict[str, float]:
         return answer(policy, tokenizer, asked, a.max_new_tokens, seed, a.temperature, a.k, dtype)
 
     def has_eos(examples: Sequence[Example]) -> Tensor:
-        """Which responses ended before --max-new-tokens, [b]."""
+        """Which responses reached their end, [b]; the others were cut at --max-new-tokens."""
         return torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
 
     def after_missing_eos(scores: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -361,8 +362,8 @@ def main(a: Args) -> dict[str, float]:
         models.prepare_training(critic, critic_low_bits, a)
         critic_optimizer = models.adamw(critic, critic_low_bits, a, lr=a.critic_lr, **adam)
     first, kl_coef = 0, a.kl_coef
-    parts = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
-    if state := run.load_checkpoint(**parts):
+    trained = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    if state := run.load_checkpoint(**trained):
         first, kl_coef = state["step"], state["kl_coef"]
         models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -394,7 +395,7 @@ def main(a: Args) -> dict[str, float]:
             for i, example in zip(places, others, strict=True):
                 examples[i] = example
             replaced += len(places)
-        lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
+        lengths = torch.tensor([n for e in examples for n in e.lengths], device=a.device)
         ended, scores = has_eos(examples), after_missing_eos(raw, examples)
         if a.advantage == "remax":
             greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
@@ -443,8 +444,9 @@ def main(a: Args) -> dict[str, float]:
                 parts.append(numbers(totals))
                 if len(parts) == 1:
                     guard(a, policy, rollout, step, parts[0]["gap"], log_ratio.abs().max().item())
-                for loss, norm in (("loss/policy", "grad_norm"), ("loss/value", "critic_norm"))[: 1 + bool(critic)]:
-                    run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
+                for loss, norm in {"loss/policy": "grad_norm", "loss/value": "critic_norm"}.items():
+                    if loss in parts[-1]:
+                        run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if critic:
@@ -491,8 +493,7 @@ def main(a: Args) -> dict[str, float]:
         metrics |= {"perf/tokens_per_second": speed, "perf/seconds": seconds}
         run.log(step + 1, metrics | {"perf/sampling_share": sampling_seconds / seconds})
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
-        last = step + 1 == a.max_steps
-        if run.interrupted or last or (step + 1) % a.save_every == 0:
+        if run.interrupted or step + 1 == a.max_steps or (step + 1) % a.save_every == 0:
             state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             if critic:
                 state["critic"] = models.trained(critic, critic_low_bits)
@@ -504,7 +505,7 @@ def main(a: Args) -> dict[str, float]:
     run.end()
 
     # ------------------------------------------------------------------------------------------------ before and after
-    del optimizer, critic_optimizer
+    del optimizer, critic_optimizer, trained
     start = policy if lora else sharding.load(make_policy, a.device, dtype) if a.ref else reference
     asked = (held or prompts)[: a.eval_prompts]
     rows, results, samples = report.before_and_after(
@@ -534,11 +535,10 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     examples = [rollout.examples[i] for i in places]
     names = ["logps", "ref_logps", "advantages", "weights", *(["values", "returns"] if critic else [])]
     by_prompt = {name: rollout.by_prompt(name, places) for name in names}
-    lengths = [len(r) for e in examples for r in e.responses]
-    tokens = float(sum(lengths))
-    average = answer_weights(a, torch.tensor(lengths), rollout.kept[places].flatten())
-    average = average.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
-    by_prompt["average"] = send(average, a.device).split([sum(map(len, e.responses)) for e in examples])
+    lengths = torch.tensor([n for e in examples for n in e.lengths])
+    tokens = sum(sum(e.lengths) for e in examples)
+    average = answer_weights(a, lengths, rollout.kept[places].flatten()).repeat_interleave(lengths, output_size=tokens)
+    by_prompt["average"] = send(average, a.device).split([sum(e.lengths) for e in examples])
     parts = []
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
