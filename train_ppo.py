@@ -29,7 +29,7 @@ import train_sft
 from rlhf import advantages, losses, require
 from rlhf.tree import collate, send
 from support import dryrun, models, report, reviews, runs, scoring, sharding
-from support.examples import Example, held_out, load, probes, show
+from support.examples import Example, held_out, load, show
 from support.generate import answer, end_ids
 from support.parallel import gather, shares
 from support.rewards import load_function, load_reward, names_function, score_texts, scores_ids
@@ -319,12 +319,8 @@ def main(a: Args) -> dict[str, float]:
         require(bool(reward_model) or a.value_init != "reward", f"{needs}: use --value-init policy instead")
         critic, critic_low_bits = sharding.load_trained(make_critic, a.device, dtype, a.seed)
     ends = end_ids(policy, tokenizer)
-    with_heads = [x for x in (critic, reward_model) if x]
-    beside = with_heads if reference is policy else [reference, *with_heads]
-    for model in (policy, *beside):
-        scoring.check_tokens(model, prompts)
-    pads = {models.pad_id(tokenizer), *(x.config.pad_token_id for x in with_heads)}
-    batching = scoring.batching_for(policy, probes(prompts, a.max_new_tokens, pads), tokenizer, a, beside)
+    beside = [x for x in (reference, critic, reward_model) if x and x is not policy]
+    batching = scoring.batching_for_answers(policy, beside, prompts, tokenizer, a)
 
     def score(examples: Sequence[Example]) -> Tensor:
         """Rewards of all responses, [b]."""
@@ -606,9 +602,8 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
     problem = f"step {step + 1}: before its first update, the log-probs of"
     require(gap < rounding, f"{problem} scoring and loss differ by {gap:.3g} (relative), more than rounding")
-    require(
-        sampling_gap < 1e-3, f"{problem} sampling and scoring differ by {sampling_gap:.3g} nats, more than rounding"
-    )
+    apart = f"sampling and scoring differ by {sampling_gap:.3g} nats"
+    require(sampling_gap < 1e-3, f"{problem} {apart}, more than rounding")
     if step == 0 and not a.ref:
         ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
         require(ref_gap < rounding, f"step 1: the log-probs of policy and reference differ by {ref_gap:.3g} (relative)")
