@@ -14,13 +14,11 @@ answer turned out than expected from a value model (GAE's critic) or from other 
 gradient follow (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, objective, main, one update, the guard.
 """
 
-import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -31,11 +29,10 @@ import train_sft
 from rlhf import advantages, losses, require
 from rlhf.tree import collate, send
 from support import dryrun, models, report, reviews, runs, scoring, sharding
-from support.examples import Example, held_out, load, probes, show
+from support.examples import Example, held_out, load, show
 from support.generate import answer, end_ids
 from support.parallel import gather, shares
-from support.rewards import load_function, load_reward, names_function
-from support.rows import prompt_of
+from support.rewards import load_function, load_reward, names_function, score_texts, scores_ids
 from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -166,25 +163,37 @@ class Args(runs.LoraFlags, runs.TrainingFlags):
     """rollouts between checkpoints, >= 1"""
 
 
+def defaults_of(a: Args, embedded: bool) -> dict[str, Any]:
+    """What flags that are left unset become. The critic's rate keeps its ratio to the policy's."""
+    defaults = DEFAULTS["reviews" if embedded else "any"]
+    if a.lr is not None:
+        defaults = defaults | {"critic_lr": defaults["critic_lr"] * a.lr / defaults["lr"]}
+    clip_range, clip_high, average = {
+        "token": (0.2, 0.2, AVERAGES[a.advantage]),
+        "sequence": (3e-4, 4e-4, "responses"),
+        "cispo": (0.2, 5.0, "tokens"),
+    }[a.surrogate]
+    correction = a.sampler_correction or ("sequence" if a.dtype == "bfloat16" else "none")
+    return defaults | {
+        "clip_range": clip_range,
+        "clip_high": clip_high if a.surrogate == "cispo" else a.clip_range or clip_high,
+        "average": average,
+        "sampler_correction": correction,
+        "sampler_cap": 2.0 if correction == "token" else 3.0,
+    }
+
+
 def check_flags(a: Args) -> None:
     """Raise BadInput if flags conflict; support/runs.py has the range of each."""
-    require(
-        a.advantage not in GROUPED or a.k >= 2,
-        f"--advantage {a.advantage} compares the answers to a prompt: --k must be at least 2",
-    )
+    advantage, grouped = f"--advantage {a.advantage}", a.advantage in GROUPED
+    require(a.k >= 2 or not grouped, f"{advantage} compares the answers to a prompt: --k must be at least 2")
     require(a.kl_coef > 0 or not a.kl_target, "--kl-target: a --kl-coef of 0 stays 0, so start with another")
-    require(
-        a.missing_eos != "subtract" or a.missing_eos_value >= 0,
-        f"--missing-eos-value {a.missing_eos_value}: must be at least 0 to be subtracted",
-    )
-    require(
-        a.surrogate != "sequence" or a.advantage not in ("gae", "reinforce++"),
-        f"--surrogate sequence wants one advantage for an answer, and --advantage {a.advantage} has one for each token",
-    )
-    require(
-        not a.resample_groups or a.advantage in GROUPED,
-        f"--resample-groups is for advantages that compare a prompt's answers, and --advantage {a.advantage} does not",
-    )
+    problem = f"--missing-eos-value {a.missing_eos_value}: must be at least 0 to be subtracted"
+    require(a.missing_eos != "subtract" or a.missing_eos_value >= 0, problem)
+    problem = f"--surrogate sequence wants one advantage for an answer, and {advantage} has one for each token"
+    require(a.surrogate != "sequence" or a.advantage not in ("gae", "reinforce++"), problem)
+    problem = f"--resample-groups is for advantages that compare a prompt's answers, and {advantage} does not"
+    require(grouped or not a.resample_groups, problem)
     require(1 <= a.minibatches <= a.batch_size, f"--minibatches must be in [1, --batch-size {a.batch_size}]")
 
 
@@ -204,9 +213,10 @@ class Rollout:
     kept: Tensor  # [p k], 1 for answers that are in the policy's loss, else 0; on the CPU
     weights: Tensor  # [n], of the policy's loss, from --sampler-correction
 
-    def by_prompt(self, name: str) -> list[Tensor]:
-        """A per-token tensor, split by prompt."""
-        return [*getattr(self, name).split([sum(map(len, e.responses)) for e in self.examples])]
+    def by_prompt(self, name: str, places: Sequence[int]) -> list[Tensor]:
+        """A per-token tensor at the prompts at these places, one part for each."""
+        parts = getattr(self, name).split([sum(e.lengths) for e in self.examples])
+        return [parts[i] for i in places]
 
 
 def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, lengths: Tensor, values, greedy):
@@ -220,10 +230,7 @@ def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, leng
     if a.advantage == "reinforce++":
         return advantages.reinforce_pp(rewards, lengths), None
     totals = rearrange(advantages.sequence_sums(rewards, lengths), "(p k) -> p k", k=a.k)
-    if a.advantage == "remax":
-        estimates = advantages.remax(totals, greedy)
-    else:
-        estimates = GROUPED[a.advantage](totals)
+    estimates = advantages.remax(totals, greedy) if a.advantage == "remax" else GROUPED[a.advantage](totals)
     return rearrange(estimates, "p k -> (p k)").repeat_interleave(lengths, output_size=len(kl)), None
 
 
@@ -249,19 +256,6 @@ def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, leng
     return losses.ppo_clip(logps, old_logps, estimates, *bounds), losses.clipped(logps, old_logps, estimates, *bounds)
 
 
-def other_models(a: Args) -> list[dryrun.Other]:
-    """The models beside the policy, for --dry-run: the reference, the reward model and the critic."""
-    models = [] if a.lora_rank and not a.ref else [dryrun.Other(a.ref or a.model, "--ref")]
-    scores_ids = Path(a.reward).is_dir() or a.reward == train_rm.Args.out
-    made_of = a.reward if runs.is_made(a.reward) else a.model
-    if scores_ids:
-        models.append(dryrun.Other(made_of, "--reward", reward=True))
-    if a.advantage == "gae":
-        critic = made_of if a.value_init == "reward" else a.model
-        models.append(dryrun.Other(critic, "--value-init", reward=True, trained=True))
-    return models
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -270,20 +264,7 @@ def main(a: Args) -> dict[str, float]:
     if a.lora_merge and not a.lora_rank:
         return runs.merge_adapters(a)
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
-    defaults = DEFAULTS["reviews" if embedded else "any"]
-    if a.lr is not None:  # the critic's rate keeps its ratio to the policy's
-        defaults = defaults | {"critic_lr": defaults["critic_lr"] * a.lr / defaults["lr"]}
-    usual = {
-        "token": (0.2, 0.2, AVERAGES[a.advantage]),
-        "sequence": (3e-4, 4e-4, "responses"),
-        "cispo": (0.2, 5.0, "tokens"),
-    }
-    clip_range, clip_high, average = usual[a.surrogate]
-    defaults = defaults | {"clip_range": clip_range, "average": average}
-    defaults["clip_high"] = clip_high if a.surrogate == "cispo" else a.clip_range or clip_high
-    correction = a.sampler_correction or ("sequence" if a.dtype == "bfloat16" else "none")
-    defaults |= {"sampler_correction": correction, "sampler_cap": 2.0 if correction == "token" else 3.0}
-    a = runs.with_defaults(a, defaults)
+    a = runs.with_defaults(a, defaults_of(a, embedded))
     check_flags(a)
     if names_function(a.reward):  # an error in its file stops the run before the long work
         load_function(a.reward, "--reward")
@@ -298,12 +279,7 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(prompts)} prompts to train on, {len(held)} held out")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
-        answered = [replace(e, responses=[[0] * a.max_new_tokens] * a.k) for e in prompts]  # the longest there can be
-        per_step, others = math.ceil(a.batch_size / a.minibatches), other_models(a)
-        scorings = 2 if a.lora_rank and not a.ref else 1  # without --ref the reference is the policy, adapters off
-        dryrun.dry_run(
-            a, answered, tokenizer, others=others, per_step=per_step, updates=a.epochs_per_rollout, scorings=scorings
-        )
+        dryrun.dry_run_ppo(a, prompts, tokenizer)
         return {}
 
     # ----------------------------------------------------------------------------- policy, reference, reward and critic
@@ -312,93 +288,78 @@ def main(a: Args) -> dict[str, float]:
         runs.make_missing(train_rm, a.reward, a.device)
     there = a.reward != train_rm.Args.out or runs.is_made(a.reward)
     require(there, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
-    dtype = models.DTYPES[a.dtype]
 
-    def load_sharded(loader: Callable, name: str, flag: str = "--model", load: Callable = sharding.load, *seed: int):
-        return load(lambda device: loader(name, device, a.trust_remote_code, flag), a.device, dtype, *seed)
+    make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
+    make_ref = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code, "--ref")  # noqa: E731
+    make_reward = lambda device: models.load_reward_model(a.reward, device, a.trust_remote_code)  # noqa: E731
 
-    def new_critic(name: str, device: str, trust: bool, flag: str):
-        critic_tokenizer = models.load_tokenizer(name, trust, flag)
-        critic = models.new_reward_model(models.load_model(name, device, trust, flag), critic_tokenizer)
+    def make_critic(device: str):
+        """The critic as it starts, by --value-init."""
+        if a.value_init == "reward":
+            return make_reward(device)
+        critic = models.new_reward_model(make_policy(device), models.load_tokenizer(a.model, a.trust_remote_code))
         if a.value_init == "zero":
             torch.nn.init.zeros_(critic.score.weight)
         return critic
 
-    make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
+    dtype = models.DTYPES[a.dtype]
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     reference = policy  # with LoRA: the same model with its adapters off
     if a.ref or not a.lora_rank:
-        reference = load_sharded(models.load_model, a.ref or a.model, "--ref").requires_grad_(False)
-    scores_ids = Path(a.reward).is_dir()  # whether a reward model scores the sampled ids without re-tokenising
-    if scores_ids:
-        other = models.load_tokenizer(a.reward, a.trust_remote_code, "--reward")
-        known = tokenizer.get_vocab().items() <= other.get_vocab().items()  # it may know a padding token more
-        scores_ids = known and other.eos_token_id == tokenizer.eos_token_id
-    if scores_ids:
-        reward = load_sharded(models.load_reward_model, a.reward, "--reward").requires_grad_(False)
+        reference = sharding.load(make_ref, a.device, dtype).requires_grad_(False)
+    reward = reward_model = None  # a function of texts, or a model that scores the sampled ids as they are
+    if scores_ids(a.reward, tokenizer, a.trust_remote_code):
+        reward_model = sharding.load(make_reward, a.device, dtype).requires_grad_(False)
     else:
         limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
         reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits)
     critic, critic_low_bits = None, {}
-    if a.advantage == "gae" and a.value_init == "reward":
-        problem = (
-            "--value-init reward needs a --reward model with the policy's tokenizer: use --value-init policy instead"
-        )
-        require(scores_ids, problem)
-        critic_is = models.load_reward_model, a.reward, "--reward"
-    elif a.advantage == "gae":
-        critic_is = new_critic, a.model, "--model"
     if a.advantage == "gae":
-        critic, critic_low_bits = load_sharded(*critic_is, sharding.load_trained, a.seed)
+        needs = "--value-init reward needs a --reward model with the policy's tokenizer"
+        require(bool(reward_model) or a.value_init != "reward", f"{needs}: use --value-init policy instead")
+        critic, critic_low_bits = sharding.load_trained(make_critic, a.device, dtype, a.seed)
     ends = end_ids(policy, tokenizer)
-    batching = Batching(a.layout, models.pad_id(tokenizer), dtype, a.micro_batch_tokens, a.device)
-    fillers = {policy: batching.pad_id, reference: batching.pad_id}  # each model that scores ids, and its pad id
-    fillers |= {x: x.config.pad_token_id for x in (critic, reward if scores_ids else None) if x}
-    probe_rows = probes(prompts, a.max_new_tokens, {*fillers.values()})
-    for model in fillers:
-        scoring.check_tokens(model, prompts)
-    layouts = {scoring.choose_layout(x, probe_rows, batching._replace(pad_id=pad)) for x, pad in fillers.items()}
-    batching = batching._replace(layout="tree" if layouts == {"tree"} else "padded")
-    size = policy.num_parameters() / 1e6
-    print(f"{a.model}: {size:.2f} M parameters, {batching.layout} layout, {a.dtype} on {a.device}")
+    beside = [x for x in (reference, critic, reward_model) if x and x is not policy]
+    batching = scoring.batching_for_answers(policy, beside, prompts, tokenizer, a)
 
     def score(examples: Sequence[Example]) -> Tensor:
         """Rewards of all responses, [b]."""
-        if scores_ids:
-            rewards = scoring.score_rewards(reward, examples, batching._replace(pad_id=reward.config.pad_token_id))
-            return torch.cat(rewards).float().to(a.device)
-        sequences = [
-            (prompt_of(e.row), text, e.row | {"ended": r[-1] in ends})
-            for e in examples
-            for text, r in zip(e.response_texts, e.responses, strict=True)
-        ]
-        return torch.tensor(reward(*map(list, zip(*sequences, strict=True))), device=a.device)
+        if not reward_model:
+            return torch.tensor(score_texts(reward, examples, ends), device=a.device)
+        own = batching._replace(pad_id=reward_model.config.pad_token_id)
+        return torch.cat(scoring.score_rewards(reward_model, examples, own)).float().to(a.device)
 
     def sample(asked: Sequence[Example], name: str) -> list[Example]:
         """The prompts with --k answers each; `name` and --seed determine the noise."""
         seed = random.Random(f"{a.seed} {name}").getrandbits(60)
         return answer(policy, tokenizer, asked, a.max_new_tokens, seed, a.temperature, a.k, dtype)
 
+    def has_eos(examples: Sequence[Example]) -> Tensor:
+        """Which responses reached their end, [b]; the others were cut at --max-new-tokens."""
+        return torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
+
     def after_missing_eos(scores: Tensor, examples: Sequence[Example]) -> Tensor:
         """The scores of these examples' responses by the rule --missing-eos, [b]."""
         if a.missing_eos == "no":
             return scores
-        ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        return advantages.missing_eos(scores, ended, a.missing_eos, a.missing_eos_value)
+        return advantages.missing_eos(scores, has_eos(examples), a.missing_eos, a.missing_eos_value)
+
+    def alike(scores: Tensor) -> Tensor:
+        """Which prompts have answers that all score the same, [p]."""
+        return rearrange(scores, "(p k) -> p k", k=a.k).std(1) < 1e-4
 
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
-    reward_model = reward if scores_ids else getattr(reward, "model", None)
-    run.check_same(ref=reference if a.ref else None, reward=reward_model)
+    run.check_same(ref=reference if a.ref else None, reward=reward_model or getattr(reward, "model", None))
     lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
+    adam = {"eps": a.adam_eps, "weight_decay": 0.0}
+    optimizer, critic_optimizer = models.adamw(policy, low_bits, a, lr=a.lr, **adam), None
     if critic:
         models.prepare_training(critic, critic_low_bits, a)
-    adam = {"eps": a.adam_eps, "weight_decay": 0.0}
-    optimizer = models.adamw(policy, low_bits, a, lr=a.lr, **adam)
-    critic_optimizer = models.adamw(critic, critic_low_bits, a, lr=a.critic_lr, **adam) if critic else None
+        critic_optimizer = models.adamw(critic, critic_low_bits, a, lr=a.critic_lr, **adam)
     first, kl_coef = 0, a.kl_coef
-    parts = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
-    if state := run.load_checkpoint(**parts):
+    trained = {"model": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    if state := run.load_checkpoint(**trained):
         first, kl_coef = state["step"], state["kl_coef"]
         models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -420,21 +381,18 @@ def main(a: Args) -> dict[str, float]:
         sampling_seconds = time.perf_counter() - began
         raw, greedy, replaced = score(examples), None, 0
         for extra in range(a.resample_groups):
-            grouped = rearrange(after_missing_eos(raw, examples), "(p k) -> p k", k=a.k)
-            alike = (grouped.std(1) < 1e-4).nonzero().flatten().tolist()
-            if not alike:
+            places = alike(after_missing_eos(raw, examples)).nonzero().flatten().tolist()
+            if not places:
                 break
             started, after = time.perf_counter(), (place + 1) * a.batch_size + replaced
-            others = [order[(after + i) % len(order)] for i in range(len(alike))]
-            other_examples = sample(others, f"rollout {step} {extra}")
+            others = sample([order[(after + i) % len(order)] for i in range(len(places))], f"rollout {step} {extra}")
             sampling_seconds += time.perf_counter() - started
-            rearrange(raw, "(p k) -> p k", k=a.k)[alike] = rearrange(score(other_examples), "(p k) -> p k", k=a.k)
-            for i, example in zip(alike, other_examples, strict=True):
+            rearrange(raw, "(p k) -> p k", k=a.k)[places] = rearrange(score(others), "(p k) -> p k", k=a.k)
+            for i, example in zip(places, others, strict=True):
                 examples[i] = example
-            replaced += len(alike)
-        lengths = torch.tensor([len(r) for e in examples for r in e.responses], device=a.device)
-        ended = torch.tensor([r[-1] in ends for e in examples for r in e.responses], device=a.device)
-        scores = after_missing_eos(raw, examples)
+            replaced += len(places)
+        lengths = torch.tensor([n for e in examples for n in e.lengths], device=a.device)
+        ended, scores = has_eos(examples), after_missing_eos(raw, examples)
         if a.advantage == "remax":
             greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
             greedy = after_missing_eos(score(greedy_answers), greedy_answers)
@@ -482,8 +440,9 @@ def main(a: Args) -> dict[str, float]:
                 parts.append(numbers(totals))
                 if len(parts) == 1:
                     guard(a, policy, rollout, step, parts[0]["gap"], log_ratio.abs().max().item())
-                for loss, norm in (("loss/policy", "grad_norm"), ("loss/value", "critic_norm"))[: 1 + bool(critic)]:
-                    run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
+                for loss, norm in {"loss/policy": "grad_norm", "loss/value": "critic_norm"}.items():
+                    if loss in parts[-1]:
+                        run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if critic:
@@ -510,8 +469,7 @@ def main(a: Args) -> dict[str, float]:
             "lr": a.lr * share,
         }
         if a.k > 1:
-            grouped = rearrange(scores, "(p k) -> p k", k=a.k)
-            metrics["frac_reward_zero_std"] = (grouped.std(1) < 1e-4).float().mean().item()
+            metrics["frac_reward_zero_std"] = alike(scores).float().mean().item()
         if a.sampler_correction != "none":
             cut = weights == (a.sampler_cap if a.sampler_correction == "token" else 0)
             metrics["sampler/cut"] = cut.float().mean().item()
@@ -528,15 +486,10 @@ def main(a: Args) -> dict[str, float]:
             kl_coef = advantages.adaptive_kl_coef(kl_coef, mean_kl, a.kl_target, len(lengths), horizon)
         seconds = time.perf_counter() - began
         speed = lengths.sum().item() / seconds
-        metrics |= {
-            "perf/tokens_per_second": speed,
-            "perf/seconds": seconds,
-            "perf/sampling_share": sampling_seconds / seconds,
-        }
-        run.log(step + 1, metrics)
+        metrics |= {"perf/tokens_per_second": speed, "perf/seconds": seconds}
+        run.log(step + 1, metrics | {"perf/sampling_share": sampling_seconds / seconds})
         run.progress(step + 1, score=metrics["objective/scores"], kl=mean_kl, tokens_per_s=speed)
-        last = step + 1 == a.max_steps
-        if run.interrupted or last or (step + 1) % a.save_every == 0:
+        if run.interrupted or step + 1 == a.max_steps or (step + 1) % a.save_every == 0:
             state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             if critic:
                 state["critic"] = models.trained(critic, critic_low_bits)
@@ -548,8 +501,8 @@ def main(a: Args) -> dict[str, float]:
     run.end()
 
     # ------------------------------------------------------------------------------------------------ before and after
-    del optimizer, critic_optimizer
-    start = policy if lora else load_sharded(models.load_model, a.model) if a.ref else reference
+    del optimizer, critic_optimizer, trained
+    start = policy if lora else sharding.load(make_policy, a.device, dtype) if a.ref else reference
     asked = (held or prompts)[: a.eval_prompts]
     rows, results, samples = report.before_and_after(
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
@@ -577,18 +530,15 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     """Backpropagate one minibatch, the rollout's prompts at these places; returns its metrics."""
     examples = [rollout.examples[i] for i in places]
     names = ["logps", "ref_logps", "advantages", "weights", *(["values", "returns"] if critic else [])]
-    by_prompt = {name: rollout.by_prompt(name) for name in names}
-    lengths = torch.tensor([len(r) for e in examples for r in e.responses])
-    tokens = float(sum(len(r) for e in examples for r in e.responses))
-    by_answer = answer_weights(a, lengths, rollout.kept[places].flatten()).split([len(e.responses) for e in examples])
-    names = ["loss/policy", "policy/approxkl", "policy/clipfrac", "gap", *(["loss/value"] if critic else [])]
-    totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=a.device))
+    by_prompt = {name: rollout.by_prompt(name, places) for name in names}
+    lengths = torch.tensor([n for e in examples for n in e.lengths])
+    tokens = sum(sum(e.lengths) for e in examples)
+    average = answer_weights(a, lengths, rollout.kept[places].flatten()).repeat_interleave(lengths, output_size=tokens)
+    by_prompt["average"] = send(average, a.device).split([sum(e.lengths) for e in examples])
+    parts = []
     for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
-        old = {name: torch.cat([x[places[i]] for i in group]) for name, x in by_prompt.items()}
-        answers = torch.tensor([len(r) for i in group for r in examples[i].responses])
-        weights = torch.cat([by_answer[i] for i in group]).repeat_interleave(answers, output_size=len(old["logps"]))
-        weights = weight * send(weights, a.device) * old["weights"]
+        old = {name: torch.cat([x[i] for i in group]) for name, x in by_prompt.items()}
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)
         else:
@@ -596,27 +546,27 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
         loss, clipped = surrogate(a, logps, old["logps"], old["advantages"], batch.lengths)
         if a.entropy_coef:
             loss = loss - a.entropy_coef * entropy
-        if a.kl_in == "loss":
-            if a.kl_estimator == "exact":
-                kl = scoring.exact_kl(policy, reference, batch, batching.dtype, a.temperature)
-            else:
-                kl = advantages.kl_estimate(logps - old["ref_logps"], a.kl_estimator)
-            loss = loss + kl_coef * kl
-        (loss * weights).sum().backward()
+        if a.kl_in == "loss" and a.kl_estimator == "exact":
+            loss = loss + kl_coef * scoring.exact_kl(policy, reference, batch, batching.dtype, a.temperature)
+        elif a.kl_in == "loss":
+            loss = loss + kl_coef * advantages.kl_estimate(logps - old["ref_logps"], a.kl_estimator)
+        loss = (loss * (weight * old["average"] * old["weights"])).sum()
+        loss.backward()
         moved = weight * (logps - old["logps"]).detach()
-        added = {
-            "loss/policy": (loss.detach() * weights).sum(),
+        part = {
+            "loss/policy": loss.detach().double(),
             "policy/approxkl": advantages.kl_estimate(moved, "k2").sum().double() / tokens,
             "policy/clipfrac": weight * clipped.float().sum().double() / tokens,
+            "gap": relative_gap(moved, old["logps"]).double(),
         }
-        totals["gap"] = torch.maximum(totals["gap"], relative_gap(moved, old["logps"]).double())
         if critic:
             values = scoring.token_values(critic, batch, batching.dtype)
             error = weight * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
             error.backward()
-            added["loss/value"] = error.detach()
-        totals |= {name: totals[name] + x for name, x in added.items()}
-    return totals
+            part["loss/value"] = error.detach().double()
+        parts.append(part)
+    totals = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return totals | {"gap": torch.stack([part["gap"] for part in parts]).max()}
 
 
 def numbers(totals: dict[str, Tensor]) -> dict[str, float]:
@@ -652,9 +602,8 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap
     rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
     problem = f"step {step + 1}: before its first update, the log-probs of"
     require(gap < rounding, f"{problem} scoring and loss differ by {gap:.3g} (relative), more than rounding")
-    require(
-        sampling_gap < 1e-3, f"{problem} sampling and scoring differ by {sampling_gap:.3g} nats, more than rounding"
-    )
+    apart = f"sampling and scoring differ by {sampling_gap:.3g} nats"
+    require(sampling_gap < 1e-3, f"{problem} {apart}, more than rounding")
     if step == 0 and not a.ref:
         ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
         require(ref_gap < rounding, f"step 1: the log-probs of policy and reference differ by {ref_gap:.3g} (relative)")

@@ -73,7 +73,12 @@ class Slots(StaticLayer):
 
 
 class Rows:
-    """The rows that are decoded together. The first `size` of them take part in a step."""
+    """The rows that are decoded together: k answers to each prompt. The first `size` of them take part in a step.
+
+    Row i gets most[i] tokens, or ends with one of `ends`. `choose(logits, rows, number)` gives the next token and its
+    log-prob, where `rows` are the numbers of the rows (b = p k, in order) and `number` that of the token.
+    NotImplementedError, TypeError, ... for architectures that have no such cache.
+    """
 
     def __init__(self, model, prompts: Sequence[list[int]], k: int, most: list[int], choose, ends, pad: int, dtype):
         self.model, self.choose, self.size = model, choose, len(most)
@@ -123,7 +128,7 @@ class Rows:
                 hidden |= positions <= position - window
             mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
             masks[kind] = rearrange(mask, "b slots -> b 1 1 slots")
-        return masks if len(masks) > 1 else mask[:, None, None]
+        return masks if len(masks) > 1 else masks[kind]
 
     def keep(self, size: int, ended: list[bool]) -> None:
         """Move the rows that go on, and as many others as it takes, to the first `size` places."""
@@ -168,28 +173,22 @@ def attention(model) -> models.Attention:
     return models.Attention(model, ONE_TOKEN if own in ("sdpa", models.MASKED) else own)
 
 
-def decode(
-    model, prompts: Sequence[list[int]], k: int, most: list[int], choose: Callable, ends: Sequence[int], pad: int, dtype
-) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
-    """Tokens and their log-probs of k answers to each prompt. Row i gets most[i] tokens, or ends with one of `ends`;
-    what follows in it is void. `choose(logits, rows, number)` gives the next token and its log-prob, where `rows` are
-    the numbers of the rows (b = p k, in order) and `number` that of the token. NotImplementedError, TypeError,
-    ... for architectures that have no such cache."""
-    rows, device = Rows(model, prompts, k, most, choose, ends, pad, dtype), model.device.type
-    steps: dict[int, Callable[[], None]] = {}
-    with attention(model):
-        for number in range(max(most)):
-            if number and number % LOOK_EVERY[device] == 0:
+def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
+    """The tokens of all rows and their log-probs; what follows a row's end is void."""
+    device, steps = rows.row.device, {}
+    with attention(rows.model):
+        for number in range(rows.tokens.shape[1]):
+            if number and number % LOOK_EVERY[device.type] == 0:
                 ended = rows.ended[: rows.size].tolist()
                 waiting = ended.count(False)
-                if not parallel.add_up(waiting, model.device):
+                if not parallel.add_up(waiting, device):
                     break
                 size = rows.size
-                while size > FEWEST[device] and waiting <= (size + 1) // 2:
+                while size > FEWEST[device.type] and waiting <= (size + 1) // 2:
                     size = (size + 1) // 2
                 if size < rows.size:
                     rows.keep(size, ended)
-            if device == "cpu" or parallel.several():
+            if device.type == "cpu" or parallel.several():
                 rows.step()
             elif rows.size in steps:
                 steps[rows.size]()

@@ -1,9 +1,12 @@
 """What `--dry-run` answers: whether the training fits and how long it takes, before any weight is loaded."""
 
+import math
 import os
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +56,22 @@ def dry_run(a: Any, examples: Sequence[Example], tokenizer, **settings: Any) -> 
     except Exception as error:  # of any kind, since the model's own code runs
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(f"not estimated: --model {a.model} cannot be traced without weights: {reason}")
+
+
+def dry_run_ppo(a: Any, prompts: Sequence[Example], tokenizer) -> None:
+    """`dry_run` for train_ppo.py: every answer as long as it can be, and reference, reward model and critic beside the
+    policy."""
+    shared = a.lora_rank and not a.ref  # the reference is the policy with its adapters off
+    others = [] if shared else [Other(a.ref or a.model, "--ref")]
+    made_of = a.reward if runs.is_made(a.reward) else a.model
+    if Path(a.reward).is_dir() or a.reward == type(a).reward:  # the default one may still have to be made
+        others.append(Other(made_of, "--reward", reward=True))
+    if a.advantage == "gae":
+        critic = made_of if a.value_init == "reward" else a.model
+        others.append(Other(critic, "--value-init", reward=True, trained=True))
+    answered = [replace(e, responses=[[0] * a.max_new_tokens] * a.k) for e in prompts]
+    settings = {"per_step": math.ceil(a.batch_size / a.minibatches), "updates": a.epochs_per_rollout}
+    dry_run(a, answered, tokenizer, others=others, scorings=2 if shared else 1, **settings)
 
 
 def _report(

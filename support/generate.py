@@ -70,33 +70,30 @@ def generate(
     model has learnt a number of positions, a response is cut at the last one. Matrix products are in `dtype`.
     `progress` names a progress bar.
     """
-    pad, limit = _filler(model, models.pad_id(tokenizer)), models.positions(model)
+    pad, limit = _filler(model, models.pad_id(tokenizer)), models.positions(model) or math.inf
     if not prompts:
         return [], []
     longest = max(map(len, prompts))
-    require(limit is None or longest < limit, f"a prompt has {longest} tokens, and the model {limit} positions")
+    require(longest < limit, f"a prompt has {longest} tokens, and the model {limit} positions")
     sampler = choose_sampler(model, prompts, max_new_tokens, pad, dtype)
     if sampler == "alone":
         prompts, k, batch_size = [p for p in prompts for _ in range(k)], 1, 1
     ends, keys, prompts_at_once = end_ids(model, tokenizer), noise_keys(seed, prompts, k), max(batch_size // k, 1)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order[i : i + prompts_at_once] for i in range(0, len(order), prompts_at_once)]
     responses: dict[int, list[tuple[list[int], list[float]]]] = {}
-    steps = math.ceil(len(order) / prompts_at_once) * max_new_tokens
-    with Waiting(progress, steps, "step", not parallel.is_main()) as waiting:
-        for n, start in enumerate(range(0, len(order), prompts_at_once), 1):
-            group = order[start : start + prompts_at_once]
+    with Waiting(progress, len(groups) * max_new_tokens, "step", not parallel.is_main()) as waiting:
+        for n, group in enumerate(groups, 1):
             local_group = parallel.local_items(group)
             asked = [prompts[i] for i in local_group]
             group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
-            most = [min(max_new_tokens, limit - len(p)) if limit else max_new_tokens for p in asked for _ in range(k)]
+            most = [min(max_new_tokens, limit - len(p)) for p in asked for _ in range(k)]
             choose = sampling(group_keys, temperature)
             if progress and model.device.type == "cpu":  # on CUDA a step is a recorded graph
                 choose = _counted(choose, waiting)
-            drawn = [x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype)]
-            for place, i in enumerate(local_group):
-                rows = range(place * k, (place + 1) * k)
-                stops = [_stop(drawn[0][row][: most[row]], ends) for row in rows]
-                responses[i] = [tuple(x[row][:stop] for x in drawn) for row, stop in zip(rows, stops, strict=True)]
+            ids, logps = (x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype))
+            cut = [_until_end(*row, ends) for row in zip(ids, logps, most, strict=True)]
+            responses |= {i: cut[place * k : (place + 1) * k] for place, i in enumerate(local_group)}
             waiting.update(max(n * max_new_tokens - waiting.done, 0))
     responses = dict(parallel.gather([*responses.items()]))
     ids, logps = zip(*(response for i in range(len(prompts)) for response in responses[i]), strict=True)
@@ -108,9 +105,10 @@ def _counted(choose: "Choose", waiting: Waiting) -> "Choose":
     return lambda *drawn: waiting.update(1) or choose(*drawn)
 
 
-def _stop(ids: list[int], ends: Sequence[int]) -> int:
-    """The number of tokens up to the first end."""
-    return next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+def _until_end(ids: list[int], logps: list[float], most: int, ends: Sequence[int]) -> tuple[list[int], list[float]]:
+    """A row's tokens up to the first end, at most `most`, and their log-probs."""
+    stop = next((i + 1 for i, token in enumerate(ids[:most]) if token in ends), most)
+    return ids[:stop], logps[:stop]
 
 
 def _filler(model, pad_id: int) -> int:
@@ -179,12 +177,13 @@ def given(responses: Sequence[list[int]], temperature: float, device: torch.devi
 def _run(sampler: str, model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int, dtype: torch.dtype):
     """Tokens and log-probs of k answers to each prompt, (p k) rows of max(most); what follows a row's end is void."""
     models.set_attention(model.eval(), packed=False)
-    way = decode.decode if sampler == "loop" else _library
     with models.eager(model), sharding.gathered(model, dtype), sharding.autocast(model, dtype):
-        return way(model, prompts, k, most, choose, ends, pad, dtype)
+        if sampler == "loop":
+            return decode.decode(decode.Rows(model, prompts, k, most, choose, ends, pad, dtype))
+        return _library(model, prompts, k, most, choose, ends, pad)
 
 
-def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int, dtype: torch.dtype):
+def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int):
     """`_run` with the library's `generate`, from prompts padded to the left. `choose` is a logits processor that leaves
     only its token possible."""
     device, width = model.device, max(map(len, prompts))
@@ -202,8 +201,7 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
         waiting = len(ids) - int(torch.isin(ids[:, width:], ends).any(1).sum())
         return torch.full((len(ids),), parallel.add_up(waiting, device) == 0, device=device)
 
-    limit = models.positions(model)
-    number = min(max(most), limit - width) if limit else max(most)
+    number = min(max(most), (models.positions(model) or math.inf) - width)
     config = transformers.GenerationConfig(max_new_tokens=number, pad_token_id=pad, do_sample=False)
     own, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
@@ -229,8 +227,7 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
     """
     pad, longest, shortest = _filler(model, pad_id), max(prompts, key=len), min(prompts, key=len)
-    length, limit = 1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model)
-    length = min(length, limit) if limit else length
+    length = min(1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model) or math.inf)
     checked, before = _samplers.setdefault(model, {}).get(dtype, (0, "loop"))
     if checked >= length:
         return before
@@ -256,9 +253,7 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     return sampler
 
 
-def _misfit(
-    sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pad: int, dtype: torch.dtype
-) -> str | None:
+def _misfit(sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pad: int, dtype) -> str | None:
     """Why a way of sampling does not fit the model; None if its log-probs are `plain`, up to `allowed`."""
     groups = [[row] for row in rows] if sampler == "alone" else [rows]
     try:

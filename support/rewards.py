@@ -23,8 +23,8 @@ import torch
 
 from rlhf import BadInput, require
 from support import models, parallel, reviews, scoring, sharding, tokens
-from support.examples import build
-from support.rows import Message
+from support.examples import Example, build
+from support.rows import Message, prompt_of
 from support.scoring import Batching
 
 Reward = Callable[[Sequence[str | list[Message]], Sequence[str], Sequence[dict]], list[float]]
@@ -93,6 +93,25 @@ def load_reward(
 
     reward.model = model
     return reward
+
+
+def scores_ids(source: str, tokenizer, trust_remote_code: bool = False) -> bool:
+    """Whether `source` is a reward model with this tokenizer's vocabulary and EOS, which can score sampled ids."""
+    if not Path(source).is_dir():
+        return False
+    own = models.load_tokenizer(source, trust_remote_code, "--reward")
+    known = tokenizer.get_vocab().items() <= own.get_vocab().items()  # it may know a padding token more
+    return known and own.eos_token_id == tokenizer.eos_token_id
+
+
+def score_texts(reward: Reward, examples: Sequence[Example], ends: Sequence[int]) -> list[float]:
+    """Rewards of all responses, as texts; `ends` are the ids that end a response."""
+    sequences = [
+        (prompt_of(e.row), text, e.row | {"ended": response[-1] in ends})
+        for e in examples
+        for text, response in zip(e.response_texts, e.responses, strict=True)
+    ]
+    return reward(*map(list, zip(*sequences, strict=True)))
 
 
 def one_line(error: Exception, module: str) -> str:

@@ -19,7 +19,7 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head, token_kl, token_logps
 from rlhf.tree import Batch, Tree, collate, tokens
 from support import models, parallel
-from support.examples import Example
+from support.examples import Example, probes
 from support.sharding import as_forward
 from support.waiting import Waiting
 
@@ -192,13 +192,26 @@ def per_token(
 # ------------------------------------------------------------------------------------------------- choosing the layout
 
 
-def batching_for(model, examples: Sequence[Example], tokenizer, a: Any) -> Batching:
-    """The Batching of a script's flags, with the layout chosen for its model; prints what the model is."""
+def batching_for(model, examples: Sequence[Example], tokenizer, a: Any, others: Sequence = ()) -> Batching:
+    """The Batching of a script's flags, with the layout chosen for its model, and for others that score the same
+    batches; prints what the model is."""
     batching = Batching(a.layout, models.pad_id(tokenizer), models.DTYPES[a.dtype], a.micro_batch_tokens, a.device)
-    batching = batching._replace(layout=choose_layout(model, examples, batching))
+    layouts = {choose_layout(model, examples, batching)}
+    for other in others:
+        pad_id = other.config.pad_token_id if models.has_reward_head(other) else batching.pad_id
+        layouts.add(choose_layout(other, examples, batching._replace(pad_id=pad_id)))
+    batching = batching._replace(layout="tree" if layouts == {"tree"} else "padded")
     size = model.num_parameters() / 1e6
     print(f"{a.model}: {size:.2f} M parameters, {batching.layout} layout, {a.dtype} on {a.device}")
     return batching
+
+
+def batching_for_answers(policy, others: Sequence, prompts: Sequence[Example], tokenizer, a: Any) -> Batching:
+    """`batching_for` for models that all score sampled answers to these prompts."""
+    for model in (policy, *others):
+        check_tokens(model, prompts)
+    pads = {models.pad_id(tokenizer), *(x.config.pad_token_id for x in others if models.has_reward_head(x))}
+    return batching_for(policy, probes(prompts, a.max_new_tokens, pads), tokenizer, a, others)
 
 
 @torch.no_grad()

@@ -1039,6 +1039,17 @@ def test_auto_takes_the_padded_layout_where_only_the_reward_model_needs_it(tmp_p
     assert go(**CHEAP | flags).layout == "padded"
 
 
+def test_every_prompt_must_have_embeddings_in_every_model():
+    """The reference has 50; of three prompts the one of medium length, which no layout check reads, has the id 55."""
+    policy, reference = tiny("llama"), tiny("llama")
+    reference.resize_token_embeddings(50)
+    prompts = [example([1, 5], []), example([1, 55, 6], [], where="test:2"), example([1, 5, 6, 7], [])]
+    ids, a = SimpleNamespace(eos_token_id=2, pad_token_id=0), train_ppo.Args(device="cpu", max_new_tokens=3)
+    with pytest.raises(BadInput, match="^test:2: has the token id 55, and the llama model 50 embeddings"):
+        scoring.batching_for_answers(policy, [reference], prompts, ids, a)
+    assert scoring.batching_for_answers(policy, [policy], prompts, ids, a).layout == "tree"
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
