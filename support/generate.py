@@ -221,7 +221,7 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
 def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad_id: int, dtype: torch.dtype) -> str:
     """loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are of three
     lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the layout check
-    (`scoring.tolerance`). It prints a line if it is not the loop. BadInput if none agrees.
+    (`scoring.agree`). It prints a line if it is not the loop. BadInput if none agrees.
 
     `generate` calls this, scripts that sample late call it at their start. The result is remembered with the model
     object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
@@ -262,9 +262,9 @@ def _misfit(sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pa
         raise
     except Exception as error:  # whatever the code of an architecture stumbles over
         return " ".join(str(error).split())[:100] or type(error).__name__
-    difference = (torch.cat(logps) - plain).abs().max().item()
-    if difference <= allowed:
+    if scoring.agree(torch.cat(logps), plain, allowed, dtype):
         return None
+    difference = (torch.cat(logps) - plain).abs().max().item()
     return f"log-probs differ by {difference:.2g}, where rounding explains {allowed:.2g}"
 
 
