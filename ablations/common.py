@@ -276,9 +276,9 @@ def rows(kind: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def trained(script: ModuleType, out: Path, **flags) -> str:
-    """The run directory `out` of a script: trained if it is missing, resumed if it was begun."""
+    """The run directory `out` of a script: trained if it is missing, resumed if it was begun; on the CPU by default."""
     if not is_made(str(out)):
-        script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), device="cpu", **flags))
+        script.main(script.Args(out=str(out), resume=(out / "args.json").exists(), **({"device": "cpu"} | flags)))
     return str(out)
 
 
