@@ -25,12 +25,13 @@ from torch import Tensor
 import evaluate
 from ablations import common, plot
 from rlhf import require
-from support import models, read_json, sharding
+from support import models, read_json, scoring, sharding
 from support.examples import Example, build
 from support.generate import answer, end_ids
 from support.report import mean_interval, share_and_half
 from support.reward_report import TIE, calibration
 from support.rows import read_rows
+from support.scoring import Batching
 
 ROOT = Path(__file__).parent
 NAMES = ("sft", "reward", "preferences", "sums", "instructgpt")
@@ -47,7 +48,7 @@ class Args:
     model: str = MODEL
     """the starting model: a local folder or a hub id"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """of training, but of PPO's, and of scoring; answers are sampled, and PPO trained, in float32"""
+    """of training and scoring; PPO and all sampling are in float32"""
     device: str = "cpu"
     """torch device; on a GPU give --jobs 1"""
     jobs: int = 2
@@ -209,10 +210,20 @@ def pair_measures(examples: Sequence[Example], rewards: Sequence[Tensor]) -> dic
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def load(model: str, a: Args) -> tuple:
-    """A policy in --dtype, and its tokenizer."""
-    make = lambda device: models.load_model(model, device)  # noqa: E731
-    return sharding.load(make, a.device, models.DTYPES[a.dtype]), models.load_tokenizer(model)
+def response_logps(model: str, examples: Sequence[Example], tokenizer, a: Args) -> list[Tensor]:
+    """`scoring.score_logps` of a model's responses, in --dtype."""
+    dtype = models.DTYPES[a.dtype]
+    policy = sharding.load(lambda device: models.load_model(model, device), a.device, dtype)
+    batching = Batching("auto", models.pad_id(tokenizer), dtype, device=a.device)
+    batching = batching._replace(layout=scoring.choose_layout(policy, examples, batching))
+    return scoring.score_logps(policy, examples, batching)
+
+
+def of_model(measured: dict, names: Iterable[str]) -> dict[str, float]:
+    """Those of the named numbers that evaluate.py gives for a model, each with half its interval as NAME_half."""
+    found = {name: measured[name] for name in names if name in measured}
+    values = {name: x["value"] for name, x in found.items()}
+    return values | {f"{n}_half": max(x["high"] - x["value"], x["value"] - x["low"]) for n, x in found.items()}
 
 
 def answered(

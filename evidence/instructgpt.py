@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablations import common
-from evidence.common import ROOT, pages, with_half
+from evidence.common import ROOT, of_model, pages, with_half
 from evidence.sums import questions, summands
 from support import read_json
 from support.runs import cli
@@ -64,12 +64,7 @@ def add(results: common.Results, folder: Path, seconds: float) -> None:
     """The numbers of evaluate.py and train_rm.py; seconds are in the row of the reward model, but are all's."""
     measured = read_json(folder / "evaluate/results.json")["models"]
     for x in MODELS:
-        values = {}
-        for name in COLUMNS.keys() & measured[str(folder / x)].keys():
-            number = measured[str(folder / x)][name]
-            values[name] = number["value"]
-            values[f"{name}_half"] = max(number["high"] - number["value"], number["value"] - number["low"])
-        results.add(x, 0, values)
+        results.add(x, 0, of_model(measured[str(folder / x)], COLUMNS))
     rm = read_json(folder / "rm/results.json")
     values = {"accuracy": rm["accuracy"], "accuracy_half": rm["accuracy_interval"], "ceiling": rm["ceiling"]}
     results.add("reward model", 0, values | {"seconds": seconds})

@@ -22,6 +22,7 @@ from evidence.common import (
     best,
     fill,
     finish,
+    of_model,
     on_pairs,
     trained,
     with_half,
@@ -74,10 +75,7 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     flags["dtype"] = "float32"
     flags |= {"k": 1, "max_new_tokens": 8} if a.short else {"k": 8}
     sampled = trained(evaluate, answers, a, **flags)["models"]
-    for name in {"kl", "length", "win"} & sampled[str(out)].keys():
-        number = sampled[str(out)][name]
-        values[name] = number["value"]
-        values[f"{name}_half"] = max(number["high"] - number["value"], number["value"] - number["low"])
+    values |= of_model(sampled[str(out)], ("kl", "length", "win"))
     values["start_length"] = sampled[a.model]["length"]["value"]
     rows = [row for row in read_json_lines(answers / "samples.jsonl", "model") if row["model"] == str(out)]
     return values, [{"prompt": i, "answer": row["text"]} for i, row in enumerate(rows[:: flags["k"]])]

@@ -23,17 +23,16 @@ from evidence.common import (
     csv_of,
     fill,
     finish,
-    load,
     on_pairs,
     pair_measures,
     read_pairs,
+    response_logps,
     trained,
     with_half,
     write_arguments,
 )
-from support import models, scoring
+from support import models
 from support.runs import cli
-from support.scoring import Batching
 
 NAME = "reward"
 LRS = {"lr 3e-06": 3e-6, "lr 1e-05": 1e-5, "lr 3e-05": 3e-5}
@@ -53,11 +52,9 @@ def main(a: Args) -> None:
 def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float], list[dict]]:
     """`pair_measures` on the test. Untrained: the reward is the argument's mean log-prob a token."""
     if setting == "untrained":
-        policy, tokenizer = load(a.model, a)
+        tokenizer = models.load_tokenizer(a.model)
         examples = read_pairs(folder / "test.jsonl", tokenizer)
-        batching = Batching("auto", models.pad_id(tokenizer), models.DTYPES[a.dtype], device=a.device)
-        batching = batching._replace(layout=scoring.choose_layout(policy, examples, batching))
-        logps = scoring.score_logps(policy, examples, batching)
+        logps = response_logps(a.model, examples, tokenizer, a)
         values = pair_measures(examples, [x / torch.tensor(e.lengths) for x, e in zip(logps, examples, strict=True)])
         return values, []
     out = folder / f"{setting}-{seed}"

@@ -16,17 +16,16 @@ import torch
 
 import train_sft
 from ablations import common
-from evidence.common import Args, answered, begin, best, fill, finish, load, trained, with_half
+from evidence.common import Args, answered, begin, best, fill, finish, response_logps, trained, with_half
 from recipes.gsm8k import correct
 from rlhf import require
-from support import models, scoring
+from support import models
 from support.examples import build
 from support.generate import answer_stats
 from support.report import share_and_half, standard_error, student
 from support.rewards import score_texts
 from support.rows import prompt_of, read_rows
 from support.runs import cli
-from support.scoring import Batching
 
 NAME = "sft"
 LRS = {"lr 1e-05": 1e-5, "lr 3e-05": 3e-5, "lr 1e-04": 1e-4}
@@ -83,11 +82,9 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
 
 def nlls(model: str, folder: Path, a: Args) -> tuple[list[float], list[int]]:
     """Of each test row: minus the log-prob of its answer, and the answer's tokens."""
-    policy, tokenizer = load(model, a)
+    tokenizer = models.load_tokenizer(model)
     examples = build(read_rows(str(folder / "test.jsonl"))[0], tokenizer, "sft", 512, 1024)[0]
-    batching = Batching("auto", models.pad_id(tokenizer), models.DTYPES[a.dtype], device=a.device)
-    batching = batching._replace(layout=scoring.choose_layout(policy, examples, batching))
-    logps = torch.cat(scoring.score_logps(policy, examples, batching))
+    logps = torch.cat(response_logps(model, examples, tokenizer, a))
     return (-logps).tolist(), [n for e in examples for n in e.lengths]
 
 

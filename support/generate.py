@@ -37,6 +37,7 @@ MEANS = {
     "library": "the library's generate",
     "alone": "the library's generate, one answer at a time",
 }
+MEAN_ROUNDING = 0.1  # nats a token; SmolLM2-135M in bfloat16: 0.02 to 0.03, and at single tokens up to 0.23
 _samplers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {dtype: (tokens checked, its sampler)}
 
 
@@ -221,7 +222,7 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
 def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad_id: int, dtype: torch.dtype) -> str:
     """loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are of three
     lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the layout check
-    (`scoring.agree`). It prints a line if it is not the loop. BadInput if none agrees.
+    (`scoring.tolerance`), or a mean in half precision. It prints a line if it is not the loop. BadInput if none agrees.
 
     `generate` calls this, scripts that sample late call it at their start. The result is remembered with the model
     object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
@@ -254,7 +255,8 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
 
 
 def _misfit(sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pad: int, dtype) -> str | None:
-    """Why a way of sampling does not fit the model; None if its log-probs are `plain`, up to `allowed`."""
+    """Why a way of sampling does not fit the model; None if its log-probs are `plain`, up to `allowed` at every token
+    or, in half precision, where single tokens can be far off, up to MEAN_ROUNDING on average."""
     groups = [[row] for row in rows] if sampler == "alone" else [rows]
     try:
         logps = [x for group in groups for x in _given_logps(sampler, model, group, 1.0, pad, dtype)]
@@ -262,10 +264,10 @@ def _misfit(sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pa
         raise
     except Exception as error:  # whatever the code of an architecture stumbles over
         return " ".join(str(error).split())[:100] or type(error).__name__
-    if scoring.agree(torch.cat(logps), plain, allowed, dtype):
+    difference = (torch.cat(logps) - plain).abs()
+    if difference.max() <= allowed or (dtype != torch.float32 and difference.mean() <= MEAN_ROUNDING):
         return None
-    difference = (torch.cat(logps) - plain).abs().max().item()
-    return f"log-probs differ by {difference:.2g}, where rounding explains {allowed:.2g}"
+    return f"log-probs differ by {difference.max().item():.2g}, where rounding explains {allowed:.2g}"
 
 
 def _given_logps(sampler: str, model, rows: Sequence[Tree], temperature: float, pad: int, dtype: torch.dtype):

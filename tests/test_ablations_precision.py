@@ -119,7 +119,7 @@ def test_tier_s_and_check_with_a_small_model(tmp_path, monkeypatch):
     monkeypatch.setattr(tier_s, "TOKENS", 400)  # the tokenizer's tokens are bytes
     results = common.Results(tmp_path / "tier_s.csv")
     for part in ("seen", "DPO"):
-        tier_s.main(results, tmp_path, str(tmp_path / "base"), pairs, part, 1, True)
+        tier_s.main(results, tmp_path, str(tmp_path / "base"), pairs, part, 1, 1, True)
     ended = results.values("DPO, dithered, 5e-07", "kl")
     assert ended.keys() == {0} and ended[0] >= 0 and results.values("seen, dithered, 5e-07", "true")[0] > 0
     held, train = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("held", "train"))

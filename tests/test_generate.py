@@ -271,6 +271,22 @@ def test_what_the_loop_does_not_fit_takes_the_librarys_generate(name, capsys):
     assert_scored(model, *sampled, 2)
 
 
+ONE_TOKEN, ALL = [0.3] + [0.0] * 23, [0.15] * 24
+CASES = [(torch.bfloat16, ONE_TOKEN, True), (torch.bfloat16, ALL, False), (torch.float32, ONE_TOKEN, False)]
+
+
+@pytest.mark.parametrize("dtype, shift, fits", CASES)
+def test_rounding_of_half_precision_is_judged_by_its_mean(dtype, shift, fits, monkeypatch):
+    """One of the 24 log-probs of the scorer is 0.3 nats off, or each is 0.15 off."""
+    own, shifts = scoring.token_numbers, iter(torch.tensor(shift).split(8))
+    shifted = lambda *args: own(*args) + next(shifts)  # noqa: E731
+    monkeypatch.setattr(scoring, "token_numbers", shifted)
+    monkeypatch.setattr(scoring, "tolerance", lambda *args: 1e-3)
+    model = tiny("llama")
+    with contextlib.nullcontext() if fits else pytest.raises(BadInput, match="cannot be sampled from"):
+        sampling.choose_sampler(model, [[*range(3, 20)], [5, 6]], 20, 0, dtype)
+
+
 def test_a_model_that_no_sampler_fits_is_refused(monkeypatch):
     own = scoring.token_numbers
     monkeypatch.setattr(scoring, "token_numbers", lambda *args: own(*args) - 0.5)

@@ -162,15 +162,6 @@ def test_bfloat16_check():
     assert choose_layout(model, random_examples(SHAPES), Batching("auto", dtype=torch.bfloat16)) == "tree"
 
 
-def test_rounding_of_half_precision_is_judged_by_its_mean():
-    """One token of four is 0.3 off, or all of them 0.11; in float32 each counts alone."""
-    plain = torch.zeros(4)
-    single, all_off = plain + torch.tensor([0.3, 0.0, 0.02, 0.04]), plain + 0.11
-    assert scoring.agree(single, plain, 0.05, torch.bfloat16) and not scoring.agree(single, plain, 0.05, torch.float32)
-    assert not scoring.agree(all_off, plain, 0.05, torch.bfloat16)
-    assert scoring.agree(all_off, plain, 0.12, torch.bfloat16) and scoring.agree(all_off, plain, 0.12, torch.float32)
-
-
 def test_a_head_that_is_read_wrongly_is_refused(monkeypatch):
     monkeypatch.setattr(models, "output_head", lambda model: output_head(model)._replace(scale=1.0))
     with pytest.raises(BadInput, match="granite.*output_head"):

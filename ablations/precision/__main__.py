@@ -41,6 +41,8 @@ import train_ppo
 from ablations import common, plot
 from ablations.common import at_checkpoints, between, markdown, paired, show, t_interval
 from ablations.precision import seen, tier_s
+from ablations.precision.seen import blind_and_cured, ratio, same, share
+from rlhf import require
 from support import models, reviews
 from support.examples import build
 from support.generate import answer
@@ -61,6 +63,7 @@ JUDGED = {"DPO": (1e-6, 1e-5), "GRPO": (1e-5,)}  # rates at which the end should
 PAIRS, TRAINING, PROMPTS, TOKENS = 32, 5120, 256, 48
 PLACES = (1, 2, 4, 8, 16, 32)  # updates after which *seen* measures
 DIGITS = {"true": 3, "changed": 3, "moved": 3, "copied": 2, "cosine": 4}  # metrics of *seen*
+PAIRED = ("seen", "true", "kl", "true_kl", "loss", "true_loss")
 LAST = ("gold - dithered's", "at equal KL")
 ENDS = {"kl": 5, "gold": 3, "grammatical": 3}  # metrics of the ends
 FULL = {
@@ -87,8 +90,9 @@ def main(a: Args) -> None:
     """Run whatever results.csv lacks, and write table and figure."""
     results, folder = common.results(NAME, a), common.work(NAME, a)
     if a.tier == "s":
+        require(not a.quick, "--quick is for the embedded task: with --tier s give --seeds 1")
         real = common.Results(results.path.with_name("tier_s.csv"))
-        tier_s.main(real, folder, a.model, a.pairs, a.part, a.jobs, a.smoke)
+        tier_s.main(real, folder, a.model, a.pairs, a.part, 1 if a.smoke else a.seeds, a.jobs, a.smoke)
         print(tier_s.report(real))
         return
     seeds = range(1 if a.smoke else 2 if a.quick else a.seeds)
@@ -132,7 +136,7 @@ def end(kind: str, form: str, rate: float, seed: int, folder: Path, smoke: bool)
 
     out = folder / f"{kind}-{form.replace(' ', '-')}-{rate:g}-{seed}"
     flags = {"model": sft, "out": str(out), "lr": rate, "seed": seed, "device": "cpu", "schedule": "constant"}
-    flags |= FULL[kind] | {"dtype": "bfloat16" if seen.FORMS[form] else "float32"}
+    flags |= FULL[kind] | {"dtype": seen.DTYPES[form]}
     flags |= {"max_steps": 2, "save_every": 1} if smoke else {}
     look(0, policy.state_dict())
     shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
@@ -147,34 +151,6 @@ def end(kind: str, form: str, rate: float, seed: int, folder: Path, smoke: bool)
 
 
 # ----------------------------------------------------------------------------------------------------- table and figure
-
-
-def ratio(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
-    """Mean of mine / other over the seeds that both have, and half its interval; NaN if they share none."""
-    ratios = [x / other[seed] for seed, x in mine.items() if other.get(seed)]
-    return t_interval(ratios) if ratios else (math.nan, math.inf)
-
-
-def share(results: common.Results, form: str, rate: str, step: int | None = None) -> dict[int, float]:
-    """Seed -> seen / true margin."""
-    mine, true = (results.values(f"seen, {form}, {rate}", name, step) for name in ("seen", "true"))
-    return {seed: mine[seed] / true[seed] for seed in mine}
-
-
-def blind_and_cured(results: common.Results, rate: str, step: int) -> dict[str, tuple[float, float]]:
-    """The first two clauses: mean and half its interval."""
-    grid, dithered = (t_interval([*share(results, x, rate, step).values()]) for x in ("on the grid", "dithered"))
-    where = f"rate {rate}, {step} updates"
-    return {
-        f"blind, {where}: 0.5 - seen / true on the grid": (0.5 - grid[0], grid[1]),
-        f"cured, {where}: 0.1 - abs(seen / true - 1), dithered": (0.1 - abs(dithered[0] - 1), dithered[1]),
-    }
-
-
-def same(mine: Mapping[int, float], other: Mapping[int, float], bound: float = 0.1) -> tuple[float, float]:
-    """bound - |mean ratio - 1|, and half the ratio's interval: above 0 if the interval is within 1 +- bound."""
-    mean, half = ratio(mine, other)
-    return bound - abs(mean - 1), half
 
 
 def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
@@ -204,13 +180,14 @@ def seen_rows(results: common.Results, settings: Mapping[str, tuple]) -> list[li
     """A row for each setting: what its forward pass sees after the last update. No ratios to what is hardly above 0."""
     rows = []
     for setting, (*_, form, rate) in settings.items():
-        of = {name: results.values(setting, name) for name in ("seen", "true", "kl", "true_kl", *DIGITS)}
+        of = {name: results.values(setting, name) for name in (*PAIRED, *DIGITS)}
         if of["true"]:
             plain = results.values(f"seen, float32, {rate:g}", "true")
             pairs = (of["true"], plain, 1e-3), (of["seen"], of["true"], 1e-3), (of["kl"], of["true_kl"], 5e-6)
             ratios = [show(ratio(x, y)) if y and min(y.values()) > least else "" for x, y, least in pairs]
+            excess = show(paired(of["loss"], of["true_loss"]), 3)
             means = [f"{statistics.fmean(of[name].values()):.{digits}f}" for name, digits in DIGITS.items()]
-            rows.append([f"{rate:g}", form, means[0], *ratios, *means[1:]])
+            rows.append([f"{rate:g}", form, means[0], *ratios, excess, *means[1:]])
     return rows
 
 
@@ -233,11 +210,11 @@ def end_rows(results: common.Results) -> list[list[str]]:
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
-    header = "learning rate,form of weights,true margin,true / float32's,seen / true,KL: seen / true,changed,moved"
-    header = [*header.split(","), "copied", "cosine"]
+    header = "learning rate,form of weights,true margin,true / float32's,seen / true,KL: seen / true,loss: seen - true"
+    header = [*header.split(","), "changed", "moved", "copied", "cosine"]
     criterion = clauses(results)
     real = common.Results(common.ROOT / NAME / "tier_s.csv")
-    more = tier_s.clauses(real, blind_and_cured, same)
+    more = tier_s.clauses(real)
     lines = [[name, show(x, 3), common.verdict([x])] for name, x in criterion.items()]
     lines += [[f"real model: {name}", show(x, 3), common.verdict([x])] for name, x in more.items()]
     parts = [

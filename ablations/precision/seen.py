@@ -1,7 +1,7 @@
 """One set of pairs, trained on in each form of weights: how much of what was learned does the forward pass see?"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from ablations.common import Results, t_interval
 from rlhf import losses
 from rlhf.logprobs import token_kl
 from rlhf.optim import AdamW, join, split
@@ -20,7 +21,7 @@ from support.examples import Example
 
 BETA = 0.1
 FLAGS = SimpleNamespace(optimizer_state="float32", gradient_dtype="float32")
-SCALE = 1024.0  # of the loss, while float16 gradients are computed
+SCALE = 1024.0  # of the loss, against underflow of float16 gradients; a power of two, so exact in all other forms
 
 
 class NoMasters(AdamW):
@@ -56,6 +57,7 @@ FORMS = {  # form of weights: optimizer of bfloat16 weights; None: float32 weigh
     "no masters": NoMasters,
 }
 AUTOCAST = {"autocast": torch.bfloat16, "float16": torch.float16}
+DTYPES = {form: "bfloat16" if optimizer else "float32" for form, optimizer in FORMS.items()}  # the scripts' --dtype
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def measure(
         kl, true_kl     KL to the start over the vocabulary, mean over the pairs' tokens (nats)
     """
     torch.manual_seed(seed)
-    dtype = torch.bfloat16 if FORMS[form] else torch.float32
+    dtype = models.DTYPES[DTYPES[form]]
     with in_form(form):
         policy, low_bits = sharding.load_trained(make, "cpu", dtype, seed)
         optimizer = models.adamw(policy, low_bits, FLAGS, lr=rate, weight_decay=0.0)
@@ -98,7 +100,10 @@ def measure(
     plain = collate(examples, "tree", pad_id)
 
     def margins(model, batch: Batch, form: str) -> Float[Tensor, " m"]:
-        logps = _logps(model, batch, AUTOCAST[form]) if form in AUTOCAST else _scored(model, batch, form)
+        if form in AUTOCAST:
+            logps = _logps(model, batch, AUTOCAST[form])
+        else:
+            logps = scoring.response_logps(model, batch, models.DTYPES[DTYPES[form]])[1]
         return logps[::2] - logps[1::2]
 
     with torch.no_grad():
@@ -131,10 +136,6 @@ def measure(
     return along
 
 
-def _scored(model, batch: Batch, form: str) -> Float[Tensor, " b"]:
-    return scoring.response_logps(model, batch, torch.bfloat16 if FORMS[form] else torch.float32)[1]
-
-
 def _logits(model, batch: Batch, dtype: torch.dtype) -> Float[Tensor, "n v"]:
     """The library's own forward pass under autocast: logits before each response token."""
     models.set_attention(model, packed=False)
@@ -154,7 +155,7 @@ def _kl(model, start, batch: Batch, form: str) -> float:
     if form in AUTOCAST:
         log_p, log_q = (_logits(x, batch, AUTOCAST[form]).log_softmax(-1) for x in (model, start))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    dtype = torch.bfloat16 if FORMS[form] else torch.float32
+    dtype = models.DTYPES[DTYPES[form]]
     sides = ((scoring.hidden_states(x, batch, batch.sources, dtype), models.output_head(x)) for x in (model, start))
     return token_kl(*next(sides), *next(sides)).mean().item()
 
@@ -190,3 +191,34 @@ def _moved(masters: dict[str, Tensor], first: dict[str, Tensor], form: str) -> d
         "copied": both / own if own else 1.0,
         "moved": torch.cat(shares).median().item(),
     }
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def ratio(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
+    """Mean of mine / other over the seeds that both have, and half its interval; NaN if they share none."""
+    ratios = [x / other[seed] for seed, x in mine.items() if other.get(seed)]
+    return t_interval(ratios) if ratios else (math.nan, math.inf)
+
+
+def share(results: Results, form: str, rate: str, step: int | None = None) -> dict[int, float]:
+    """Seed -> seen / true margin."""
+    mine, true = (results.values(f"seen, {form}, {rate}", name, step) for name in ("seen", "true"))
+    return {seed: mine[seed] / true[seed] for seed in mine}
+
+
+def blind_and_cured(results: Results, rate: str, step: int) -> dict[str, tuple[float, float]]:
+    """The criterion's first two clauses: mean and half its interval."""
+    grid, dithered = (t_interval([*share(results, x, rate, step).values()]) for x in ("on the grid", "dithered"))
+    where = f"rate {rate}, {step} updates"
+    return {
+        f"blind, {where}: 0.5 - seen / true on the grid": (0.5 - grid[0], grid[1]),
+        f"cured, {where}: 0.1 - abs(seen / true - 1), dithered": (0.1 - abs(dithered[0] - 1), dithered[1]),
+    }
+
+
+def same(mine: Mapping[int, float], other: Mapping[int, float], bound: float = 0.1) -> tuple[float, float]:
+    """bound - |mean ratio - 1|, and half the ratio's interval: above 0 if the interval is within 1 +- bound."""
+    mean, half = ratio(mine, other)
+    return bound - abs(mean - 1), half

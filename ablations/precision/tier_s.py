@@ -1,10 +1,12 @@
 """A model of real scale, whose weights lie on the grid of bfloat16, on real pairs.
 
     python -m ablations.precision --tier s --model HuggingFaceTB/SmolLM2-135M-Instruct --pairs hh_helpful.jsonl
+    (then the same with --part DPO)
 
 The pairs are those of the file with at most 160 tokens in all, in a random order that is the same for all runs: 64 are
 held out. *seen*: 6 of the others for each seed. *DPO*: train_dpo.py on them, 8 in an update, the seed being that of
-their order and of the dither. Its true numbers are those of the saved model (its masters) in float32.
+their order and of the dither. Its true numbers are those of the saved model (its masters) in float32. A process takes 8
+to 9 GB of memory.
 
 Criterion, written before the runs: blind and cured of __main__.py at rate 5e-7 after 5 updates, and same end at rates
 5e-7 and 5e-6, with 0.1 - |mean of the ratio of their held-out margins - 1| in place of gold reward.
@@ -14,7 +16,6 @@ import json
 import random
 import shutil
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
 import train_dpo
@@ -40,15 +41,24 @@ DPO = {f"DPO, {form}, {rate:g}": (form, rate) for rate in END_RATES for form in 
 TOKENS, HELD, PAIRS = 160, 64, 6
 FULL = {"max_steps": 24, "batch_size": 8, "epochs": 100, "warmup": 0.1, "schedule": "constant", "beta": seen.BETA}
 ASKED, ANSWER = 32, 32  # prompts of the on-policy KL, tokens of their answers
+NAMES = {"margin": "margins", "accuracy": "accuracies"}  # ours -> train_dpo.py's
+COLUMNS = {  # metric: column of the table of ends, digits
+    "margin": ("held-out margin, nats", 2),
+    "logged_margin": ("as logged", 2),
+    "accuracy": ("held-out accuracy", 3),
+    "logged_accuracy": ("as logged", 3),
+    "kl": ("KL, nats", 3),
+}
 
 
-def main(results: common.Results, folder: Path, model: str, pairs: str, part: str, jobs: int, smoke: bool) -> None:
+def main(
+    results: common.Results, folder: Path, model: str, pairs: str, part: str, seeds: int, jobs: int, smoke: bool
+) -> None:
     """Run whatever the CSV lacks of this part, seen or DPO."""
     prepare(folder, model, pairs)
-    settings, seeds = (SEEN, 5) if part == "seen" else (DPO, 3)
-    run = measure if part == "seen" else train
+    settings, run = (SEEN, measure) if part == "seen" else (DPO, train)
     if smoke:
-        settings, seeds = {x: y for x, y in settings.items() if y == ("dithered", 5e-7)}, 1
+        settings = {x: y for x, y in settings.items() if y == ("dithered", 5e-7)}
     tasks = [(x, s, model, folder, smoke) for s in range(seeds) for x in settings if not results.done(x, s)]
     for (setting, seed, *_), (along, end), seconds in common.each(run, tasks, jobs, folder):
         for step, values in along.items():
@@ -88,7 +98,7 @@ def train(setting: str, seed: int, model: str, folder: Path, smoke: bool) -> tup
     (form, rate), out = DPO[setting], folder / f"{setting.replace(', ', '-').replace(' ', '-')}-{seed}"
     shutil.rmtree(out, ignore_errors=True)  # left by a stopped run
     flags = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "held.jsonl"), "eval_fraction": 0.0}
-    flags |= {"dtype": "bfloat16" if seen.FORMS[form] else "float32", "eval_prompts": 0, "save_every": 10**6}
+    flags |= {"dtype": seen.DTYPES[form], "eval_prompts": 0, "save_every": 10**6}
     flags |= {"lr": rate, "seed": seed, "ref_cache": str(folder / "ref_cache"), "eval_every": 10**6, "device": "cpu"}
     flags |= FULL | ({"max_steps": 1} if smoke else {})
     with seen.in_form(form):
@@ -112,32 +122,17 @@ def train(setting: str, seed: int, model: str, folder: Path, smoke: bool) -> tup
     return along, end
 
 
-NAMES = {"margin": "margins", "accuracy": "accuracies"}  # ours -> train_dpo.py's
-
-
-def clauses(results: common.Results, blind_and_cured, same) -> dict[str, tuple[float, float]]:
-    """The criterion's clauses that have values; the functions are those of __main__.py."""
-    found: dict[str, tuple[float, float]] = {}
+def clauses(results: common.Results) -> dict[str, tuple[float, float]]:
+    """The criterion's clauses that have values."""
+    found = {}
     if results.values("seen, dithered, 5e-07", "kl"):
-        found |= blind_and_cured(results, "5e-07", PLACES[-1])
+        found |= seen.blind_and_cured(results, "5e-07", PLACES[-1])
     for rate in END_RATES:
-        sides: list[Mapping[str, Mapping[int, float]]] = [
-            {metric: results.values(f"DPO, {form}, {rate:g}", metric) for metric in ("kl", "margin")}
-            for form in ("on the grid", "dithered")
-        ]
-        if len(sides[0]["kl"]) > 1 and len(sides[1]["kl"]) > 1:
-            found[f"DPO, rate {rate:g}: same KL"] = same(sides[0]["kl"], sides[1]["kl"])
-            found[f"DPO, rate {rate:g}: same margin"] = same(sides[0]["margin"], sides[1]["margin"])
+        for metric, name in (("kl", "KL"), ("margin", "margin")):
+            sides = [results.values(f"DPO, {form}, {rate:g}", metric) for form in ("on the grid", "dithered")]
+            if min(map(len, sides)) > 1:
+                found[f"DPO, rate {rate:g}: same {name}"] = seen.same(*sides)
     return found
-
-
-COLUMNS = {  # metric: column of the table of ends, digits
-    "margin": ("held-out margin, nats", 2),
-    "logged_margin": ("as logged", 2),
-    "accuracy": ("held-out accuracy", 3),
-    "logged_accuracy": ("as logged", 3),
-    "kl": ("KL, nats", 3),
-}
 
 
 def report(results: common.Results) -> str:
