@@ -48,7 +48,7 @@ class Args:
     model: str = MODEL
     """the starting model: a local folder or a hub id"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """of training and scoring; PPO and all sampling are in float32"""
+    """of training, of PPO's rollouts too, and of scoring; other answers are sampled in float32"""
     device: str = "cpu"
     """torch device; on a GPU give --jobs 1"""
     jobs: int = 2

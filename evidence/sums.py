@@ -115,7 +115,7 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     elif method:
         flags |= {"data": str(folder / "train.jsonl"), "eval_fraction": 0.0, "batch_size": asked, "k": K}
         flags |= {"reward": "evidence.sums:correct", "value_init": "policy", "epochs_per_rollout": 1, "minibatches": 2}
-        flags |= {"advantage": method, "max_steps": rollouts, "save_every": 10, "dtype": "float32"}
+        flags |= {"advantage": method, "max_steps": rollouts, "save_every": 10}
         trained(train_ppo, out, a, **flags)
         model = str(out)
     greedy = lambda model, part: right_answers(model, folder / f"{part}.jsonl", a, tokens)  # noqa: E731
