@@ -15,7 +15,7 @@ changes, but when a master moves by a share s of a grid step, its weight moves b
 forward pass sees every update on average. (We know of no earlier use of a dither of the masters. Stochastic rounding,
 arXiv 2010.06192, draws anew at every step.)
 
-`compress` keeps both moments of AdamW in 8 bits each, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
+`compress` keeps both moments of AdamW in 16 bits, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
 """
 
 import functools
@@ -24,11 +24,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from einops import rearrange
-from jaxtyping import BFloat16, Float32, Int8, Int16, UInt8
+from jaxtyping import BFloat16, Float32, Int16
 from torch import Tensor
 
 CHUNK = 1 << 24  # elements that are updated at once, which bounds the temporary memory; a multiple of BLOCK
-BLOCK = 256  # elements whose 8-bit moments share their scales
+BLOCK = 256  # elements whose compressed moments share their scales
 LowBits = dict[torch.nn.Parameter, Int16[Tensor, "..."]]  # of the masters, by their bfloat16 weight
 
 
@@ -64,48 +64,49 @@ def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Te
 
 def compress(
     m: Float32[Tensor, " n"], v: Float32[Tensor, " n"], step: int
-) -> tuple[Int8[Tensor, " n"], UInt8[Tensor, " n"], Float32[Tensor, "blocks 3"]]:
-    """Both moments of AdamW in 8 bits an element, with three float32 scales for every block of 256 elements.
+) -> tuple[Int16[Tensor, " n"], Float32[Tensor, "blocks 3"]]:
+    """Both moments of AdamW in 16 bits an element, with three float32 scales for every block of 256 elements.
 
-        code_v = 1 + floor(254 (log2 v - low) / (high - low) + u),     low, high: the smallest and largest log2 v > 0
-        code_m = sign(m) floor(127 sqrt(|m| / (top sqrt(v'))) + u),    top: the largest |m| / sqrt(v'), v' = decoded v
+        code   = 512 code_m + code_v
+        code_v = 1 + floor(510 (log2 v - low) / (high - low) + u),     low, high: the smallest and largest log2 v > 0
+        code_m = sign(m) floor(63 sqrt(|m| / (top sqrt(v'))) + u),     top: the largest |m| / sqrt(v'), v' = decoded v
 
     n is a multiple of 256; v = 0 has code 0. What is coded is m / sqrt(v), which the update consists of: the error of
     an update is small whatever the gradients' sizes in a block, and no update explodes where v is rounded. `low` is at
     least high - 40, which raises a v that is more than 2^40 times smaller than its block's largest.
 
     u in [0, 1) is the fractional part of 0.7549 i + 0.618 step for element i of a block. Rounding to nearest would
-    lose every change of v, which is about 0.1 % a step where codes are up to 12 % apart; with u, log2 v changes as it
-    should on average. In blocks that span 2^40, v ends up about 5 % too large, give or take 20 %.
+    lose every change of v, which is about 0.1 % a step where codes are up to 6 % apart; with u, log2 v changes as it
+    should on average. Its errors add up over the steps that v remembers, and those of m over ten: so v has 9 bits.
     """
     m, v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (m, v))
     index = torch.arange(BLOCK, device=v.device, dtype=torch.float64)
     u = (0.7548776662466927 * index + 0.6180339887498949 * step) % 1
-    u = u.float().clamp_max(1 - 2**-16)  # 254 + u and 127 + u must not round up to the next integer
+    u = u.float().clamp_max(1 - 2**-15)  # 510 + u and 63 + u must not round up to the next integer
     log_v = v.log2().clamp_max(127)  # of an infinite v too, which would make its whole block NaN
     high = log_v.amax(1, keepdim=True).clamp_min(-126)
     low = torch.where(v > 0, log_v, high).amin(1, keepdim=True).maximum(high - 40)
     share = (log_v - low).clamp_min(0) / (high - low).clamp_min(1e-30)
-    code_v = torch.where(v > 0, 1 + (254 * share + u).floor(), 0).to(torch.uint8)
+    code_v = torch.where(v > 0, 1 + (510 * share + u).floor(), 0)
     ratio = torch.where(v > 0, m / _decode_v(code_v, low, high).sqrt(), 0)
     top = ratio.abs().amax(1, keepdim=True)
-    code_m = ratio.sign() * (127 * (ratio.abs() / top.clamp_min(1e-30)).sqrt() + u).floor()
-    return code_m.to(torch.int8).view(-1), code_v.view(-1), torch.cat([top, low, high], dim=1)
+    code_m = ratio.sign() * (63 * (ratio.abs() / top.clamp_min(1e-30)).sqrt() + u).floor()
+    return (512 * code_m + code_v).to(torch.int16).view(-1), torch.cat([top, low, high], dim=1)
 
 
 def decompress(
-    code_m: Int8[Tensor, " n"], code_v: UInt8[Tensor, " n"], scales: Float32[Tensor, "blocks 3"]
+    code: Int16[Tensor, " n"], scales: Float32[Tensor, "blocks 3"]
 ) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
     """The moments m and v of `compress`, up to rounding."""
     top, low, high = scales.split(1, dim=1)
-    code_m, code_v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (code_m, code_v))
-    v = _decode_v(code_v, low, high)
-    code_m = code_m.float() / 127
+    code = rearrange(code, "(blocks i) -> blocks i", i=BLOCK)
+    v = _decode_v((code & 511).float(), low, high)
+    code_m = (code >> 9).float() / 63
     return (code_m * code_m.abs() * top * v.sqrt()).view(-1), v.view(-1)
 
 
-def _decode_v(code: UInt8[Tensor, "blocks 256"], low: Float32[Tensor, "blocks 1"], high: Float32[Tensor, "blocks 1"]):
-    return torch.where(code > 0, (low + (code.float() - 1) / 254 * (high - low)).exp2(), 0)
+def _decode_v(code: Float32[Tensor, "blocks 256"], low: Float32[Tensor, "blocks 1"], high: Float32[Tensor, "blocks 1"]):
+    return torch.where(code > 0, (low + (code - 1) / 510 * (high - low)).exp2(), 0)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -164,7 +165,7 @@ class AdamW(torch.optim.Optimizer):
                 scalars += (1 - beta2**t) ** 0.5, group["eps"], group["lr"] / (1 - beta1**t)
                 low = self.low_bits.get(weight)
                 flat = [None if x is None else x.view(-1) for x in (weight.data, low)] + [weight.grad.reshape(-1)]
-                moments = [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
+                moments = [] if eight_bits else [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
                 if weight.is_cuda and low is not None and not eight_bits:
                     from rlhf import kernels
 
@@ -173,7 +174,7 @@ class AdamW(torch.optim.Optimizer):
                 for part in _chunks(weight.numel()):
                     pieces = [None if x is None else x[part] for x in flat]
                     if eight_bits:
-                        _update_compressed(*pieces, *moments, state["scales"], part, t, *scalars)
+                        _update_compressed(*pieces, state["codes"], state["scales"], part, t, *scalars)
                     else:
                         _update(*pieces, *(x[part] for x in moments), *scalars)
 
@@ -216,18 +217,18 @@ def _zero_moments(weight: torch.nn.Parameter, eight_bits: bool) -> dict[str, Ten
     if not eight_bits:
         return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
     blocks = -(-weight.numel() // BLOCK)
-    m, v = (weight.new_zeros(blocks * BLOCK, dtype=dtype) for dtype in (torch.int8, torch.uint8))
-    return {"exp_avg": m, "exp_avg_sq": v, "scales": weight.new_zeros(blocks, 3, dtype=torch.float32)}
+    codes = weight.new_zeros(blocks * BLOCK, dtype=torch.int16)
+    return {"codes": codes, "scales": weight.new_zeros(blocks, 3, dtype=torch.float32)}
 
 
-def _update_compressed(weight, low, gradient, code_m, code_v, scales, part: slice, step: int, *scalars) -> None:
+def _update_compressed(weight, low, gradient, codes, scales, part: slice, step: int, *scalars) -> None:
     """`_update` on the slice `part` of a weight whose moments are compressed, in place."""
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     padded = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-    m, v = decompress(code_m[padded], code_v[padded], scales[blocks])
+    m, v = decompress(codes[padded], scales[blocks])
     elements = part.stop - part.start
     _update(weight, low, gradient, m[:elements], v[:elements], *scalars)
-    code_m[padded], code_v[padded], scales[blocks] = compress(m, v, step)
+    codes[padded], scales[blocks] = compress(m, v, step)
 
 
 def _chunks(elements: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ from rlhf import optim
 
 GRADIENTS = {  # of 64 blocks of 256: each element's deviation
     "blocks that differ": (torch.logspace(-7, -3, 64).repeat_interleave(256), 0.999),
-    "mixed blocks": (torch.logspace(-7, -3, 64 * 256)[torch.randperm(64 * 256, generator=torch.manual_seed(0))], 0.995),
+    "mixed blocks": (torch.logspace(-7, -3, 64 * 256)[torch.randperm(64 * 256, generator=torch.manual_seed(0))], 0.9985),
 }
 
 
@@ -22,13 +22,13 @@ def test_codes_by_hand():
     """Step 0: u is 0 for the first element, 0.7549 for the second, 0.5098 for the third. log2 v spans -20 to 0."""
     v = block(1.0, 2**-20, 2**-5, 0.0)
     m = block(0.5, -(2**-10) * 2, 0.0, 0.0)  # m / sqrt(v): 0.5, -2, 0
-    code_m, code_v, scales = optim.compress(m, v, 0)
-    assert code_v[:4].tolist() == [255, 1, 1 + 191, 0]  # 254 * 0.75 + 0.5098 = 191.01
-    assert code_m[:4].tolist() == [63, -127, 0, 0]  # 127 sqrt(0.5 / 2) = 63.5
+    code, scales = optim.compress(m, v, 0)
+    # v: 510 * 0.75 + 0.5098 = 383.01; m: 63 sqrt(0.5 / 2) = 31.5
+    assert code[:4].tolist() == [512 * 31 + 511, 512 * -63 + 1, 1 + 383, 0]
     assert scales.tolist() == [[2.0, -20.0, 0.0]]
-    m2, v2 = optim.decompress(code_m, code_v, scales)
-    assert v2[:4].tolist() == pytest.approx([1.0, 2**-20, 2 ** (-20 + 191 / 254 * 20), 0.0])
-    assert m2[:4].tolist() == pytest.approx([2 * (63 / 127) ** 2, -(2**-9), 0.0, 0.0])
+    m2, v2 = optim.decompress(code, scales)
+    assert v2[:4].tolist() == pytest.approx([1.0, 2**-20, 2 ** (-20 + 383 / 510 * 20), 0.0])
+    assert m2[:4].tolist() == pytest.approx([2 * (31 / 63) ** 2, -(2**-9), 0.0, 0.0])
 
 
 def test_an_empty_block_and_one_of_equal_elements():
@@ -44,21 +44,21 @@ def test_a_v_far_below_its_block_is_raised_and_its_update_shrinks():
 
 
 def test_rounding_has_no_bias_over_the_steps():
-    """A v between two codes: the mean of its decoded logarithms over 10,000 steps; each alone is off by up to 0.08."""
+    """A v between two codes: the mean of its decoded logarithms over 10,000 steps; each alone is off by up to 0.04."""
     v = block(1.0, 2**-20, *torch.logspace(-5, 0, 253).tolist(), 0.5)
     logs = [optim.decompress(*optim.compress(v, v, step))[1].log2() for step in range(10_000)]
     assert (torch.stack(logs).mean(0) - v.log2()).abs().max() < 1e-3
-    assert (logs[0] - v.log2()).abs().max() > 0.05
+    assert (logs[0] - v.log2()).abs().max() > 0.03
 
 
 def test_no_code_wraps():
-    """Steps at which 254 + u or 127 + u would round up to 255 or 128 in float32, for some element of a block; each
+    """Steps at which 510 + u or 63 + u would round up to 511 or 64 in float32, for some element of a block; each
     element is its block's largest once."""
     v = (torch.full((256, 256), 1e-8) + torch.eye(256) * 1e-6).view(-1)
     m = v.sqrt() * (0.1 + 0.9 * torch.eye(256).view(-1))
     for step in (740, 1480, 2220, 2258, 4167):
-        code_m, code_v, scales = optim.compress(m, v, step)
-        assert (code_v[::257] == 255).all() and (code_m[::257] == 127).all() and scales.isfinite().all()
+        code, scales = optim.compress(m, v, step)
+        assert (code[::257] == 512 * 63 + 511).all() and scales.isfinite().all()
 
 
 def test_a_gradient_whose_square_overflows_leaves_all_weights_finite():
@@ -81,12 +81,13 @@ def both(size: int, **settings):
 @pytest.mark.parametrize("kind", ["noise", "drift", "constant"])
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_200_steps_against_float32_moments(name, kind):
-    """Gradients that span four decades, with and without a constant part: every step's update, and their sum."""
+    """Gradients that span four decades, with and without a constant part: every step's update, all of them as one
+    vector, and their sum."""
     scale, bound = GRADIENTS[name]
     generator = torch.manual_seed(1)
     drift = torch.randn(len(scale), generator=generator) * (kind != "noise")
     weights, optimizers = both(len(scale), lr=1.0)
-    largest = 0.0
+    largest, dots = 0.0, torch.zeros(3)
     for _ in range(200):
         gradient = (drift + torch.randn(len(scale), generator=generator) * (kind != "constant")) * scale
         before = [weight.detach().clone() for weight in weights]
@@ -95,10 +96,11 @@ def test_200_steps_against_float32_moments(name, kind):
             optimizer.step()
         true, ours = (w.detach()[0] - x[0] for w, x in zip(weights, before, strict=True))
         assert torch.cosine_similarity(true, ours, dim=0) > bound
+        dots += torch.stack([true @ ours, true @ true, ours @ ours])
         largest = max(largest, true.abs().max())
         assert ours.abs().max() < 1.5 * largest
     true, ours = (weight.detach()[0] for weight in weights)
-    assert torch.cosine_similarity(true, ours, dim=0) > bound
+    assert dots[0] > 0.999 * (dots[1] * dots[2]).sqrt() and torch.cosine_similarity(true, ours, dim=0) > 0.999
     assert (ours.norm() / true.norm()).item() == pytest.approx(1, abs=0.01)
 
 
@@ -115,7 +117,7 @@ def test_padding_chunks_and_vectors(monkeypatch):
         return weight.detach(), optimizer.state[weight]
 
     whole, state = train(True, 3, 1667)
-    assert sum(x.nbytes for x in (state["exp_avg"], state["exp_avg_sq"], state["scales"])) == 20 * (2 * 256 + 12)
+    assert sum(x.nbytes for x in (state["codes"], state["scales"])) == 20 * (2 * 256 + 12)
     monkeypatch.setattr(optim, "CHUNK", 1024)
     assert torch.equal(train(True, 3, 1667)[0], whole)
     assert not torch.equal(train(False, 3, 1667)[0], whole)
