@@ -263,17 +263,19 @@ def draw(results: common.Results, page) -> None:
     left.set_xscale("log")
     left.set_xlabel("median move of a master, in steps of the grid", fontsize=8)
     left.set_title("seen / true margin", fontsize=9)
+    ends = [(results, rate, "embedded") for rate in DPO_RATES] + [(real, rate, "SmolLM2") for rate in tier_s.END_RATES]
     for i, form in enumerate(END_FORMS[1:]):
-        runs = [
-            (rate, f"DPO, {form}, {rate:g}") for rate in DPO_RATES if results.values(f"DPO, {form}, {rate:g}", "kl")
-        ]
-        for j, (rate, setting) in enumerate(runs):
-            mean, half = ratio(results.values(setting, "kl"), results.values(f"DPO, float32, {rate:g}", "kl"))
-            bar, label = half if math.isfinite(half) else 0.0, None if j else form
-            right.errorbar([j + 0.15 * (i - 1.5)], [mean], [bar], fmt="o", color=f"C{i}", markersize=3, label=label)
+        label = form
+        for j, (data, rate, _) in enumerate(ends):
+            kl = data.values(f"DPO, {form}, {rate:g}", "kl")
+            mean, half = ratio(kl, data.values(f"DPO, float32, {rate:g}", "kl"))
+            if math.isfinite(mean):
+                bar, place = half if math.isfinite(half) else 0.0, j + 0.15 * (i - 1.5)
+                right.errorbar([place], [mean], [bar], fmt="o", color=f"C{i}", markersize=3, label=label)
+                label = None
     right.axhline(1, color="black", lw=0.8)
-    right.set_xticks(range(len(DPO_RATES)), [f"{rate:g}" for rate in DPO_RATES])
-    right.set_xlabel("learning rate", fontsize=8)
+    right.set_xticks(range(len(ends)), [f"{rate:g}\n{model}" for _, rate, model in ends])
+    right.set_xlabel("learning rate, model", fontsize=8)
     right.set_title("DPO's KL at the end / float32's", fontsize=9)
     for axes in (left, right):
         axes.tick_params(labelsize=7)
