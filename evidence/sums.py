@@ -2,8 +2,8 @@
 
     python -m evidence.sums
 
-Every method has the same 3,200 samples of the model itself: 50 rollouts of 16 questions with 4 answers each; "sft"
-trains once on the right ones among as many samples of the untrained model. Each learning rate is the one with the best
+Every method has the same 3,200 samples of the model itself: 50 rollouts of 16 questions with 4 answers each, whose
+reward is `close`; "sft" trains once on the right ones among as many samples of the untrained model. Each learning rate is the one with the best
 accuracy on 100 validation questions. Accuracy is measured on 200 test questions, whose sums (in either order) are in
 neither other part: of the greedy answer; of answers sampled at temperature 1; and of the best of 4 of these.
 Learned: the whole 95 % interval of the gain in greedy accuracy over the untrained model, paired, is above 0.
@@ -72,7 +72,7 @@ def correct(prompts: Sequence, responses: Sequence[str], rows: Sequence[dict]) -
 
 
 def close(prompts: Sequence, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """1.0 for the sum, 0.5 - error / 200 for another number, at least 0.0: to rank answers where few are right."""
+    """1.0 for the sum, 0.5 - error / 200 for another number, at least 0.0: tells answers apart where few are right."""
     return [1.0 if error == 0 else max(0.0, 0.5 - error / 200) for error in errors(prompts, responses, rows)]
 
 
@@ -114,7 +114,7 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
             model = str(out)
     elif method:
         flags |= {"data": str(folder / "train.jsonl"), "eval_fraction": 0.0, "batch_size": asked, "k": K}
-        flags |= {"reward": "evidence.sums:correct", "value_init": "policy", "epochs_per_rollout": 1, "minibatches": 2}
+        flags |= {"reward": "evidence.sums:close", "value_init": "policy", "epochs_per_rollout": 1, "minibatches": 2}
         flags |= {"advantage": method, "max_steps": rollouts, "save_every": 10}
         trained(train_ppo, out, a, **flags)
         model = str(out)
