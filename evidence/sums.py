@@ -3,9 +3,10 @@
     python -m evidence.sums
 
 Every method has the same 3,200 samples of the model itself: 50 rollouts of 16 questions with 4 answers each, whose
-reward is `close`; "sft" trains once on the right ones among as many samples of the untrained model. Each learning rate is the one with the best
-accuracy on 100 validation questions. Accuracy is measured on 200 test questions, whose sums (in either order) are in
-neither other part: of the greedy answer; of answers sampled at temperature 1; and of the best of 4 of these.
+reward is `close`; "sft" trains once on the right ones among as many samples of the untrained model. Each learning rate
+is the one with the best accuracy on 100 validation questions. Accuracy is measured on 200 test questions, whose sums
+(in either order) are in neither other part: of the greedy answer; of answers sampled at temperature 1; and of the best
+of 4 of these.
 Learned: the whole 95 % interval of the gain in greedy accuracy over the untrained model, paired, is above 0.
 """
 
