@@ -7,9 +7,10 @@ import torch
 
 from rlhf import optim
 
-GRADIENTS = {  # of 64 blocks of 256: each element's deviation
+SCALES = torch.logspace(-7, -3, 64 * 256)
+GRADIENTS = {  # of 64 blocks of 256: each element's deviation, and the least cosine of an update
     "blocks that differ": (torch.logspace(-7, -3, 64).repeat_interleave(256), 0.999),
-    "mixed blocks": (torch.logspace(-7, -3, 64 * 256)[torch.randperm(64 * 256, generator=torch.manual_seed(0))], 0.9985),
+    "mixed blocks": (SCALES[torch.randperm(64 * 256, generator=torch.manual_seed(0))], 0.9985),
 }
 
 
