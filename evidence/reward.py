@@ -106,13 +106,13 @@ def report(results: common.Results) -> tuple[str, str, str]:
 
 
 def draw(results: common.Results, page) -> None:
-    """Test accuracy by the margin of the votes, of every setting."""
+    """Test accuracy by the margin of the votes, of every setting; the few rows with a margin of 0 or less are left
+    out."""
     axes = page.add_subplot(xlabel="votes for chosen less votes for rejected", ylabel="test accuracy")
-    for x in (x for x in ("untrained", *LRS) if results.done(x, 0)):
-        names = [key[3] for key in results.values_of if key[:3] == (x, 0, None) and key[3].startswith("votes")]
-        votes = sorted(int(name[6:]) for name in names if not name.endswith("_half"))
+    for i, x in enumerate(x for x in ("untrained", *LRS) if results.done(x, 0)):
+        votes = [n for n in range(1, 6) if results.values(x, f"votes {n}")]
         accuracy, half = ([results.values(x, f"votes {n}{end}")[0] for n in votes] for end in ("", "_half"))
-        axes.errorbar(votes, accuracy, half, marker="o", capsize=3, label=x)
+        axes.errorbar([n + 0.04 * i for n in votes], accuracy, half, marker="o", capsize=3, label=x)
     axes.legend()
 
 
