@@ -41,8 +41,8 @@ from benchmarks import compare, dpo_step, logprobs, rollout, shapes, watch
 from rlhf.logprobs import Head, token_logps
 from support import generate, models, sharding
 
-LIMITS = {"tests": 35, "steps": 200, "kernel": 30, "memory": 45, "rollout": 40}  # seconds
-QUICK_LIMITS = {"tests": 35, "steps": 70, "kernel": 20, "memory": 25, "rollout": 20}
+LIMITS = {"tests": 45, "steps": 165, "kernel": 30, "memory": 50, "rollout": 60}  # seconds
+QUICK_LIMITS = {"tests": 45, "steps": 45, "kernel": 20, "memory": 35, "rollout": 25}
 COUNTED = (
     "TF/s: six operations a weight and token (four if the weight is frozen). A prompt counts once, the head on "
     "response tokens only; attention and recomputation do not count."
@@ -57,6 +57,7 @@ OURS = {  # arguments of dpo_step.ours, and flags of train_dpo.py
     "ours, compiled": ({"compile": True}, {}),
     "ours, padded": ({}, {"layout": "padded"}),
     "ours, padded, compiled": ({"compile": True}, {"layout": "padded"}),
+    "ours, compiled, 16,384 tokens": ({"compile": True}, {"micro_batch_tokens": 16384}),
     "ours, rank 16": ({}, {"lora_rank": 16, **CHECKPOINTED}),
     "ours, all weights": ({}, {"optimizer_state": "8bit", "gradient_dtype": "bfloat16", **CHECKPOINTED}),
 }
@@ -72,7 +73,9 @@ WAYS = {  # from hidden states, weight and targets to log-probs; the products ar
     "products": lambda h, w, t: (h @ w.T)[:, 0],
     **{way: function for way, function in logprobs.WAYS.items() if not way.startswith("ours")},
 }
-SAMPLERS = {"ours": None, "library": {}, "library, static cache": {"cache_implementation": "static"}}
+SAMPLERS = {
+    "ours": None, "ours, compiled": None, "library": {}, "library, static cache": {"cache_implementation": "static"}
+}  # fmt: skip
 
 
 def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
@@ -88,7 +91,7 @@ def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
             {"tokens": 8 if cpu else 128, "mean": None},
             {"tokens": 16 if cpu else 512, "mean": 4 if cpu else 64},
         ]
-        sides = ["ours"] if quick and not cpu else ["ours", "library, static cache", "library"]
+        sides = ["ours", "ours, compiled"] if quick and not cpu else [*SAMPLERS]
         return [{"side": side} | size | length for side in sides for length in lengths]
     profiles, steps = [*dpo_step.PROFILES], 1 if part == "memory" else 2
     if part == "memory":
@@ -99,6 +102,7 @@ def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
         order = [("0.5B", rows, side) for side in ("ours", "ours, compiled", "trl, 16 pairs") for rows in profiles]
         order += [("1.5B", rows, side) for rows in profiles[:2] for side in ("ours, compiled", "trl, 16 pairs")]
         order += [("0.5B", rows, "trl, 32 pairs") for rows in profiles]
+        order += [("0.5B", rows, "ours, compiled, 16,384 tokens") for rows in profiles]
         order += [("0.5B", "ultrafeedback", side) for side in ("trl, 16 pairs, compiled", "ours, padded, compiled")]
         order += [("1.5B", rows, "ours") for rows in profiles]
     if cpu:
@@ -128,6 +132,7 @@ def run_tests(case: dict, device: str) -> dict:
     """Run the tests that are skipped without a CUDA device."""
     files = [str(x) for x in sorted(Path("tests").glob("test_*.py")) if '"needs a CUDA device"' in x.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "skipif", *files]
+    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time they compile
     began = time.perf_counter()
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(run.stdout)
@@ -233,6 +238,8 @@ def run_rollout(case: dict, device: str) -> dict:
         tokenizer = models.load_tokenizer(folder)
         if options is None:
             model = sharding.load(functools.partial(models.load_model, folder), device, dtype)
+            if case["side"] == "ours, compiled":
+                models.compile_layers(model)
         else:
             model = shapes.model_of(shapes.config_of(case["model"]), device, dtype)
     rng, words = random.Random(0), range(2, model.config.vocab_size)

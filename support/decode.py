@@ -9,7 +9,8 @@ to the rows of its k answers. Then every row gets one token a step. All that a s
 
 A step writes one slot for all rows, and a row sees the slots whose position is not behind its own (nor, with a sliding
 window, too far before it). So there is no padding that a model could see, and no step depends on the number of tokens
-so far. On CUDA a step is captured once and replayed; on a CPU, and in several processes, it runs as it is.
+so far. On CUDA a step is captured once and replayed; on a CPU, and in several processes, it runs as it is. With
+--compile the layers are compiled here too; the attention, which then also writes the cache, stays eager.
 
 Rows that have ended stay until half of the rows are enough for the others. Those then move to the first half, which has
 a graph of its own. Graphs live as long as one call of `decode`: they hold the weights' addresses, and memory.
@@ -17,6 +18,7 @@ a graph of its own. Graphs live as long as one call of `decode`: they hold the w
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import transformers
@@ -99,15 +101,21 @@ class Rows:
         self.tokens = torch.zeros(len(most), max(most), dtype=torch.long, device=device)
         self.logps = torch.zeros(len(most), max(most), device=device)
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
-        _encode(model, ids, self.cache)
+        with models.eager(model):
+            _encode(model, ids, self.cache)
+        self.compiled = compiles(model)
         if not self.cache.layers:
             raise NotImplementedError("its layers put nothing into the cache")
 
     def step(self) -> None:
         """Draw the next token of the first `size` rows. Reads nothing back to the CPU, and changes no shape."""
         n = self.size
-        state = {"attention_mask": self.mask(), "position_ids": self.position[:n], cache_name(self.model): self.cache}
-        logits = self.model(self.token[:n], **state, use_cache=True).logits[:, -1]
+        state = {"attention_mask": self.mask(), "position_ids": self.position[:n]}
+        if self.compiled:  # a layer that writes the cache itself would be compiled anew for each number of a layer
+            state |= {"slots": self.cache, "use_cache": False}
+        else:
+            state |= {cache_name(self.model): self.cache, "use_cache": True}
+        logits = self.model(self.token[:n], **state).logits[:, -1]
         row = self.row[:n]
         token, logp = self.choose(logits, row, self.number)
         self.tokens.index_put_((row, self.number), token)
@@ -158,25 +166,38 @@ def windows(config) -> dict[str, int | None]:
     return {kind: known[kind] for kind in sorted({*kinds})}
 
 
-def one_token_attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
+@torch.compiler.disable
+def one_token_attention(
+    module, query, key, value, attention_mask, scaling=None, slots: Cache | None = None, **kwargs
+) -> tuple[Tensor, None]:
     """SDPA of one token in each row. The heads that share keys become queries of one head, so that keys and values are
-    not copied for each of them (transformers 5.17 would do that)."""
+    not copied for each of them (transformers 5.17 would do that). If it gets `slots`, it puts the token there first."""
+    if slots is not None:
+        key, value = slots.update(key, value, module.layer_idx)
     query = rearrange(query, "b (heads group) 1 d -> b heads group d", heads=key.shape[1])
     out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return rearrange(out, "b heads group d -> b 1 (heads group) d"), None
 
 
+def compiles(model) -> bool:
+    """Whether steps run the layers compiled: after `models.compile_layers`, with SDPA, in one process."""
+    return models.compiled(model) and _uses_sdpa(model) and not parallel.several()
+
+
+def _uses_sdpa(model) -> bool:
+    return model.config._attn_implementation in ("sdpa", models.MASKED, ONE_TOKEN)
+
+
 def attention(model) -> models.Attention:
     """A context in which the model attends as steps need it: where it uses SDPA, with `one_token_attention`."""
-    own = model.config._attn_implementation
     transformers.AttentionInterface.register(ONE_TOKEN, one_token_attention)
-    return models.Attention(model, ONE_TOKEN if own in ("sdpa", models.MASKED) else own)
+    return models.Attention(model, ONE_TOKEN if _uses_sdpa(model) else model.config._attn_implementation)
 
 
 def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
     """The tokens of all rows and their log-probs; what follows a row's end is void."""
     device, steps = rows.row.device, {}
-    with attention(rows.model):
+    with attention(rows.model), nullcontext() if rows.compiled else models.eager(rows.model):
         for number in range(rows.tokens.shape[1]):
             if number and number % LOOK_EVERY[device.type] == 0:
                 ended = rows.ended[: rows.size].tolist()
@@ -188,7 +209,8 @@ def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
                     size = (size + 1) // 2
                 if size < rows.size:
                     rows.keep(size, ended)
-            if device.type == "cpu" or parallel.several():
+            compiling = rows.compiled and number == 0  # in which the CPU may wait for the GPU
+            if device.type == "cpu" or parallel.several() or compiling:
                 rows.step()
             elif rows.size in steps:
                 steps[rows.size]()

@@ -11,6 +11,7 @@ computes them, with those of support/scoring.py. The first that agrees samples:
     alone     the library's `generate`, with one row at a time (a model that ignores the mask, or mixes up rows)
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -19,11 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import no_type_check
 
 import torch
 import transformers
-from einops import repeat
-from jaxtyping import Float64, Int
+from einops import rearrange, repeat
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from rlhf import require
@@ -38,6 +40,7 @@ MEANS = {
     "alone": "the library's generate, one answer at a time",
 }
 MEAN_ROUNDING = 0.1  # nats a token; SmolLM2-135M in bfloat16: 0.02 to 0.03, and at single tokens up to 0.23
+BLOCK = 64  # tokens of the vocabulary whose probabilities are added up first
 _samplers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {dtype: (tokens checked, its sampler)}
 
 
@@ -89,7 +92,7 @@ def generate(
             asked = [prompts[i] for i in local_group]
             group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
             most = [min(max_new_tokens, limit - len(p)) for p in asked for _ in range(k)]
-            choose = sampling(group_keys, temperature)
+            choose = sampling(group_keys, temperature, sampler == "loop" and decode.compiles(model))
             if progress and model.device.type == "cpu":  # on CUDA a step is a recorded graph
                 choose = _counted(choose, waiting)
             ids, logps = (x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype))
@@ -143,21 +146,46 @@ def uniform(keys: Int[Tensor, " b"], number: Int[Tensor, "1"]) -> Float64[Tensor
     return (((x >> 14) & ((1 << 50) - 1)).double() + 0.5) * 2.0**-50
 
 
-def sampling(keys: Int[Tensor, " b"], temperature: float) -> Choose:
+def sampling(keys: Int[Tensor, " b"], temperature: float, compiled: bool = False) -> Choose:
     """Draw the first token at which the cumulative distribution exceeds the row's uniform number; greedy at temperature
     0. The sums are float64, so that a token as rare as 1e-12 comes as often as it should."""
+    measure = _compiled_distribution() if compiled else _distribution
 
     def choose(logits, rows, number):
-        logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            sums = logps.exp().cumsum(-1, dtype=torch.float64)
-            wanted = uniform(keys[rows], number) * sums[:, -1]
-            token = torch.searchsorted(sums, wanted[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        logps, sums = measure(logits, temperature or 1.0)
+        token = logits.argmax(-1) if temperature == 0 else _draw(logps, sums, uniform(keys[rows], number))
         return token, logps.gather(1, token[:, None])[:, 0]
 
     return choose
+
+
+@no_type_check  # it may be compiled
+def _distribution(logits: Tensor, temperature: float) -> tuple[Float[Tensor, "b v"], Float64[Tensor, "b blocks"]]:
+    """Log-probs, and the probability of each block of BLOCK tokens."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.mark_static(logits, 1)
+    logps = (logits.float() / temperature).log_softmax(-1)
+    probs = torch.nn.functional.pad(logps.exp(), (0, -logps.shape[1] % BLOCK))
+    return logps, rearrange(probs, "b (blocks i) -> b blocks i", i=BLOCK).sum(-1, dtype=torch.float64)
+
+
+@functools.cache
+def _compiled_distribution():
+    return torch.compile(_distribution, dynamic=True)
+
+
+def _draw(
+    logps: Float[Tensor, "b v"], sums: Float64[Tensor, "b blocks"], u: Float64[Tensor, " b"]
+) -> Int[Tensor, " b"]:
+    """The first token at which the cumulative distribution exceeds u: first its block, then its place there. What
+    rounding leaves beyond the last sum belongs to the last token that has a probability."""
+    ends = sums.cumsum(-1)
+    wanted = u[:, None] * ends[:, -1:]
+    block = ((ends <= wanted) & (ends < ends[:, -1:])).sum(-1, keepdim=True)
+    tokens = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    probs = logps.gather(1, tokens.clamp(max=logps.shape[1] - 1)).exp().double() * (tokens < logps.shape[1])
+    places = ends.gather(1, block) - sums.gather(1, block) + probs.cumsum(-1)
+    return block[:, 0] * BLOCK + ((places <= wanted) & (places < places[:, -1:])).sum(-1)
 
 
 def given(responses: Sequence[list[int]], temperature: float, device: torch.device) -> Choose:
@@ -178,10 +206,11 @@ def given(responses: Sequence[list[int]], temperature: float, device: torch.devi
 def _run(sampler: str, model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int, dtype: torch.dtype):
     """Tokens and log-probs of k answers to each prompt, (p k) rows of max(most); what follows a row's end is void."""
     models.set_attention(model.eval(), packed=False)
-    with models.eager(model), sharding.gathered(model, dtype), sharding.autocast(model, dtype):
+    with sharding.gathered(model, dtype), sharding.autocast(model, dtype):
         if sampler == "loop":
             return decode.decode(decode.Rows(model, prompts, k, most, choose, ends, pad, dtype))
-        return _library(model, prompts, k, most, choose, ends, pad)
+        with models.eager(model):
+            return _library(model, prompts, k, most, choose, ends, pad)
 
 
 def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int):

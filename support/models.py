@@ -557,14 +557,18 @@ def _mask_of_several_rows(make_mask: Callable, *, batch_size: int, allow_is_caus
 
 def _compiled_inside(checkpoint: Callable) -> Callable:
     """A checkpoint function that stays eager itself and compiles the function that it runs and recomputes."""
-    compiled = torch.compile(lambda function, *args: function(*args), dynamic=True)
-    return torch.compiler.disable(lambda function, *args: checkpoint(compiled, function, *args))
+    run = torch.compile(lambda function, *args: function(*args), dynamic=True)
+    return torch.compiler.disable(lambda function, *args: checkpoint(run, function, *args))
+
+
+def compiled(model) -> bool:
+    """Whether `compile_layers` has compiled the model."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def eager(model) -> AbstractContextManager:
-    """Run what `compile_layers` compiled uncompiled inside: in generation each token would bring new cache sizes."""
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    """Run what `compile_layers` compiled uncompiled inside: lengths of caches and prompts would bring new graphs."""
+    return torch.compiler.set_stance("force_eager") if compiled(model) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------- attention, positions, head

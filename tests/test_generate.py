@@ -429,11 +429,19 @@ def test_a_cuda_graph_could_hold_a_step(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text"])
-def test_replayed_graphs_give_what_steps_give(name, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "name, dtype, compiled",
+    [
+        *[(name, torch.bfloat16, False) for name in ("llama", "mistral", "gpt2", "gemma3_text")],
+        ("llama", torch.float32, False),
+        ("mistral", torch.bfloat16, True),
+    ],
+)
+def test_replayed_graphs_give_what_steps_give(name, dtype, compiled, monkeypatch):
     """Same tokens and log-probs, also after rows have left; each number of rows is captured once in a call."""
     model = sharding.load(lambda device: ending(name).to(device), "cuda", dtype)
+    if compiled:
+        models.compile_layers(model)
     prompts = [[1, *range(3 + i, 5 + 2 * i)] for i in range(16)]
     captured, own = [], decode._captured
     monkeypatch.setattr(decode, "_captured", lambda rows: captured.append(rows.size) or own(rows))
