@@ -74,7 +74,7 @@ WAYS = {  # from hidden states, weight and targets to log-probs; the products ar
     **{way: function for way, function in logprobs.WAYS.items() if not way.startswith("ours")},
 }
 SAMPLERS = {
-    "ours": None, "ours, compiled": None, "library": {}, "library, static cache": {"cache_implementation": "static"}
+    "ours": None, "ours, compiled": None, "library, static cache": {"cache_implementation": "static"}, "library": {}
 }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
         return [{"side": side} | size | length for side in sides for length in lengths]
     profiles, steps = [*dpo_step.PROFILES], 1 if part == "memory" else 2
     if part == "memory":
-        order = [("8B", "ultrafeedback", side) for side in ("ours, rank 16", "ours, all weights")]
+        order = [("8B", "ultrafeedback", side) for side in ("ours, all weights", "ours, rank 16")]
     elif quick:
         order = [("0.5B", rows, side) for side in ("ours", "ours, compiled") for rows in profiles[:2]]
     else:
@@ -281,9 +281,10 @@ def work(job_file: str, rows_file: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, on both sides
     hardware = torch.cuda.get_device_name() if watch.on_gpu(device) else None
     for case in job["cases"]:
-        if "torch._dynamo" in sys.modules:
+        if job["part"] == "steps" and "compiled" in case["side"]:  # so that its graphs are counted
             torch._dynamo.reset()
         watch.free_cache(device)
+        began = time.monotonic()
         try:
             row = MEASURES[job["part"]](case, device) | {"outcome": "ok"}
         except (Exception, SystemExit) as error:
@@ -292,7 +293,7 @@ def work(job_file: str, rows_file: str) -> None:
         with open(rows_file, "a") as file:
             file.write(json.dumps(row | {"hardware": hardware}) + "\n")
         shown = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in (case | row).items()]
-        print(f"  {', '.join(shown)}")
+        print(f"  [{time.monotonic() - began:.0f} s] {', '.join(shown)}")
 
 
 def run_part(part: str, cases: list[dict], device: str, limit: float) -> tuple[list[dict], str | None]:

@@ -118,9 +118,8 @@ class AdamW(torch.optim.Optimizer):
 
     `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. On a
     CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in float32 bit for bit; on CUDA one
-    kernel (rlhf/kernels.py) updates a weight, which is equal up to rounding. The gradients of a step's micro-batches
-    add up in `gradient_dtype`. The moments m and v are float32; with `eight_bits` those of matrices are stored by
-    `compress`, in 2.05 bytes an element instead of 8.
+    kernel gives it up to rounding. The gradients of a step's micro-batches add up in `gradient_dtype`. The moments m
+    and v are float32; with `eight_bits` those of matrices are stored by `compress`, in 2.05 bytes instead of 8.
     """
 
     def __init__(
@@ -163,14 +162,9 @@ class AdamW(torch.optim.Optimizer):
                 t, (beta1, beta2) = state["step"], group["betas"]
                 scalars = 1 - group["lr"] * group["weight_decay"], 1 - beta1, beta2, 1 - beta2
                 scalars += (1 - beta2**t) ** 0.5, group["eps"], group["lr"] / (1 - beta1**t)
-                low = self.low_bits.get(weight)
-                flat = [None if x is None else x.view(-1) for x in (weight.data, low)] + [weight.grad.reshape(-1)]
+                flat = [None if x is None else x.view(-1) for x in (weight.data, self.low_bits.get(weight))]
+                flat.append(weight.grad.reshape(-1))
                 moments = [] if eight_bits else [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
-                if weight.is_cuda and low is not None and not eight_bits:
-                    from rlhf import kernels
-
-                    kernels.adamw(*flat, *moments, *scalars)
-                    continue
                 for part in _chunks(weight.numel()):
                     pieces = [None if x is None else x[part] for x in flat]
                     if eight_bits:
@@ -179,8 +173,7 @@ class AdamW(torch.optim.Optimizer):
                         _update(*pieces, *(x[part] for x in moments), *scalars)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from the `state_dict` of an optimizer of the same weights. (The base class would round each moment
-        to the dtype of its weight.)"""
+        """Continue from a `state_dict`. (The base class would round each moment to the dtype of its weight.)"""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group |= {name: value for name, value in saved.items() if name != "params"}
         weights = [weight for group in self.param_groups for weight in group["params"]]
@@ -190,7 +183,11 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, size) -> None:
-    """One step of AdamW on a flat piece of a weight, in place: torch.optim.AdamW's operations in their order."""
+    """One step of AdamW on a flat piece of a weight, in place; on a CPU by torch's operations in torch's order."""
+    if weight.is_cuda:
+        from rlhf import kernels
+
+        return kernels.adamw(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, size)
     master = weight if low is None else join(weight, low)
     gradient = gradient.to(torch.float32)
     master.mul_(decay)

@@ -514,7 +514,7 @@ def checkpoint_layers(model) -> None:
     able = any(isinstance(module, modeling_layers.GradientCheckpointingLayer) for module in model.modules())
     require(able, f"--gradient-checkpointing: not possible with {kind} models")
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
-    enable({"use_reentrant": False, "context_fn": contexts})
+    enable({"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False})  # nothing in them is random
     model.disable_input_require_grads()  # only a reentrant checkpoint needs them, and --compile makes a graph for them
 
 

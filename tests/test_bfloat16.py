@@ -119,29 +119,41 @@ def test_joined_masters_equal_torch_adamw_bit_for_bit(monkeypatch):
         assert torch.equal(bits(weight.data), bits(master))
 
 
-def test_the_cuda_kernel_in_tritons_interpreter():
-    """The launch that a GPU would make, on a CPU, against the reference: 19 steps, gradients over five decades."""
-    pytest.importorskip("triton", reason="needs Triton")
-    code = """
+KERNEL = """
+import sys
 import torch
 from rlhf import kernels, optim
 for n in (5, 1024, 3000):
-    torch.manual_seed(n)
-    master, sides = torch.randn(n), []
-    for _ in range(2):
-        sides.append([*optim.split(master), None, torch.zeros(n), torch.zeros(n)])
-    for t in range(1, 20):
-        gradient = torch.randn(n) * 10.0 ** (t % 5 - 3)
-        scalars = 1 - 1e-5, 0.1, 0.999, 1 - 0.999, (1 - 0.999**t) ** 0.5, 1e-8, 1e-4 / (1 - 0.9**t)
-        for side, update in zip(sides, (optim._update, kernels.adamw)):
-            side[2] = gradient.clone()
-            update(*side, *scalars)
-    (w, low, _, m, v), (w2, low2, _, m2, v2) = sides
-    torch.testing.assert_close(optim.join(w2, low2), optim.join(w, low), rtol=2e-7, atol=2e-7)
-    torch.testing.assert_close(m2, m, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(v2, v, rtol=1e-5, atol=1e-6)
+    for half in (True, False):
+        torch.manual_seed(n)
+        master, sides = torch.randn(n), []
+        for device in ("cpu", sys.argv[1]):
+            side = [*optim.split(master)] if half else [master.clone(), None]
+            side += [None, torch.zeros(n), torch.zeros(n)]
+            sides.append([x if x is None else x.to(device) for x in side])
+        for t in range(1, 20):
+            gradient = torch.randn(n) * 10.0 ** (t % 5 - 3)
+            scalars = 1 - 1e-5, 0.1, 0.999, 1 - 0.999, (1 - 0.999**t) ** 0.5, 1e-8, 1e-4 / (1 - 0.9**t)
+            for side, update in zip(sides, (optim._update, kernels.adamw)):
+                side[2] = gradient.to(side[3].device, copy=True)
+                update(*side, *scalars)
+        w, low, m, v, w2, low2, m2, v2 = (x if x is None else x.cpu() for side in sides for x in side[:2] + side[3:])
+        w, w2 = (optim.join(w, low), optim.join(w2, low2)) if half else (w, w2)
+        torch.testing.assert_close(w2, w, rtol=2e-7, atol=2e-7)
+        torch.testing.assert_close(m2, m, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(v2, v, rtol=1e-5, atol=1e-6)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def test_the_cuda_kernel_in_tritons_interpreter():
+    """The launch that a GPU would make, on a CPU, against the reference: 19 steps, gradients over five decades."""
+    pytest.importorskip("triton", reason="needs Triton")
+    subprocess.run([sys.executable, "-c", KERNEL, "cpu"], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_kernel():
+    subprocess.run([sys.executable, "-c", KERNEL, "cuda"], check=True)
 
 
 # ------------------------------------------------------------------------------------- a forward pass that sees updates
