@@ -242,6 +242,9 @@ def cli(main: Callable, args_class: type) -> None:
         sys.exit(_complain("nobody reads the output any more", 1))
     except (OSError, FloatingPointError) as error:
         sys.exit(_complain(error, 1))
+    except torch.OutOfMemoryError as error:
+        line = str(error).partition(". ")[0]
+        sys.exit(_complain(f"{line}: lower --micro-batch-tokens, or see what --dry-run says would fit", 1))
     except KeyboardInterrupt:
         sys.exit(_complain("stopped", 128 + signal.SIGINT))
 

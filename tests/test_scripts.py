@@ -1607,3 +1607,15 @@ def test_prompts_of_preferences_are_not_the_beginnings_of_sft_rows():
     sft = [row["text"] for _, row in reviews.rows("sft", 300)]
     prompts = [row["prompt"] for _, row in reviews.rows("preference", 300)]
     assert sum(text.startswith(prompt + " ") for text, prompt in zip(sft, prompts, strict=True)) < 30
+
+
+def test_a_gpu_without_memory_is_one_line_of_advice(monkeypatch, capsys):
+    def main(a):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 1 GiB.")
+
+    main.__module__ = train_dpo.__name__
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
+    with pytest.raises(SystemExit, match="1"):
+        runs.cli(main, train_dpo.Args)
+    line = "error: CUDA out of memory: lower --micro-batch-tokens, or see what --dry-run says would fit\n"
+    assert capsys.readouterr().err == line
