@@ -174,6 +174,7 @@ def run_steps(case: dict, device: str) -> dict:
         "real tokens/s": sum(len(x["prompt"]) + len(r) for x in rows for r in x["responses"]) / seconds,
         "TF/s": work / seconds / 1e12, "of products": work / seconds / products, "of square": work / seconds / square,
         "of 989": work / seconds / compare.H100, "reserved GiB": result["reserved"] / 1024,
+        "allocated GiB": result["allocated"] / 1024,
         "estimated GiB": estimated(case, rows, flags, result.get("layout", "padded"), device), "reads": result["reads"],
         "graphs": graphs[steps - 1], "recompiled": graphs[-1] - graphs[steps - 1],
         "gap, nats": max((abs(logps[name] - first[name]) for name in logps.keys() & first.keys()), default=0.0),
@@ -298,14 +299,17 @@ def work(job_file: str, rows_file: str) -> None:
 
 def run_part(part: str, cases: list[dict], device: str, limit: float) -> tuple[list[dict], str | None]:
     """A row for each case, and the name of the GPU. A case that ended its process or met the limit has the reason as
-    its outcome, and those behind it go on in a new process while there is time."""
+    its outcome, and those behind it go on in a new process while there is time. SIGTERM is a limit, too."""
     rows, hardware, end = [], None, time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         job_file, rows_file = Path(folder, "job.json"), Path(folder, "rows.jsonl")
         while len(rows) < len(cases) and (left := end - time.monotonic()) > 0:
             job_file.write_text(json.dumps({"part": part, "device": device, "cases": cases[len(rows) :]}))
             rows_file.write_text("")
-            reason = compare.run_limited([*WORKER, str(job_file), str(rows_file)], left)
+            try:
+                reason = compare.run_limited([*WORKER, str(job_file), str(rows_file)], left)
+            except SystemExit:
+                reason, end = "stopped", 0.0
             rows += map(json.loads, rows_file.read_text().splitlines())
             if len(rows) < len(cases):
                 rows.append({"outcome": reason})
@@ -337,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("this needs a CUDA device; --quick --device cpu goes through all parts with tiny shapes")
     if a.device == "cpu" and not a.quick:
         sys.exit("--device cpu needs --quick: its shapes are tiny, and its numbers are no results")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that processes are ended
+    ended = []  # by SIGTERM, which ends the processes; what they have measured is written
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(part) or sys.exit(128 + signal.SIGTERM))
     for part in a.parts:
         cases = cases_of(part, a.quick, a.device == "cpu")
         reasons = {case["side"]: hindrance(part, case["side"], a.device) for case in cases}
@@ -349,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
             compare.report("gpu", for_table(rows), a.quick, a.device, part=part, hardware=hardware)
             if MEASURES[part] is run_steps:
                 print(COUNTED)
+        if ended:
+            sys.exit(f"stopped by SIGTERM in {part}")
 
 
 if __name__ == "__main__":

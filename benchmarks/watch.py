@@ -122,8 +122,8 @@ def matrix_rate(model, device: str = "cpu", dtype: torch.dtype = torch.float32, 
 class Steps:
     """Results for each optimizer step (train_ppo.py: for each rollout): wall and CPU seconds, the gradient norm before
     clipping, and the graphs that torch.compile has made since the start. Also the log-prob of each sequence in the
-    first step, the peak of memory above what was in use at the start, and the most memory reserved, in MiB. If a step
-    is `counted` (0 is the first), its `host_reads` are counted, which makes it slower."""
+    first step, and of memory, in MiB, the most allocated, the same above what was in use at the start, and the most
+    reserved. If a step is `counted` (0 is the first), its `host_reads` are counted, which makes it slower."""
 
     def __init__(self, device: str | torch.device = "cpu", counted: int | None = None):
         self.results = {"seconds": [], "cpu": [], "norms": [], "graphs": [], "logps": {}, "peak": 0.0}
@@ -142,7 +142,8 @@ class Steps:
         self.results["seconds"].append(time.perf_counter() - self.began)
         self.results["cpu"].append(time.process_time() - self.cpu)
         self.results["graphs"].append(graphs() - self.graphs_before)
-        self.results["peak"] = peak(self.device) - self.resident
+        self.results["allocated"] = peak(self.device)
+        self.results["peak"] = self.results["allocated"] - self.resident
         self.results["reserved"] = max(self.reserved_before, reserved(self.device))
         if self.reads:
             self.counting.close()

@@ -182,6 +182,30 @@ def test_a_case_that_ends_its_process_costs_only_itself(tmp_path, monkeypatch):
     assert hardware == "a GPU" and [row["side"] for row in rows] == ["a", "dies", "b", "hangs", "c"]
 
 
+def test_sigterm_ends_all_and_what_was_measured_is_written(tmp_path, monkeypatch):
+    worker, reported = tmp_path / "worker.py", []
+    worker.write_text(
+        "import json, os, signal, sys, time\n"
+        "print(json.dumps({'s': 1.0, 'outcome': 'ok'}), file=open(sys.argv[2], 'a'), flush=True)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, str(worker)])
+    monkeypatch.setattr(gpu.compare, "report", lambda name, rows, *_, **__: reported.append(rows))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="stopped by SIGTERM in kernel"):
+            gpu.main(["--quick", "--device", "cpu", "--parts", "kernel", "rollout"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    [rows] = reported
+    assert [row["outcome"].partition(" in ")[0] for row in rows] == [
+        "ok",
+        "stopped",
+        *["not reached"] * (len(rows) - 2),
+    ]
+
+
 def test_a_table_has_the_ratio_to_ours_on_the_same_rows():
     rows = [
         {"model": "m", "rows": "hh", "side": "ours", "s/step": 2.0, "outcome": "ok"},
@@ -235,9 +259,9 @@ def test_quick_goes_through_every_part(tmp_path, monkeypatch):
     gpu.main(["--quick", "--device", "cpu"])
     positive = {
         "tests": ["s"],
-        "steps": ["s/step", "real tokens/s", "TF/s", "of products", "of square", "of 989", "reserved GiB"],
+        "steps": ["s/step", "real tokens/s", "TF/s", "of products", "of square", "of 989", "allocated GiB"],
         "kernel": ["ms", "forward ms"],
-        "memory": ["s/step", "real tokens/s", "TF/s", "reserved GiB"],
+        "memory": ["s/step", "real tokens/s", "TF/s", "reserved GiB", "allocated GiB"],
         "rollout": ["s", "longest", "tokens/s", "reserved GiB"],
     }
     for part, columns in positive.items():
