@@ -175,7 +175,8 @@ def run_steps(case: dict, device: str) -> dict:
         "TF/s": work / seconds / 1e12, "of products": work / seconds / products, "of square": work / seconds / square,
         "of 989": work / seconds / compare.H100, "reserved GiB": result["reserved"] / 1024,
         "allocated GiB": result["allocated"] / 1024,
-        "estimated GiB": estimated(case, rows, flags, result.get("layout", "padded"), device), "reads": result["reads"],
+        "estimated GiB": estimated(case, rows, flags, result.get("layout", "padded"), device),
+        "reads": result["reads"],
         "graphs": graphs[steps - 1], "recompiled": graphs[-1] - graphs[steps - 1],
         "gap, nats": max((abs(logps[name] - first[name]) for name in logps.keys() & first.keys()), default=0.0),
     }  # fmt: skip

@@ -119,7 +119,7 @@ class AdamW(torch.optim.Optimizer):
     `low_bits` has the low bits of each bfloat16 weight, which change in place; a float32 weight is its own master. On a
     CPU the result equals that of `torch.optim.AdamW(foreach=False, fused=False)` in float32 bit for bit; on CUDA one
     kernel gives it up to rounding. The gradients of a step's micro-batches add up in `gradient_dtype`. The moments m
-    and v are float32; with `eight_bits` those of matrices are stored by `compress`, in 2.05 bytes instead of 8.
+    and v are float32; with `eight_bits` those of matrices are stored by `compress`: 2.05 bytes an element, not 8.
     """
 
     def __init__(

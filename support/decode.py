@@ -82,8 +82,10 @@ class Rows:
     NotImplementedError, TypeError, ... for architectures that have no such cache.
     """
 
-    def __init__(self, model, prompts: Sequence[list[int]], k: int, most: list[int], choose, ends, pad: int, dtype):
-        self.model, self.choose, self.size = model, choose, len(most)
+    def __init__(
+        self, model, prompts: Sequence[list[int]], k, most: list[int], choose, ends, pad, dtype, compiled=False
+    ):
+        self.model, self.choose, self.size, self.compiled = model, choose, len(most), compiled
         self.windows = windows(model.config.get_text_config())
         device, width = model.device, max(max(map(len, prompts)) - 1, 1)
         slots = -(-(width + max(most)) // 16) * 16  # the kernels on CUDA like multiples of 16
@@ -103,7 +105,6 @@ class Rows:
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
         with models.eager(model):
             _encode(model, ids, self.cache)
-        self.compiled = compiles(model)
         if not self.cache.layers:
             raise NotImplementedError("its layers put nothing into the cache")
 
@@ -111,7 +112,7 @@ class Rows:
         """Draw the next token of the first `size` rows. Reads nothing back to the CPU, and changes no shape."""
         n = self.size
         state = {"attention_mask": self.mask(), "position_ids": self.position[:n]}
-        if self.compiled:  # a layer that writes the cache itself would be compiled anew for each number of a layer
+        if self.compiled:  # a layer that writes the cache itself would be compiled once for each layer
             state |= {"slots": self.cache, "use_cache": False}
         else:
             state |= {cache_name(self.model): self.cache, "use_cache": True}
@@ -180,7 +181,7 @@ def one_token_attention(
 
 
 def compiles(model) -> bool:
-    """Whether steps run the layers compiled: after `models.compile_layers`, with SDPA, in one process."""
+    """Whether steps can run the layers compiled: after `models.compile_layers`, with SDPA, in one process."""
     return models.compiled(model) and _uses_sdpa(model) and not parallel.several()
 
 

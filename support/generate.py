@@ -3,9 +3,10 @@
 A token is drawn by inverting the distribution at one uniform number, a hash of seed, prompt, answer and token number.
 So an answer depends on no other row: neither on the batch, nor on rows that leave it, nor on the number of processes.
 
-Before a model is first used, `choose_sampler` compares its log-probs of given tokens, as each of three ways of sampling
+Before a model is first used, `choose_sampler` compares its log-probs of given tokens, as each of four ways of sampling
 computes them, with those of support/scoring.py. The first that agrees samples:
 
+    compiled  our loop with compiled layers, after --compile
     loop      our loop: any transformer whose keys and values fit in fixed places
     library   the library's `generate`, with prompts of several lengths padded to the left
     alone     the library's `generate`, with one row at a time (a model that ignores the mask, or mixes up rows)
@@ -35,6 +36,7 @@ from support.examples import Example
 from support.waiting import Waiting
 
 MEANS = {
+    "compiled": "the compiled decode loop",
     "loop": "the decode loop",
     "library": "the library's generate",
     "alone": "the library's generate, one answer at a time",
@@ -92,7 +94,7 @@ def generate(
             asked = [prompts[i] for i in local_group]
             group_keys = torch.tensor([key for i in local_group for key in keys[i]], device=model.device)
             most = [min(max_new_tokens, limit - len(p)) for p in asked for _ in range(k)]
-            choose = sampling(group_keys, temperature, sampler == "loop" and decode.compiles(model))
+            choose = sampling(group_keys, temperature, sampler == "compiled")
             if progress and model.device.type == "cpu":  # on CUDA a step is a recorded graph
                 choose = _counted(choose, waiting)
             ids, logps = (x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype))
@@ -177,14 +179,17 @@ def _compiled_distribution():
 def _draw(
     logps: Float[Tensor, "b v"], sums: Float64[Tensor, "b blocks"], u: Float64[Tensor, " b"]
 ) -> Int[Tensor, " b"]:
-    """The first token at which the cumulative distribution exceeds u: first its block, then its place there. What
-    rounding leaves beyond the last sum belongs to the last token that has a probability."""
+    """The first token at which the cumulative distribution exceeds u: first its block, then its place there, by the
+    share of the block that is left. So each block has the probability of its sum, and its tokens share that by their
+    own. What rounding leaves beyond the last sum belongs to the last token that has a probability."""
     ends = sums.cumsum(-1)
     wanted = u[:, None] * ends[:, -1:]
     block = ((ends <= wanted) & (ends < ends[:, -1:])).sum(-1, keepdim=True)
+    starts = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
     tokens = block * BLOCK + torch.arange(BLOCK, device=block.device)
     probs = logps.gather(1, tokens.clamp(max=logps.shape[1] - 1)).exp().double() * (tokens < logps.shape[1])
-    places = ends.gather(1, block) - sums.gather(1, block) + probs.cumsum(-1)
+    places = probs.cumsum(-1)
+    wanted = (wanted - starts) / sums.gather(1, block) * places[:, -1:]
     return block[:, 0] * BLOCK + ((places <= wanted) & (places < places[:, -1:])).sum(-1)
 
 
@@ -207,8 +212,9 @@ def _run(sampler: str, model, prompts, k: int, most: list[int], choose: Choose, 
     """Tokens and log-probs of k answers to each prompt, (p k) rows of max(most); what follows a row's end is void."""
     models.set_attention(model.eval(), packed=False)
     with sharding.gathered(model, dtype), sharding.autocast(model, dtype):
-        if sampler == "loop":
-            return decode.decode(decode.Rows(model, prompts, k, most, choose, ends, pad, dtype))
+        if sampler in ("compiled", "loop"):
+            rows = decode.Rows(model, prompts, k, most, choose, ends, pad, dtype, sampler == "compiled")
+            return decode.decode(rows)
         with models.eager(model):
             return _library(model, prompts, k, most, choose, ends, pad)
 
@@ -249,16 +255,19 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
 
 @torch.no_grad()
 def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad_id: int, dtype: torch.dtype) -> str:
-    """loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are of three
-    lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the layout check
-    (`scoring.tolerance`), or a mean in half precision. It prints a line if it is not the loop. BadInput if none agrees.
+    """compiled, loop, library or alone: the first whose log-probs of given tokens are those of the scorer. The rows are
+    of three lengths; the longest is as long as any prompt with its response may get. The tolerance is that of the
+    layout check (`scoring.tolerance`), or a mean in half precision. A line says so if it is not the first one. BadInput
+    if none agrees.
 
     `generate` calls this, scripts that sample late call it at their start. The result is remembered with the model
     object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
     """
     pad, longest, shortest = _filler(model, pad_id), max(prompts, key=len), min(prompts, key=len)
     length = min(1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model) or math.inf)
-    checked, before = _samplers.setdefault(model, {}).get(dtype, (0, "loop"))
+    models.set_attention(model, packed=False)
+    means = [*MEANS][0 if decode.compiles(model) else 1 :]
+    checked, before = _samplers.setdefault(model, {}).get(dtype, (0, means[0]))
     if checked >= length:
         return before
     text = [*itertools.islice(itertools.cycle(longest), length)]
@@ -270,7 +279,7 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
         plain = torch.cat([scoring.token_numbers(model, [row], batching, "padded") for row in rows])
         allowed = scoring.tolerance(model, rows, plain, batching)
     reasons = {}
-    for sampler in MEANS:
+    for sampler in means:
         found = parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])
         reasons[sampler] = next(filter(None, found), None)
         if not reasons[sampler]:
@@ -278,7 +287,7 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     kind = model.config.model_type
     require(not reasons[sampler], f"{kind}: cannot be sampled from: {reasons[sampler]}")
     if sampler != before:
-        print(f"sampling: with {MEANS[sampler]}, because the decode loop does not fit {kind} ({reasons['loop']})")
+        print(f"sampling: with {MEANS[sampler]}, because {MEANS[before]} does not fit {kind} ({reasons[before]})")
     _samplers[model][dtype] = length, sampler
     return sampler
 

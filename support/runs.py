@@ -243,8 +243,8 @@ def cli(main: Callable, args_class: type) -> None:
     except (OSError, FloatingPointError) as error:
         sys.exit(_complain(error, 1))
     except torch.OutOfMemoryError as error:
-        line = str(error).partition(". ")[0]
-        sys.exit(_complain(f"{line}: lower --micro-batch-tokens, or see what --dry-run says would fit", 1))
+        advice = "lower --micro-batch-tokens, or see what --dry-run says would fit" if "dry_run" in fields else ""
+        sys.exit(_complain(": ".join(filter(None, (str(error).partition(". ")[0], advice))), 1))
     except KeyboardInterrupt:
         sys.exit(_complain("stopped", 128 + signal.SIGINT))
 

@@ -159,6 +159,18 @@ def test_a_uniform_number_is_inverted_far_into_the_tail(u, token, monkeypatch):
     assert drawn.item() == token and logp.item() == pytest.approx(p[token].log().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("error", [0.0, 6e-8, -6e-8])
+def test_a_blocks_tokens_share_what_its_sum_says(error):
+    """Even if the sum, which another kernel may have made, is off by a rounding of float32."""
+    p = torch.tensor([[0.6, *[1e-12] * 63, 0.4]], dtype=torch.float64)
+    sums = torch.tensor([[0.6 * (1 + error), 0.4]], dtype=torch.float64)
+    ends = sums.sum()
+    for token, share in ((0, 0.9), (1, 1 - 62.5e-12 / 0.6), (62, 1 - 1.5e-12 / 0.6), (63, 1 - 0.5e-12 / 0.6)):
+        assert sampling._draw(p.log().float(), sums, share * sums[:, 0] / ends).item() == token
+    for token, u in ((64, sums[:, 0] / ends + 1e-9), (64, torch.tensor([1 - 2**-51], dtype=torch.float64))):
+        assert sampling._draw(p.log().float(), sums, u).item() == token
+
+
 # ---------------------------------------------------------------------------------- against the library and the scorer
 
 IDS_2 = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
@@ -245,6 +257,23 @@ def test_greedy_answers_are_those_of_the_library(name, capsys):
     loop = name != "qwen3_next"
     assert (sampling._samplers[model][torch.float32][1] == "loop") == loop
     assert ("because the decode loop does not fit" in capsys.readouterr().out) != loop
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MORE])
+def test_steps_whose_attention_writes_the_cache_give_the_same_answers(name, monkeypatch, capsys):
+    """As that of compiled steps does; here nothing is compiled. Whoever does not fit takes plain steps, in a line."""
+    model = tiny(name) if name in ARCHITECTURES else other_tiny(MORE[name]())
+    plain = generate(model, IDS, PROMPTS, 12, seed=5, k=2)[0]
+    before = sampling._samplers.pop(model)[torch.float32][1]
+    capsys.readouterr()
+    monkeypatch.setattr(models, "compiled", lambda model: True)
+    monkeypatch.setattr(sampling, "_compiled_distribution", lambda: sampling._distribution)
+    assert generate(model, IDS, PROMPTS, 12, seed=5, k=2)[0] == plain
+    sampler, says = sampling._samplers[model][torch.float32][1], capsys.readouterr().out
+    if name in ("stablelm", "falcon", "qwen3_next"):
+        assert sampler == before and "because the compiled decode loop does not fit" in says
+    else:
+        assert sampler == ("compiled" if decode.compiles(model) else "loop") and not says
 
 
 @pytest.mark.parametrize("name", UNFIT)
