@@ -2,9 +2,10 @@
 
     python -m benchmarks.wheels DIR [--python 3.12]                   here; at most 64 MiB
     pip install --no-index --no-deps --target SITE DIR/*.whl          there
-    PYTHONPATH=SITE python -m benchmarks.gpu
+    PYTHONPYCACHEPREFIX=/tmp/pyc PYTHONPATH=SITE python -m benchmarks.gpu
 
-Without TRL, datasets or liger-kernel their sides are left out, without beartype the tests, without tyro nothing.
+Without TRL, datasets or liger-kernel their sides are left out, without beartype the tests, without tyro nothing. The
+prefix matters where the libraries' folder cannot be written: else each process compiles them again, which took 25 s.
 """
 
 import argparse

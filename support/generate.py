@@ -267,7 +267,7 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     length = min(1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model) or math.inf)
     models.set_attention(model, packed=False)
     means = [*MEANS][0 if decode.compiles(model) else 1 :]
-    checked, before = _samplers.setdefault(model, {}).get(dtype, (0, means[0]))
+    checked, before = _samplers.setdefault(model, {}).get(dtype, (0, None))
     if checked >= length:
         return before
     text = [*itertools.islice(itertools.cycle(longest), length)]
@@ -286,8 +286,9 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
             break
     kind = model.config.model_type
     require(not reasons[sampler], f"{kind}: cannot be sampled from: {reasons[sampler]}")
-    if sampler != before:
-        print(f"sampling: with {MEANS[sampler]}, because {MEANS[before]} does not fit {kind} ({reasons[before]})")
+    first = means[0]
+    if sampler not in (before, first):
+        print(f"sampling: with {MEANS[sampler]}, because {MEANS[first]} does not fit {kind} ({reasons[first]})")
     _samplers[model][dtype] = length, sampler
     return sampler
 
