@@ -5,7 +5,7 @@
     PYTHONPYCACHEPREFIX=/tmp/pyc PYTHONPATH=SITE python -m benchmarks.gpu
 
 Without TRL, datasets or liger-kernel their sides are left out, without beartype the tests, without tyro nothing. The
-prefix matters where the libraries' folder cannot be written: else each process compiles them again, which took 25 s.
+prefix matters where the libraries' folder cannot be written: without it each process compiles them again.
 """
 
 import argparse

@@ -83,7 +83,16 @@ class Rows:
     """
 
     def __init__(
-        self, model, prompts: Sequence[list[int]], k, most: list[int], choose, ends, pad, dtype, compiled=False
+        self,
+        model,
+        prompts: Sequence[list[int]],
+        k: int,
+        most: list[int],
+        choose,
+        ends,
+        pad: int,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ):
         self.model, self.choose, self.size, self.compiled = model, choose, len(most), compiled
         self.windows = windows(model.config.get_text_config())

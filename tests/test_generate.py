@@ -261,7 +261,7 @@ def test_greedy_answers_are_those_of_the_library(name, capsys):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *MORE])
 def test_steps_whose_attention_writes_the_cache_give_the_same_answers(name, monkeypatch, capsys):
-    """As that of compiled steps does; here nothing is compiled. Whoever does not fit takes plain steps, in a line."""
+    """Compiled steps' attention does so; here nothing is compiled. If a model does not fit, a line says so."""
     model = tiny(name) if name in ARCHITECTURES else other_tiny(MORE[name]())
     plain = generate(model, IDS, PROMPTS, 12, seed=5, k=2)[0]
     before = sampling._samplers.pop(model)[torch.float32][1]
