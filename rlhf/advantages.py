@@ -82,9 +82,8 @@ def missing_eos(
     if rule == "replace":
         cut = torch.full_like(scores, missing_eos_value)
     elif rule == "subtract":
-        require(
-            missing_eos_value >= 0, f"missing_eos_value must be at least 0 to be subtracted, not {missing_eos_value}"
-        )
+        fine = missing_eos_value >= 0
+        require(fine, f"missing_eos_value must be at least 0 to be subtracted, not {missing_eos_value}")
         cut = scores - missing_eos_value
     else:
         raise BadInput(f"rule must be replace or subtract, not {rule}")
@@ -199,8 +198,7 @@ def grpo(R: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:
     rounding. The expected gradient does not point along that of E[R], because each group is divided by its own sd. The
     method also averages over each response's tokens, and has k3 in the loss. Raises BadInput for k < 2.
     """
-    k = R.shape[1]
-    require(k >= 2, f"grpo needs at least 2 responses a prompt, not {k}")
+    require(R.shape[1] >= 2, f"grpo needs at least 2 responses a prompt, not {R.shape[1]}")
     return drgrpo(R) / (R.detach().std(1, keepdim=True) + 1e-4)
 
 

@@ -12,14 +12,13 @@ the same alignment: `targets[i]` is a response token and `sources[i]` the index 
 state predicts it. A prompt's last token is the source of the first token of each of its responses.
 """
 
-import inspect
 import itertools
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from functools import cached_property
+from typing import NamedTuple, Protocol, no_type_check, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -28,7 +27,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 SHORT = 128  # a segment with more keys than this gets its own call of scaled_dot_product_attention (SDPA)
-_signature = cache(inspect.signature)
 
 
 @runtime_checkable
@@ -112,6 +110,7 @@ class Segments:
         self.parts = parts
         self.q_lengths = [s.stop - s.start for s in parts]
         self.k_lengths = [s.stop - s.start + s.prefix_stop - s.prefix for s in parts]
+        self.longest = max(self.q_lengths), max(self.k_lengths)
         self.keys = keys  # where all segments' keys are in the row, one segment after another
         self.offsets = offsets.int().chunk(2)  # where each segment begins among all queries, and among all keys
 
@@ -231,9 +230,14 @@ def collate(examples: Sequence[Tree], layout: str, pad_id: int, device: torch.de
     return Batch(ids, positions, mask, segments, sources, targets, sequence, lengths, ends)
 
 
-def tree_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, segments=None, **kwargs
-):
+@no_type_check  # it may be compiled
+def takes_flash(query: Tensor) -> bool:
+    """Whether `tree_attention` is one flash call: in half precision on CUDA."""
+    return query.is_cuda and (torch.is_autocast_enabled("cuda") or query.dtype in (torch.bfloat16, torch.float16))
+
+
+@no_type_check
+def tree_attention(module, query, key, value, _, scaling=None, sliding_window=None, segments=None, **kwargs):
     """Attention over a packed row; transformers passes the arguments. query, key, value are (1 heads t d_head).
 
     In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
@@ -242,14 +246,12 @@ def tree_attention(
     no segments, a soft-cap on the scores, or attention sinks.
     """
     if segments is None:
-        raise NotImplementedError(
-            "no segments reach the attention over packed trees: the batch is not packed, or the model drops them"
-        )
+        raise NotImplementedError("no segments reach the attention over packed trees: not packed, or lost on the way")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("the model's attention has a soft-cap or sinks, which packed trees do not support")
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary embeddings and norms return float32
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if takes_flash(query):
+        if torch.is_autocast_enabled("cuda"):  # rotary embeddings and norms return float32
+            query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         return _flash(query, key, value, scaling, sliding_window, segments), None
     outputs, inputs = [], [(x, segments.cut(x)) for x in (query, key, value)]
     for bucket in segments.buckets:
@@ -263,22 +265,22 @@ def tree_attention(
     return (out if segments.order is None else out[segments.order])[None], None
 
 
+@no_type_check
 def _flash(query, key, value, scaling, sliding_window, segments):
     """One variable-length flash call. It aligns a segment's last query with its last key, as a sliding window needs.
 
     Keys and values are gathered in one operation each, however many segments there are. In the backward pass the
-    gradient of a shared prompt is added up in the tensors' dtype and in no fixed order.
+    gradient of a shared prompt is added up in the tensors' dtype and in no fixed order. torch.compile traces this.
     """
     from torch.nn.attention import varlen  # takes seconds to load, and only CUDA needs it
 
     q, k, v = (rearrange(x, "1 h t d -> t h d") for x in (query, key, value))
-    if segments.q_lengths != segments.k_lengths:
+    if len(segments.keys) > len(q):  # some segment has a prefix
         k, v = (x.index_select(0, segments.keys) for x in (k, v))
     options = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
-    if "enable_gqa" in _signature(varlen.varlen_attn).parameters:  # not in torch 2.11
+    if "enable_gqa" in varlen.varlen_attn.__kwdefaults__:  # not in torch 2.11
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    longest = max(segments.q_lengths), max(segments.k_lengths)
-    return varlen.varlen_attn(q, k, v, *segments.offsets, *longest, **options)[None]
+    return varlen.varlen_attn(q, k, v, *segments.offsets, *segments.longest, **options)[None]

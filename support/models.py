@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.optim import AdamW, LowBits, dither, join, split
-from rlhf.tree import tree_attention
+from rlhf.tree import takes_flash, tree_attention
 from support import answer_at_once_offline, lazy_import, read_json
 from support.parallel import full_tensor, several
 
@@ -527,10 +527,11 @@ def checkpointed_layers(model) -> list[torch.nn.Module]:
 def compile_layers(model) -> None:
     """From now on run the layers compiled (torch.compile), under the same weight names.
 
-    All layers and all lengths share a graph; batches of a single row have their own. The attention over packed trees
-    stays eager and cuts a layer into several graphs. After `checkpoint_layers` the recomputed function is compiled, and
-    the checkpoint around it stays eager. Results differ by rounding. In this process it becomes an error if a function
-    needs more than 32 graphs: by default torch goes on uncompiled after 8.
+    All layers and all lengths share a graph; batches of a single row, and trees without a shared prompt, have their
+    own. The attention over packed trees is part of it in half precision on CUDA; elsewhere it stays eager and cuts a
+    layer into five graphs. After `checkpoint_layers` the recomputed function is compiled, and the checkpoint around it
+    stays eager. Results differ by rounding. In this process it becomes an error if a function needs more than 32
+    graphs: by default torch goes on uncompiled after 8.
     BadInput if the library does not name the model's layers.
     """
     regions = layers(model)
@@ -591,7 +592,7 @@ def set_attention(model, packed: bool) -> None:
     if name == current:
         return
     if packed:
-        transformers.AttentionInterface.register(name, _never_compiled(tree_attention))
+        transformers.AttentionInterface.register(name, _partly_compiled(tree_attention))
     model.set_attn_implementation(name)
 
 
@@ -612,8 +613,12 @@ class Attention:
 
 
 @functools.cache
-def _never_compiled(attention: Callable) -> Callable:
-    return torch.compiler.disable(attention)
+def _partly_compiled(attention: Callable) -> Callable:
+    """An attention over trees of which torch.compile traces the flash call only: the number of buckets varies."""
+    eager = torch.compiler.disable(attention)
+    return lambda module, query, *args, **kwargs: (attention if takes_flash(query) else eager)(
+        module, query, *args, **kwargs
+    )
 
 
 def pad_id(tokenizer) -> int:

@@ -5,6 +5,7 @@ import json
 import random
 from types import SimpleNamespace
 
+import flash_on_cpu  # noqa: F401 - registers kernels
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import BadInput
+from rlhf import BadInput, tree
 from rlhf.tree import collate
 from support import generate as sampling
 from support import models, scoring, sharding
@@ -39,7 +40,19 @@ def forget():
         torch.fx.experimental._config.patch(use_duck_shape=True),
     ):
         yield
+    torch.set_autocast_enabled("cuda", False)
     torch._dynamo.reset()
+
+
+def as_named(layout, dtype, monkeypatch) -> str:
+    """The layout; for "flash" the tree with the attention that it has on CUDA, by flash_on_cpu.py."""
+    if layout != "flash":
+        return layout
+    torch.set_autocast_enabled("cuda", dtype == torch.bfloat16)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    for module in (tree, models):
+        monkeypatch.setattr(module, "takes_flash", lambda query: True)
+    return "tree"
 
 
 def measured(model, examples, layout, dtype=torch.float32, between=lambda: None):
@@ -61,6 +74,7 @@ def graphs() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tree", "flash", "padded"])
 @pytest.mark.parametrize(
     "name, what",
     [
@@ -71,8 +85,9 @@ def graphs() -> int:
         ("gpt2", "plain"),
     ],
 )
-def test_compiled_layers_give_the_same_log_probs_and_gradients(name, what):
-    """In both layouts; and batches of other sizes take no graphs of their own."""
+def test_compiled_layers_give_the_same_log_probs_and_gradients(name, what, layout, monkeypatch):
+    """And batches of other sizes take no graphs of their own."""
+    layout = as_named(layout, torch.float32, monkeypatch)
     plain, compiled = tiny(name), tiny(name)
     for model in (plain, compiled):
         if "adapters" in what:
@@ -85,13 +100,12 @@ def test_compiled_layers_give_the_same_log_probs_and_gradients(name, what):
     names = [*compiled.state_dict()]
     models.compile_layers(compiled)
     assert [*compiled.state_dict()] == names
-    for layout in ("tree", "padded"):
-        made = []
-        for examples in BATCHES:
-            want, got = measured(plain, examples, layout), measured(compiled, examples, layout)
-            assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
-            made.append(graphs())
-        assert made[0] > 0 and made[1] == made[2] == made[0]
+    made = []
+    for examples in BATCHES:
+        want, got = measured(plain, examples, layout), measured(compiled, examples, layout)
+        assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
+        made.append(graphs())
+    assert made[0] > 0 and made[1] == made[2] == made[0]
 
 
 @pytest.fixture
@@ -110,7 +124,7 @@ def other_lengths():
     return [random_examples(x) for x in [*shapes, [(4, [6, 6])], [(1, [1])]]]
 
 
-@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize("layout, number", [("tree", 10), ("flash", 2), ("padded", 2)])  # buckets cut a layer in five
 @pytest.mark.parametrize(
     "name, what, dtype",
     [
@@ -125,9 +139,10 @@ def other_lengths():
     ],
 )
 def test_after_one_training_and_one_scoring_batch_other_lengths_add_at_most_two_graphs(
-    name, what, dtype, layout, backend_eager
+    name, what, dtype, layout, number, backend_eager, monkeypatch
 ):
     """The first batch is as long as the model is wide."""
+    cuts, layout = layout == "tree", as_named(layout, dtype, monkeypatch)
     model, low_bits = sharding.load_trained(lambda device: tiny(name), "cpu", dtype, 0)
     flags = SimpleNamespace(gradient_dtype="float32", optimizer_state="float32", compile=True)
     flags.gradient_checkpointing = what == "checkpointed"
@@ -141,9 +156,9 @@ def test_after_one_training_and_one_scoring_batch_other_lengths_add_at_most_two_
         return graphs()
 
     first = train_and_score(random_examples([(7, [9, 25])] if layout == "padded" else [(4, [12, 16])]))
-    assert first == (8 if layout == "tree" else 2)  # a layer's attention over trees is not compiled and cuts it in four
+    assert first == number
     later = [train_and_score(examples) for examples in other_lengths()]
-    assert later[-1] == first + (0 if layout == "tree" else 2)  # a single row takes a graph of its own
+    assert later[-1] == first + (0 if cuts else 2)  # a single padded row, and trees without a shared prompt
 
 
 @pytest.mark.slow

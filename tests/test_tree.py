@@ -1,17 +1,17 @@
 """The packed tree against plain padded rows, on tiny random models of many architectures."""
 
 from collections import Counter
-from itertools import pairwise
 
+import flash_on_cpu  # noqa: F401 - registers kernels
 import pytest
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, example, no_float32, random_examples, tiny
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from rlhf import BadInput
 from rlhf.tree import _flash, collate, micro_batches, tokens, tree_attention
@@ -273,41 +273,14 @@ def test_a_batch_is_sent_to_a_gpu_once_from_pinned_memory(layout, monkeypatch):
         assert not isinstance(x, torch.Tensor) or torch.equal(x, getattr(got, name))
 
 
-class StandIn(torch.autograd.Function):
-    """What the variable-length flash call computes: softmax attention in plain PyTorch, one segment after the other."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, q_offsets, k_offsets, max_q, max_k, scale, window_size):
-        with record_function("stand-in"), torch.enable_grad():
-            ctx.inputs, outputs, longest = [x.detach().requires_grad_() for x in (query, key, value)], [], (0, 0)
-            assert all(x.is_contiguous() for x in ctx.inputs) and q_offsets.dtype == k_offsets.dtype == torch.int32
-            q, k, v = ctx.inputs
-            k, v = (repeat(x, "t h d -> t (h group) d", group=q.shape[1] // k.shape[1]) for x in (k, v))
-            for (a, b), (c, d) in zip(pairwise(q_offsets.tolist()), pairwise(k_offsets.tolist()), strict=True):
-                longest = max(longest[0], b - a), max(longest[1], d - c)
-                distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
-                hidden = (distance < 0) | (window_size[0] >= 0) & (distance > window_size[0])
-                scores = einsum(q[a:b], k[c:d], "q h d, k h d -> h q k") * scale
-                weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-                outputs.append(einsum(weights, v[c:d], "h q k, k h d -> q h d"))
-            assert longest == (max_q, max_k) and (b, d) == (len(q), len(k)) and window_size[1] == 0
-            ctx.out = torch.cat(outputs)
-            return ctx.out.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        with record_function("stand-in"):
-            return *torch.autograd.grad(ctx.out, ctx.inputs, grad), *[None] * 6
-
-
 def varlen_attn_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     assert q.shape[1] == k.shape[1]
-    return StandIn.apply(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+    return varlen._varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, False, scale, [*window_size])[0]
 
 
 def varlen_attn_2_13(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return StandIn.apply(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+    return varlen._varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, False, scale, [*window_size])[0]
 
 
 VERSIONS = pytest.mark.parametrize("call", [varlen_attn_2_11, varlen_attn_2_13])
