@@ -176,7 +176,6 @@ def windows(config) -> dict[str, int | None]:
     return {kind: known[kind] for kind in sorted({*kinds})}
 
 
-@torch.compiler.disable
 def one_token_attention(
     module, query, key, value, attention_mask, scaling=None, slots: Cache | None = None, **kwargs
 ) -> tuple[Tensor, None]:
@@ -200,7 +199,7 @@ def _uses_sdpa(model) -> bool:
 
 def attention(model) -> models.Attention:
     """A context in which the model attends as steps need it: where it uses SDPA, with `one_token_attention`."""
-    transformers.AttentionInterface.register(ONE_TOKEN, one_token_attention)
+    transformers.AttentionInterface.register(ONE_TOKEN, models.uncompiled(one_token_attention))
     return models.Attention(model, ONE_TOKEN if _uses_sdpa(model) else model.config._attn_implementation)
 
 

@@ -615,10 +615,16 @@ class Attention:
 @functools.cache
 def _partly_compiled(attention: Callable) -> Callable:
     """An attention over trees of which torch.compile traces the flash call only: the number of buckets varies."""
-    eager = torch.compiler.disable(attention)
+    eager = uncompiled(attention)
     return lambda module, query, *args, **kwargs: (attention if takes_flash(query) else eager)(
         module, query, *args, **kwargs
     )
+
+
+@functools.cache
+def uncompiled(function: Callable) -> Callable:
+    """The function, which torch.compile does not trace. (A decorator would load torch.compile in every process.)"""
+    return torch.compiler.disable(function)
 
 
 def pad_id(tokenizer) -> int:

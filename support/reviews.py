@@ -181,20 +181,27 @@ def openings(symbol: str) -> dict[str, dict[tuple[str, ...], float]]:
     return totals
 
 
+@cache
+def remainders(words: tuple[str, ...]) -> dict[tuple[str, ...], float]:
+    """Symbols still to be expanded after the first words of a review -> probability; empty if no review has more."""
+    if not words:
+        return {("REVIEW",): 1.0}
+    advanced = defaultdict(float)
+    for (top, *below), p in remainders(words[:-1]).items():
+        for remainder, q in openings(top).get(words[-1], {}).items():
+            advanced[(*remainder, *below)] += p * q
+    return {symbols: p for symbols, p in advanced.items() if symbols}
+
+
 def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
     """k independent continuations of a review that begins with `prompt`, from the exact conditional distribution.
 
     P(continuation | prompt) sums over all symbol sequences that can remain after the prompt. ValueError if none can.
     """
-    stacks = {("REVIEW",): 1.0}  # symbols still to be expanded -> probability
-    for word in prompt.split():
-        advanced = defaultdict(float)
-        for (top, *below), p in stacks.items():
-            for remainder, q in openings(top).get(word, {}).items():
-                advanced[(*remainder, *below)] += p * q
-        stacks = {symbols: p for symbols, p in advanced.items() if symbols}
-        if not stacks:
-            raise ValueError(f"no review goes on after {prompt!r}")
+    words = tuple(prompt.split())
+    if not all(remainders(words[:n]) for n in range(len(words) + 1)):  # the shortest first: no deep recursion
+        raise ValueError(f"no review goes on after {prompt!r}")
+    stacks = remainders(words)
     sampled = rng.choices(list(stacks), weights=list(stacks.values()), k=k)
     return [" ".join(word for symbol in symbols for word in expand(symbol, rng)) for symbols in sampled]
 

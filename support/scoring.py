@@ -161,6 +161,8 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 @torch.no_grad()
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
+    if device.type == "cpu":  # where larger passes are faster, and no activations are kept
+        batching = batching._replace(micro_batch_tokens=4 * batching.micro_batch_tokens)
     scores: dict[int, Tensor] = {}
     groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
     total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)

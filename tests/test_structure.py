@@ -1,6 +1,7 @@
 """Who may import whom: scripts import support, support imports rlhf, and rlhf imports neither."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +115,12 @@ def test_no_circles():
     for package in ("rlhf", "support"):
         graph[package] = {name for name in graph[package] if name != package}
     assert circle(graph) is None
+
+
+@pytest.mark.parametrize("script", ["train_dpo", "train_ppo"])
+def test_a_script_loads_only_what_every_run_needs(script):
+    """Each of these takes half a second or more."""
+    code = f"import sys, {script}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    heavy = {"torch._dynamo", "torch.nn.attention.varlen", "datasets", "matplotlib.pyplot", "peft", "wandb", "sympy"}
+    assert "transformers" in loaded.split() and not heavy & {*loaded.split()}
