@@ -237,8 +237,8 @@ def takes_flash(query: Tensor) -> bool:
 
 
 @no_type_check
-def tree_attention(module, query, key, value, _, scaling=None, sliding_window=None, segments=None, **kwargs):
-    """Attention over a packed row; transformers passes the arguments. query, key, value are (1 heads t d_head).
+def tree_attention(module, query, key, value, *_, scaling=None, sliding_window=None, segments=None, **kwargs):
+    """Attention over a packed row, called by transformers (whose mask is void). query, key, value: (1 heads t d_head).
 
     In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
     its prefix. Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A
@@ -278,7 +278,7 @@ def _flash(query, key, value, scaling, sliding_window, segments):
     if len(segments.keys) > len(q):  # some segment has a prefix
         k, v = (x.index_select(0, segments.keys) for x in (k, v))
     options = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
-    if "enable_gqa" in varlen.varlen_attn.__kwdefaults__:  # not in torch 2.11
+    if "enable_gqa" in (varlen.varlen_attn.__kwdefaults__ or {}):  # not in torch 2.11
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import transformers
@@ -527,16 +527,16 @@ def checkpointed_layers(model) -> list[torch.nn.Module]:
 def compile_layers(model) -> None:
     """From now on run the layers compiled (torch.compile), under the same weight names.
 
-    All layers and all lengths share a graph; batches of a single row, and trees without a shared prompt, have their
-    own. The attention over packed trees is part of it in half precision on CUDA; elsewhere it stays eager and cuts a
-    layer into five graphs. After `checkpoint_layers` the recomputed function is compiled, and the checkpoint around it
-    stays eager. Results differ by rounding. In this process it becomes an error if a function needs more than 32
-    graphs: by default torch goes on uncompiled after 8.
+    All lengths and all layers with the same attention window share a graph; batches of a single row, and trees without
+    a shared prompt, have their own. The attention over packed trees is part of it in half precision on CUDA; elsewhere
+    it stays eager and cuts a layer into five graphs. After `checkpoint_layers` the recomputed function is compiled, and
+    the checkpoint around it stays eager. Results differ by rounding. In this process it becomes an error if a function
+    needs more than 64 graphs: by default torch goes on uncompiled after 8.
     BadInput if the library does not name the model's layers.
     """
     regions = layers(model)
     require(bool(regions), f"--compile: the library names no layers of {model.config.model_type} models")
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 32, True
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     torch.fx.experimental._config.use_duck_shape = False  # else a batch as long as the model is wide fixes its length
     for layer in regions:
         layer.compile(dynamic=True)
@@ -614,16 +614,21 @@ class Attention:
 
 @functools.cache
 def _partly_compiled(attention: Callable) -> Callable:
-    """An attention over trees of which torch.compile traces the flash call only: the number of buckets varies."""
+    """An attention over trees of which torch.compile traces the flash call only, since the number of buckets varies;
+    and not that of a GPT-2 whose layers have scales of their own, because each scale would be a graph."""
     eager = uncompiled(attention)
-    return lambda module, query, *args, **kwargs: (attention if takes_flash(query) else eager)(
-        module, query, *args, **kwargs
-    )
+
+    @no_type_check  # it may be compiled
+    def choose(module, query, *args, **kwargs):
+        traced = takes_flash(query) and not getattr(module, "scale_attn_by_inverse_layer_idx", False)
+        return (attention if traced else eager)(module, query, *args, **kwargs)
+
+    return choose
 
 
 @functools.cache
 def uncompiled(function: Callable) -> Callable:
-    """The function, which torch.compile does not trace. (A decorator would load torch.compile in every process.)"""
+    """The function, which torch.compile does not trace. (A decorator would load torch.compile on import.)"""
     return torch.compiler.disable(function)
 
 

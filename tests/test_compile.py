@@ -179,6 +179,19 @@ def test_compiled_layers_recompute_what_they_computed(layout, other):
     assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5
 
 
+def test_layers_that_scale_their_scores_differently_share_graphs(backend_eager, monkeypatch):
+    """The attention of such a GPT-2 stays out of the graphs, which hold the scale as a constant."""
+    layout = as_named("flash", torch.float32, monkeypatch)
+    plain, compiled = tiny("gpt2"), tiny("gpt2")
+    for model in (plain, compiled):
+        for i, layer in enumerate(model.transformer.h):
+            layer.attn.scaling, layer.attn.scale_attn_by_inverse_layer_idx = 0.5 / (i + 1), True
+    models.compile_layers(compiled)
+    for examples in BATCHES:
+        want, got = measured(plain, examples, layout), measured(compiled, examples, layout)
+        assert relative(got[0], want[0]) < 1e-5 and relative(got[1], want[1]) < 1e-5 and graphs() == 5
+
+
 def test_reaching_the_recompile_limit_is_an_error(backend_eager):
     """Where torch alone would go on uncompiled."""
     model = tiny("llama")

@@ -209,7 +209,9 @@ def test_attention_for_every_window_is_that_of_one_mask():
     for window in (None, *range(1, 40), 129, 130, 139, 140, 141):
         mask = visible & (distance >= 0) & (distance < (window or t))
         want = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
-        got, _ = tree_attention(None, query, key, value, None, 0.3, sliding_window=window, segments=batch.segments)
+        got, _ = tree_attention(
+            None, query, key, value, None, scaling=0.3, sliding_window=window, segments=batch.segments
+        )
         torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 
@@ -233,6 +235,7 @@ def test_attention_that_would_differ_is_refused(option):
     segments = collate([example([5], [[6], [7]])], "tree", 0).segments
     query = torch.zeros(1, 2, 3, 4)
     tree_attention(None, query, query, query, None, segments=segments, softcap=None, s_aux=None)
+    tree_attention(None, query, query, query, attention_mask=None, segments=segments)  # as some families call it
     with pytest.raises(NotImplementedError):
         tree_attention(None, query, query, query, None, **{"segments": segments} | option)
 
