@@ -119,6 +119,7 @@ def read_grammar(rules: dict[str, str]) -> Grammar:
 OPINION_RULES = {name: " | ".join(" ".join(levels.values()).split()) for name, levels in OPINIONS.items()}
 GRAMMAR = read_grammar(RULES | OPINION_RULES)
 CUMULATIVE = {symbol: [*accumulate(p for p, _ in rule)] for symbol, rule in GRAMMAR.items()}  # probabilities
+REVERSED = {symbol: [parts[::-1] for _, parts in rule] for symbol, rule in GRAMMAR.items()}
 VOCABULARY = sorted({word for rule in GRAMMAR.values() for _, parts in rule for word in parts} - GRAMMAR.keys())
 
 
@@ -127,10 +128,10 @@ def expand(symbol: str, rng: random.Random) -> list[str]:
     words, stack = [], [symbol]
     while stack:
         symbol = stack.pop()
-        if symbol in CUMULATIVE:
-            alternatives, cumulative = GRAMMAR[symbol], CUMULATIVE[symbol]
-            chosen = bisect(cumulative, rng.random() * cumulative[-1], hi=len(cumulative) - 1)  # as in rng.choices
-            stack += reversed(alternatives[chosen][1])
+        cumulative = CUMULATIVE.get(symbol)
+        if cumulative:
+            chosen = bisect(cumulative, rng.random() * cumulative[-1], 0, len(cumulative) - 1)  # as in rng.choices
+            stack += REVERSED[symbol][chosen]
         else:
             words.append(symbol)
     return words
