@@ -126,7 +126,7 @@ class Args(runs.Flags):
     max_length: int = 1024
     """tokens of a prompt with a response of the pairs, > max-prompt-length; longer responses lose their end"""
     micro_batch_tokens: int = 2048
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result (on a CPU it may take 4096)"""
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result"""
     resume: bool = False
     """continue with the first model that --out has no numbers of, with the same flags"""
     seed: int = 0

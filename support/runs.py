@@ -89,7 +89,7 @@ class Flags:
     """how responses share a forward pass: tree encodes the prompt once; auto uses it if a check finds it right"""
     micro_batch_tokens: int = 32768 if torch.cuda.is_available() else 1024
     """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 32768 on a machine with
-    CUDA, and 1024 on one without, where training with more is no faster (scoring there takes up to 4096)"""
+    CUDA, and 1024 on one without, where more is no faster"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     seed: int = 0

@@ -161,9 +161,6 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 @torch.no_grad()
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
-    if device.type == "cpu":  # where these passes, which keep no activations, are faster if they are larger
-        budget = batching.micro_batch_tokens
-        batching = batching._replace(micro_batch_tokens=max(budget, min(4 * budget, 4096)))
     scores: dict[int, Tensor] = {}
     groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
     total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
