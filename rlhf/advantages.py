@@ -82,8 +82,8 @@ def missing_eos(
     if rule == "replace":
         cut = torch.full_like(scores, missing_eos_value)
     elif rule == "subtract":
-        fine = missing_eos_value >= 0
-        require(fine, f"missing_eos_value must be at least 0 to be subtracted, not {missing_eos_value}")
+        message = f"missing_eos_value must be at least 0 to be subtracted, not {missing_eos_value}"
+        require(missing_eos_value >= 0, message)
         cut = scores - missing_eos_value
     else:
         raise BadInput(f"rule must be replace or subtract, not {rule}")

@@ -238,7 +238,7 @@ def takes_flash(query: Tensor) -> bool:
 
 @no_type_check
 def tree_attention(module, query, key, value, *_, scaling=None, sliding_window=None, segments=None, **kwargs):
-    """Attention over a packed row, called by transformers (whose mask is void). query, key, value: (1 heads t d_head).
+    """Attention over a packed row, called by transformers, whose mask it ignores. query, key, value: (1 heads t d).
 
     In half precision on CUDA it is one variable-length flash call, in which a segment's keys are its own and those of
     its prefix. Everything else goes bucket by bucket through SDPA. Masks cover a bucket, never the whole row (t x t). A
@@ -246,12 +246,11 @@ def tree_attention(module, query, key, value, *_, scaling=None, sliding_window=N
     no segments, a soft-cap on the scores, or attention sinks.
     """
     if segments is None:
-        raise NotImplementedError("no segments reach the attention over packed trees: not packed, or lost on the way")
+        message = "no segments reach the attention over packed trees: the batch is not packed, or the model drops them"
+        raise NotImplementedError(message)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("the model's attention has a soft-cap or sinks, which packed trees do not support")
     if takes_flash(query):
-        if torch.is_autocast_enabled("cuda"):  # rotary embeddings and norms return float32
-            query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         return _flash(query, key, value, scaling, sliding_window, segments), None
     outputs, inputs = [], [(x, segments.cut(x)) for x in (query, key, value)]
     for bucket in segments.buckets:
@@ -269,12 +268,13 @@ def tree_attention(module, query, key, value, *_, scaling=None, sliding_window=N
 def _flash(query, key, value, scaling, sliding_window, segments):
     """One variable-length flash call. It aligns a segment's last query with its last key, as a sliding window needs.
 
-    Keys and values are gathered in one operation each, however many segments there are. In the backward pass the
-    gradient of a shared prompt is added up in the tensors' dtype and in no fixed order. torch.compile traces this.
+    Keys and values are gathered in one operation each, however many segments there are. Under autocast some come in
+    float32. In the backward pass the gradient of a shared prompt is added up in the call's dtype, in no fixed order.
     """
     from torch.nn.attention import varlen  # takes seconds to load, and only CUDA needs it
 
-    q, k, v = (rearrange(x, "1 h t d -> t h d") for x in (query, key, value))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    q, k, v = (rearrange(x.to(dtype), "1 h t d -> t h d") for x in (query, key, value))
     if len(segments.keys) > len(q):  # some segment has a prefix
         k, v = (x.index_select(0, segments.keys) for x in (k, v))
     options = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}

@@ -184,7 +184,7 @@ def openings(symbol: str) -> dict[str, dict[tuple[str, ...], float]]:
 
 @cache
 def remainders(words: tuple[str, ...]) -> dict[tuple[str, ...], float]:
-    """Symbols still to be expanded after the first words of a review -> probability; empty if no review has more."""
+    """Symbols still to be expanded after the first words of a review -> probability; empty if no review goes on."""
     if not words:
         return {("REVIEW",): 1.0}
     advanced = defaultdict(float)

@@ -119,7 +119,7 @@ def test_no_circles():
 
 @pytest.mark.parametrize("script", ["train_dpo", "train_ppo"])
 def test_a_script_loads_only_what_every_run_needs(script):
-    """Each of these takes half a second or more."""
+    """Each of these takes a while to load."""
     code = f"import sys, {script}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     heavy = {"torch._dynamo", "torch.nn.attention.varlen", "datasets", "matplotlib.pyplot", "peft", "wandb", "sympy"}
