@@ -17,7 +17,7 @@ from support.runs import cli
 
 NAME = "instructgpt"
 MODELS = ("sft", "dpo", "ppo")
-SIZES = {"demonstrations": 300, "asked": 600, "prompts": 2000}  # questions, no two of them the same
+SIZES = {"demonstrations": 100, "asked": 1200, "prompts": 2000}  # questions, no two of them the same
 TEST = 200
 COLUMNS = {"reward": ("right answers", 3), "win": ("win rate", 3), "kl": ("KL to SFT", 2), "length": ("tokens", 1)}
 

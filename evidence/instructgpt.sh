@@ -18,11 +18,11 @@ python sample.py --model "$OUT/sft" --data "$OUT/asked.jsonl" --k 4 --max-new-to
 python annotate.py "$OUT/samples.jsonl" --by evidence.sums:close --noise 0.1 --out "$OUT/rankings.jsonl"
 
 # reward model and PPO; or DPO
-python train_rm.py --model "$OUT/sft" --data "$OUT/rankings.jsonl" --lr 1e-5 --batch-size 16 \
+python train_rm.py --model "$OUT/sft" --data "$OUT/rankings.jsonl" --lr 3e-5 --batch-size 16 \
     --dtype bfloat16 --eval-fraction 0.1 --eval-prompts 32 --max-new-tokens 24 --out "$OUT/rm"
-python train_ppo.py --model "$OUT/sft" --reward "$OUT/rm" --data "$OUT/prompts.jsonl" --lr 5e-6 --kl-coef 0.05 --k 4 \
+python train_ppo.py --model "$OUT/sft" --reward "$OUT/rm" --data "$OUT/prompts.jsonl" --lr 2e-5 --kl-coef 0.05 --k 4 \
     --dtype bfloat16 --batch-size 16 --max-steps 50 --epochs-per-rollout 1 --max-new-tokens 24 --out "$OUT/ppo"
-python train_dpo.py --model "$OUT/sft" --data "$OUT/rankings.jsonl" --lr 5e-6 --beta 0.1 --batch-size 16 \
+python train_dpo.py --model "$OUT/sft" --data "$OUT/rankings.jsonl" --lr 2e-5 --beta 0.1 --batch-size 16 \
     --dtype bfloat16 --max-new-tokens 24 --ref-cache "$OUT/ref_cache" --out "$OUT/dpo"
 
 # evaluate: the reward is 1 for a right answer, else 0
