@@ -6,20 +6,28 @@ Learned: the whole 95 % interval of DPO's or PPO's win rate against SFT, by the 
 are both right or both wrong count one half).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ablations import common
 from evidence.common import ROOT, of_model, pages, with_half
-from evidence.sums import questions, summands
-from support import read_json
+from evidence.sums import errors, questions, summands
+from support import read_json, read_json_lines
+from support.report import share_and_half
 from support.runs import cli
 
 NAME = "instructgpt"
 MODELS = ("sft", "dpo", "ppo")
 SIZES = {"demonstrations": 100, "asked": 1200, "prompts": 2000}  # questions, no two of them the same
 TEST = 200
-COLUMNS = {"reward": ("right answers", 3), "win": ("win rate", 3), "kl": ("KL to SFT", 2), "length": ("tokens", 1)}
+COLUMNS = {
+    "reward": ("right answers", 3),
+    "too_large": ("too large", 3),
+    "win": ("win rate", 3),
+    "kl": ("KL to SFT", 2),
+    "length": ("tokens", 1),
+}
 
 
 @dataclass
@@ -61,12 +69,19 @@ def demonstration(row: dict) -> dict:
 
 
 def add(results: common.Results, folder: Path, seconds: float) -> None:
-    """The numbers of evaluate.py and train_rm.py; seconds are in the row of the reward model, but are all's."""
+    """The numbers of evaluate.py, and the share of its answers that are too large; those of train_rm.py, and the reward
+    before and after PPO. Seconds are in the row of the reward model, but are all's."""
     measured = read_json(folder / "evaluate/results.json")["models"]
+    answers = read_json_lines(folder / "evaluate/samples.jsonl", "model")
     for x in MODELS:
-        results.add(x, 0, of_model(measured[str(folder / x)], COLUMNS))
-    rm = read_json(folder / "rm/results.json")
+        mine = [row for row in answers if row["model"] == str(folder / x)]
+        off = errors([row["prompt"] for row in mine], [row["text"] for row in mine], mine)
+        share, half = share_and_half([float(0 < error < math.inf) for error in off])
+        values = of_model(measured[str(folder / x)], COLUMNS)
+        results.add(x, 0, values | {"too_large": share, "too_large_half": half})
+    rm, ppo = (read_json(folder / x / "results.json") for x in ("rm", "ppo"))
     values = {"accuracy": rm["accuracy"], "accuracy_half": rm["accuracy_interval"], "ceiling": rm["ceiling"]}
+    values |= {"before": ppo["before/score"], "after": ppo["after/score"]}
     results.add("reward model", 0, values | {"seconds": seconds})
 
 
@@ -76,6 +91,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
     above = lambda x: results.values(x, "win")[0] - results.values(x, "win_half")[0] > 0.5  # noqa: E731
     learned = [x for x in MODELS[1:] if above(x)]
     effect = f"The reward model's accuracy on held-out rankings is {with_half(results, 'reward model', 'accuracy')}."
+    before, after = (results.values("reward model", x)[0] for x in ("before", "after"))
+    effect += f" Its mean reward is {before:.2f} before PPO and {after:.2f} after."
     table = common.markdown(["", *(title for title, _ in COLUMNS.values())], rows)
     return table, f"{' and '.join(learned)} learned" if learned else "neither learned", effect
 

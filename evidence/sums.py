@@ -59,11 +59,11 @@ def summands(prompt: str | list[dict]) -> tuple[int, int]:
 
 
 def errors(prompts: Sequence, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """For each response: |its last number - the sum of the prompt's two|; infinite if it has none, or was cut off."""
+    """For each response: its last number - the sum of the prompt's two; infinite if it has none, or was cut off."""
     found = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         number = last_number(response) if row.get("ended", True) else None
-        found.append(float("inf") if number is None else abs(number - sum(summands(prompt))))
+        found.append(float("inf") if number is None else number - sum(summands(prompt)))
     return found
 
 
@@ -74,7 +74,7 @@ def correct(prompts: Sequence, responses: Sequence[str], rows: Sequence[dict]) -
 
 def close(prompts: Sequence, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
     """1.0 for the sum, 0.5 - error / 200 for another number, at least 0.0: tells answers apart where few are right."""
-    return [1.0 if error == 0 else max(0.0, 0.5 - error / 200) for error in errors(prompts, responses, rows)]
+    return [1.0 if error == 0 else max(0.0, 0.5 - abs(error) / 200) for error in errors(prompts, responses, rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

@@ -119,12 +119,12 @@ def test_instructgpts_questions_are_different(tmp_path):
 
 def test_the_reward_of_a_sum():
     asked = said("user", "What is 47 + 38?")
-    answers = ["85", "47 + 38 = 85.", "It is 1,085", "85, or 86", "no idea", "85"]
-    rows = [{"ended": True}] * 5 + [{"ended": False}]
-    prompts = [asked] * 4 + ["What is 47 + 38?"] * 2
-    assert sums.correct(prompts, answers, rows) == [1, 1, 0, 0, 0, 0]
-    assert sums.close(prompts, answers, rows) == [1, 1, 0, 0.495, 0, 0]
-    assert sums.errors(prompts, answers, rows) == [0, 0, 1000, 1, math.inf, math.inf]
+    answers = ["85", "47 + 38 = 85.", "It is 1,085", "85, or 86", "75", "no idea", "85"]
+    rows = [{"ended": True}] * 6 + [{"ended": False}]
+    prompts = [asked] * 5 + ["What is 47 + 38?"] * 2
+    assert sums.correct(prompts, answers, rows) == [1, 1, 0, 0, 0, 0, 0]
+    assert sums.close(prompts, answers, rows) == [1, 1, 0, 0.495, 0.45, 0, 0]
+    assert sums.errors(prompts, answers, rows) == [0, 0, 1000, 1, -10, math.inf, math.inf]
 
 
 def test_demonstrations_are_right():
@@ -242,15 +242,26 @@ def test_instructgpts_table_is_what_evaluate_and_the_reward_model_say(tmp_path):
     for name, content in {
         "evaluate": {"models": measured},
         "rm": {"accuracy": 0.75, "accuracy_interval": 0.125, "ceiling": 0.9},
+        "ppo": {"before/score": -0.25, "after/score": 1.5},
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(content))
+    answer = {"prompt": said("user", "What is 47 + 38?"), "ended": 1.0}
+    answers = [answer | {"text": text} for text in ("85", "84", "86", "95", "none")]
+    answers.append(answer | {"text": "99", "ended": 0.0})
+    samples = [{"model": model} | x for model in measured for x in answers]
+    (tmp_path / "evaluate/samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in samples))
     results = common.Results(tmp_path / "a.csv")
     instructgpt.add(results, tmp_path, 120.0)
     table, verdict, effect = instructgpt.report(results)
-    assert cells(table, "ppo")[1:] == ["0.500 +- 0.200", "0.600 +- 0.090", "2.00 +- 1.00", "9.0 +- 1.0"]
+    shown = cells(table, "ppo")[1:]
+    assert shown.pop(1).startswith("0.333 +- ")  # 86 and 95; 99 was cut off
+    assert shown == ["0.500 +- 0.200", "0.600 +- 0.090", "2.00 +- 1.00", "9.0 +- 1.0"]
     assert verdict == "ppo learned" and results.minutes() == 2.0
-    assert effect == "The reward model's accuracy on held-out rankings is 0.750 +- 0.125."
+    assert effect == (
+        "The reward model's accuracy on held-out rankings is 0.750 +- 0.125."
+        " Its mean reward is -0.25 before PPO and 1.50 after."
+    )
 
 
 @pytest.mark.parametrize("name", evidence.NAMES)
