@@ -5,10 +5,14 @@
 The pairs are 2,000 of the second part of reward.py's data, and the test is the third part; no debate is in both. Each
 loss has the beta of its paper or a usual one, and the learning rate with the best accuracy on a further debate; DPO
 then has three seeds. Accuracy is that of the implicit reward; KL, length and win rate are of 8 answers to each of the
-test's prompts. The win rate, by the reward model of reward.py, is measured only if that one learned: run it first.
+test's prompts. The win rate, by the reward model of reward.py, is measured only if that one learned: run it first. It
+never saw an argument that was cut, so there is also a win rate among answers that both end or are both cut.
 Learned: the whole 95 % interval of the test accuracy, over topics, is above 0.5, where the untrained model is.
 """
 
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import evaluate
@@ -29,6 +33,7 @@ from evidence.common import (
     write_arguments,
 )
 from support import read_json_lines
+from support.report import share_and_half
 from support.runs import cli
 
 NAME = "preferences"
@@ -59,8 +64,8 @@ def main(a: Args) -> None:
 
 def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float], list[dict]]:
     """One run: `pair_measures` on the test; valid, the accuracy on validation rows; fall, by how much the mean log-prob
-    of their chosen arguments fell (nats); kl, length and start_length, of the untrained model; win, if there is a
-    judge."""
+    of their chosen arguments fell (nats); kl, length and ended; start_length and start_ended, of the untrained model;
+    win and `alike`, if there is a judge."""
     loss, lr = SETTINGS[setting]
     out, test = folder / f"{setting}-{seed}", folder / "test.jsonl"
     flags = {"data": str(folder / "policy.jsonl"), "eval_data": str(folder / "policy_valid.jsonl"), "eval_prompts": 0}
@@ -75,35 +80,58 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     flags["dtype"] = "float32"
     flags |= {"k": 1, "max_new_tokens": 8} if a.short else {"k": 8}
     sampled = trained(evaluate, answers, a, **flags)["models"]
-    values |= of_model(sampled[str(out)], ("kl", "length", "win"))
-    values["start_length"] = sampled[a.model]["length"]["value"]
-    rows = [row for row in read_json_lines(answers / "samples.jsonl", "model") if row["model"] == str(out)]
-    return values, [{"prompt": i, "answer": row["text"]} for i, row in enumerate(rows[:: flags["k"]])]
+    rows = read_json_lines(answers / "samples.jsonl", "model")
+    values |= of_answers(sampled, rows, a.model, str(out))
+    texts = [row["text"] for row in rows if row["model"] == str(out)]
+    return values, [{"prompt": i, "answer": text} for i, text in enumerate(texts[:: flags["k"]])]
+
+
+def of_answers(measured: dict, rows: Sequence[dict], start: str, model: str) -> dict[str, float]:
+    """What evaluate.py says of a model's answers and of the untrained model's; and alike, the share of wins among all
+    pairs of their answers to a prompt that both end or are both cut."""
+    values = of_model(measured[model], ("kl", "length", "ended", "win"))
+    values |= {f"start_{name}": measured[start][name]["value"] for name in ("length", "ended")}
+    if "win" not in values:
+        return values
+    answers = defaultdict(list)
+    for row in rows:
+        answers[row["model"], str(row["prompt"])].append(row)
+    wins, prompts = [], []
+    for prompt in dict.fromkeys(str(row["prompt"]) for row in rows):
+        for x, y in itertools.product(answers[model, prompt], answers[start, prompt]):
+            if x["ended"] == y["ended"]:
+                wins.append((x["reward"] > y["reward"]) + (x["reward"] == y["reward"]) / 2)
+                prompts.append(prompt)
+    if len({*prompts}) > 1:
+        values["alike"], values["alike_half"] = share_and_half(wins, prompts)
+    return values
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
-    header = ["", "test accuracy", "lead over longer wins", "KL, nats", "tokens", "log pi(chosen) falls by", "win rate"]
+    header = ["", "test accuracy", "lead over longer wins", "KL, nats", "tokens", "share that ends"]
+    header += ["log pi(chosen) falls by", "win rate", "win rate, ends alike"]
     rows, valid, learned, begun = [], [], [], [loss for loss in LOSSES if best(results, of(loss))]
     for loss in begun:
         chosen = best(results, of(loss))
         at = lambda name, x=chosen: results.values(x, name)[0]  # noqa: E731
         rows.append([chosen, *(with_half(results, chosen, n) for n in ("accuracy", "lead"))])
-        rows[-1] += [with_half(results, chosen, n, 1) for n in ("kl", "length")] + [f"{at('fall'):.1f}"]
-        rows[-1] += [with_half(results, chosen, "win") or "no judge"]
+        rows[-1] += [with_half(results, chosen, n, 1) for n in ("kl", "length")] + [f"{at('ended'):.2f}"]
+        rows[-1] += [f"{at('fall'):.1f}", *(with_half(results, chosen, n) or "no judge" for n in ("win", "alike"))]
         tried = [results.values(x, "valid").get(0) for x in of(loss)]
         valid.append([loss, *("" if x is None else f"{x:.3f}" for x in tried)])
         learned += [loss] if at("accuracy") - at("accuracy_half") > 0.5 else []
     first = best(results, of(begun[0]))
-    length = f"{results.values(first, 'start_length')[0]:.1f}"
-    rows += [["untrained", "0.500", "", "0", length, "0", "0.500"]]
-    rows += [["longer wins", with_half(results, first, "longer"), "", "", "", "", ""]]
+    length, ended = (results.values(first, f"start_{name}")[0] for name in ("length", "ended"))
+    rows += [["untrained", "0.500", "", "0", f"{length:.1f}", f"{ended:.2f}", "0", "0.500", "0.500"]]
+    rows += [["longer wins", with_half(results, first, "longer"), *[""] * 7]]
     table = common.markdown(header, rows) + "\n\n" + common.markdown(["validation accuracy", *LRS], valid)
     missing = [loss for loss in LOSSES if loss not in begun]
     effect = f"Not run yet: {', '.join(missing)}." if missing else "All four losses were run."
-    seeds = [*results.values(best(results, of("dpo")), "accuracy").values()]
-    if len(seeds) > 1:
-        effect += f" DPO's accuracy over {len(seeds)} seeds: {common.show(common.t_interval(seeds), 3)}."
+    for name, metric in {"accuracy": "accuracy", "win rate": "win", "win rate, ends alike": "alike"}.items():
+        values = [*results.values(best(results, of("dpo")), metric).values()]
+        if len(values) > 1:
+            effect += f" DPO's {name} over {len(values)} seeds: {common.show(common.t_interval(values), 3)}."
     return table, f"{', '.join(learned)} learned" if learned else "none learned", effect
 
 

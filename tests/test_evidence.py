@@ -192,7 +192,8 @@ def test_the_reward_models_table_and_whether_it_may_judge(tmp_path, monkeypatch)
 
 def test_the_table_of_losses(tmp_path):
     results = common.Results(tmp_path / "a.csv")
-    base = {"kl": 3.0, "kl_half": 1.0, "length": 20.0, "length_half": 2.0, "fall": 4.0, "start_length": 25.0}
+    base = {"kl": 3.0, "kl_half": 1.0, "length": 20.0, "length_half": 2.0, "ended": 0.5, "fall": 4.0}
+    base |= {"start_length": 25.0, "start_ended": 0.25}
     for setting, accuracy, valid in (
         ("dpo, lr 1e-06", 0.9, 0.5),
         ("dpo, lr 5e-06", 0.7, 0.6),
@@ -200,11 +201,31 @@ def test_the_table_of_losses(tmp_path):
     ):
         results.add(setting, 0, rm_values(accuracy, 0.1, valid=valid, **base))
     table, verdict, effect = preferences.report(results)
-    wanted = ["0.700 +- 0.100", "0.100 +- 0.050", "3.0 +- 1.0", "20.0 +- 2.0", "4.0", "no judge"]
-    assert cells(table, "dpo, lr 5e-06")[1:] == wanted and "| dpo, lr 1e-06 |" not in table
+    wanted = ["0.700 +- 0.100", "0.100 +- 0.050", "3.0 +- 1.0", "20.0 +- 2.0", "0.50", "4.0"]
+    assert cells(table, "dpo, lr 5e-06")[1:] == [*wanted, "no judge", "no judge"] and "| dpo, lr 1e-06 |" not in table
     assert cells(table, "dpo | ")[1:] == ["0.500", "0.600"] or "| dpo | 0.500 | 0.600 |  |" in table
     assert verdict == "dpo learned" and effect == "Not run yet: simpo, kto."
-    assert cells(table, "untrained")[4] == "25.0" and cells(table, "longer wins")[1] == "0.600 +- 0.200"
+    results.add("dpo, lr 5e-06", 1, rm_values(0.9, 0.1, valid=0.7, **base))
+    assert preferences.report(results)[2].endswith(" DPO's accuracy over 2 seeds: 0.800 +- 1.271.")  # t 12.706 * 0.1
+    assert cells(table, "untrained")[4:6] == ["25.0", "0.25"] and cells(table, "longer wins")[1] == "0.600 +- 0.200"
+
+
+def test_wins_among_answers_that_end_alike():
+    """Each model has an answer that ends and one that is cut, to two prompts; ends alone are worth 5."""
+    number = lambda value: {"value": value, "low": value, "high": value}  # noqa: E731
+    measured = {"pi": {name: number(0.5) for name in ("kl", "length", "ended", "win")}}
+    measured["start"] = {"length": number(9.0), "ended": number(0.25)}
+    rewards = {("start", 0): (5.0, 0.0), ("pi", 0): (6.0, 0.0), ("start", 1): (5.0, 0.0), ("pi", 1): (4.0, -1.0)}
+    rows = [
+        {"model": model, "prompt": said("user", f"{i}"), "ended": ended, "reward": reward}
+        for (model, i), both in rewards.items()
+        for ended, reward in zip((1.0, 0.0), both, strict=True)
+    ]
+    values = preferences.of_answers(measured, rows, "start", "pi")
+    assert values["alike"] == (1 + 0.5 + 0 + 0) / 4 and values["alike_half"] > 0
+    assert (values["start_length"], values["start_ended"], values["win"]) == (9.0, 0.25, 0.5)
+    del measured["pi"]["win"]
+    assert "alike" not in preferences.of_answers(measured, rows, "start", "pi")
 
 
 def test_the_table_of_sums(tmp_path):
