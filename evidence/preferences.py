@@ -128,7 +128,8 @@ def report(results: common.Results) -> tuple[str, str, str]:
     table = common.markdown(header, rows) + "\n\n" + common.markdown(["validation accuracy", *LRS], valid)
     missing = [loss for loss in LOSSES if loss not in begun]
     effect = f"Not run yet: {', '.join(missing)}." if missing else "All four losses were run."
-    for name, metric in {"accuracy": "accuracy", "win rate": "win", "win rate, ends alike": "alike"}.items():
+    names = {"accuracy": "accuracy", "win": "win rate", "alike": "win rate among answers that end alike"}
+    for metric, name in names.items():
         values = [*results.values(best(results, of("dpo")), metric).values()]
         if len(values) > 1:
             effect += f" DPO's {name} over {len(values)} seeds: {common.show(common.t_interval(values), 3)}."
