@@ -70,7 +70,7 @@ def demonstration(row: dict) -> dict:
 
 def add(results: common.Results, folder: Path, seconds: float) -> None:
     """The numbers of evaluate.py, and the share of its answers that are too large; those of train_rm.py, and the reward
-    before and after PPO. Seconds are in the row of the reward model, but are all's."""
+    before and after PPO. The row of the reward model also has the seconds that the whole script took."""
     measured = read_json(folder / "evaluate/results.json")["models"]
     answers = read_json_lines(folder / "evaluate/samples.jsonl", "model")
     for x in MODELS:
