@@ -61,6 +61,7 @@ NUMBERS = {  # each model's numbers in results.json -> their names in the table
     "kl": "KL to the reference, nats per answer",
     "win": "win rate by {reward}",
     "win_at_equal_length": "  at equal length",
+    "win_if_ended_alike": "  if both end or neither does",
     "judge/win": "win rate by {judge}",
     "judge/win_at_equal_length": "  at equal length",
     "judge/position_bias": "  judge's bias for the first shown",
@@ -260,6 +261,18 @@ def win(reward: float, other: float) -> float:
     return 0.5 if abs(reward - other) <= SAME_REWARD else float(reward > other)
 
 
+def win_if_ended_alike(mine: dict, other: dict, places: Sequence[Sequence[int]]) -> dict[str, float | None]:
+    """Share of wins among all pairs of answers to one prompt that both end, or are both cut: a reward model that never
+    saw a cut answer may rank those low whatever they say. None if there is no such pair. mine, other: reward and
+    `ended` of each answer of the two models."""
+    wins, groups = [], []
+    for answers in places:
+        alike = [(i, j) for i in answers for j in answers if mine["ended"][i] == other["ended"][j]]
+        groups.append(range(len(wins), len(wins) + len(alike)))
+        wins += [win(mine["reward"][i], other["reward"][j]) for i, j in alike]
+    return mean("win", wins, [x for x in groups if x]) if wins else {"value": None}
+
+
 def judged(
     judge: Callable, name: str, prompts: list, mine: list[str], other: list[str], rows: list[dict]
 ) -> dict[str, list[float]]:
@@ -407,6 +420,7 @@ def main(a: Args) -> dict:
             first = samples[a.models[0]]
             if reward:
                 stats["win"] = [*map(win, stats["reward"], first["reward"])]
+                numbers["win_if_ended_alike"] = win_if_ended_alike(stats, first, places)
             if judge:
                 stats |= judged(judge, f"--judge {a.judge}", questions, texts, first["text"], rows)
             longer = [x - y for x, y in zip(stats["length"], first["length"], strict=True)]

@@ -220,8 +220,8 @@ def response_logps(model: str, examples: Sequence[Example], tokenizer, a: Args) 
 
 
 def of_model(measured: dict, names: Iterable[str]) -> dict[str, float]:
-    """Those of the named numbers that evaluate.py gives for a model, each with half its interval as NAME_half."""
-    found = {name: measured[name] for name in names if name in measured}
+    """Those of the named numbers that evaluate.py gives for a model with an interval, and half of it as NAME_half."""
+    found = {name: measured[name] for name in names if measured.get(name, {}).get("low") is not None}
     values = {name: x["value"] for name, x in found.items()}
     return values | {f"{n}_half": max(x["high"] - x["value"], x["value"] - x["low"]) for n, x in found.items()}
 

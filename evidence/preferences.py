@@ -10,9 +10,6 @@ never saw an argument that was cut, so there is also a win rate among answers th
 Learned: the whole 95 % interval of the test accuracy, over topics, is above 0.5, where the untrained model is.
 """
 
-import itertools
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import evaluate
@@ -33,7 +30,6 @@ from evidence.common import (
     write_arguments,
 )
 from support import read_json_lines
-from support.report import share_and_half
 from support.runs import cli
 
 NAME = "preferences"
@@ -47,6 +43,7 @@ LRS = {"lr 1e-06": 1e-6, "lr 5e-06": 5e-6, "lr 2e-05": 2e-5}
 SETTINGS = {f"{loss}, {lr}": (loss, LRS[lr]) for loss in LOSSES for lr in LRS}
 SIZES = {"policy": 2000, "policy_valid": 200, "test": 600}
 SEEDS = 3  # of DPO
+WINS = {"win": "win rate", "win_if_ended_alike": "win rate among answers that end alike"}
 
 
 def of(loss: str) -> list[str]:
@@ -65,7 +62,7 @@ def main(a: Args) -> None:
 def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float], list[dict]]:
     """One run: `pair_measures` on the test; valid, the accuracy on validation rows; fall, by how much the mean log-prob
     of their chosen arguments fell (nats); kl, length and ended; start_length and start_ended, of the untrained model;
-    win and `alike`, if there is a judge."""
+    win and win_if_ended_alike, if there is a judge."""
     loss, lr = SETTINGS[setting]
     out, test = folder / f"{setting}-{seed}", folder / "test.jsonl"
     flags = {"data": str(folder / "policy.jsonl"), "eval_data": str(folder / "policy_valid.jsonl"), "eval_prompts": 0}
@@ -80,31 +77,11 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     flags["dtype"] = "float32"
     flags |= {"k": 1, "max_new_tokens": 8} if a.short else {"k": 8}
     sampled = trained(evaluate, answers, a, **flags)["models"]
+    values |= of_model(sampled[str(out)], ("kl", "length", "ended", "win", "win_if_ended_alike"))
+    values |= {f"start_{name}": sampled[a.model][name]["value"] for name in ("length", "ended")}
     rows = read_json_lines(answers / "samples.jsonl", "model")
-    values |= of_answers(sampled, rows, a.model, str(out))
     texts = [row["text"] for row in rows if row["model"] == str(out)]
     return values, [{"prompt": i, "answer": text} for i, text in enumerate(texts[:: flags["k"]])]
-
-
-def of_answers(measured: dict, rows: Sequence[dict], start: str, model: str) -> dict[str, float]:
-    """What evaluate.py says of a model's answers and of the untrained model's; and alike, the share of wins among all
-    pairs of their answers to a prompt that both end or are both cut."""
-    values = of_model(measured[model], ("kl", "length", "ended", "win"))
-    values |= {f"start_{name}": measured[start][name]["value"] for name in ("length", "ended")}
-    if "win" not in values:
-        return values
-    answers = defaultdict(list)
-    for row in rows:
-        answers[row["model"], str(row["prompt"])].append(row)
-    wins, prompts = [], []
-    for prompt in dict.fromkeys(str(row["prompt"]) for row in rows):
-        for x, y in itertools.product(answers[model, prompt], answers[start, prompt]):
-            if x["ended"] == y["ended"]:
-                wins.append((x["reward"] > y["reward"]) + (x["reward"] == y["reward"]) / 2)
-                prompts.append(prompt)
-    if len({*prompts}) > 1:
-        values["alike"], values["alike_half"] = share_and_half(wins, prompts)
-    return values
 
 
 def report(results: common.Results) -> tuple[str, str, str]:
@@ -117,7 +94,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
         at = lambda name, x=chosen: results.values(x, name)[0]  # noqa: E731
         rows.append([chosen, *(with_half(results, chosen, n) for n in ("accuracy", "lead"))])
         rows[-1] += [with_half(results, chosen, n, 1) for n in ("kl", "length")] + [f"{at('ended'):.2f}"]
-        rows[-1] += [f"{at('fall'):.1f}", *(with_half(results, chosen, n) or "no judge" for n in ("win", "alike"))]
+        rows[-1] += [f"{at('fall'):.1f}", *(with_half(results, chosen, n) or "no judge" for n in WINS)]
         tried = [results.values(x, "valid").get(0) for x in of(loss)]
         valid.append([loss, *("" if x is None else f"{x:.3f}" for x in tried)])
         learned += [loss] if at("accuracy") - at("accuracy_half") > 0.5 else []
@@ -128,8 +105,7 @@ def report(results: common.Results) -> tuple[str, str, str]:
     table = common.markdown(header, rows) + "\n\n" + common.markdown(["validation accuracy", *LRS], valid)
     missing = [loss for loss in LOSSES if loss not in begun]
     effect = f"Not run yet: {', '.join(missing)}." if missing else "All four losses were run."
-    names = {"accuracy": "accuracy", "win": "win rate", "alike": "win rate among answers that end alike"}
-    for metric, name in names.items():
+    for metric, name in {"accuracy": "accuracy", **WINS}.items():
         values = [*results.values(best(results, of("dpo")), metric).values()]
         if len(values) > 1:
             effect += f" DPO's {name} over {len(values)} seeds: {common.show(common.t_interval(values), 3)}."

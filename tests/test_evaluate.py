@@ -185,6 +185,11 @@ def test_every_number_against_plain_transformers(go, world, answered):
     assert numbers["win_at_equal_length"]["value"] == pytest.approx(controlled)
     assert abs(controlled - numbers["win"]["value"]) > 0.001
 
+    ended = [[x.responses[0][-1] == 2 for x in of_model] for of_model in answered]
+    same = [(i, j) for i in range(20) for j in range(20) if i // 2 == j // 2 and ended[1][i] == ended[0][j]]
+    wins = [0.5 if gold[i] == other[j] else float(gold[i] > other[j]) for i, j in same]
+    assert numbers["win_if_ended_alike"]["value"] == pytest.approx(statistics.fmean(wins)) and 0 < len(same) < 40
+
     assert results["models"]["first"]["kl"]["value"] == 0 and "win" not in results["models"]["first"]
     assert results["models"]["first"]["implicit_accuracy"]["value"] == 0.5
 
@@ -440,6 +445,19 @@ def test_accuracy_by_hand():
 
 def test_win_by_hand():
     assert [evaluate.win(x, y) for x, y in ((2, 1), (1, 2), (1, 1 + 1e-6), (0, 0))] == [1, 0, 0.5, 0.5]
+
+
+def test_wins_among_answers_that_end_alike_by_hand():
+    """An answer that ends and one that is cut, of each model to two prompts, where ending alone is worth 5."""
+    places, ended = [range(0, 2), range(2, 4)], [1.0, 0.0, 1.0, 0.0]
+    other = {"reward": [5.0, 0.0, 5.0, 0.0], "ended": ended}
+    found = evaluate.win_if_ended_alike({"reward": [6.0, 0.0, 4.0, -1.0], "ended": ended}, other, places)
+    assert found["value"] == (1 + 0.5 + 0 + 0) / 4
+    assert (found["low"], found["high"]) == report.share_interval([1.5, 0.0], [2, 2])
+    mine = {"reward": [6.0, 6.0, 4.0, 6.0], "ended": [1.0, 1.0, 0.0, 0.0]}  # 6 and 6 against 5, then 4 and 6 against 0
+    assert evaluate.win_if_ended_alike(mine, other, places)["value"] == 1.0
+    other["ended"] = [0.0, 0.0, 1.0, 1.0]
+    assert evaluate.win_if_ended_alike(mine, other, places) == {"value": None}
 
 
 def test_prompts_and_texts_of_preferences():

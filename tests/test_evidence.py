@@ -210,24 +210,6 @@ def test_the_table_of_losses(tmp_path):
     assert cells(table, "untrained")[4:6] == ["25.0", "0.25"] and cells(table, "longer wins")[1] == "0.600 +- 0.200"
 
 
-def test_wins_among_answers_that_end_alike():
-    """Each model has an answer that ends and one that is cut, to two prompts; ends alone are worth 5."""
-    number = lambda value: {"value": value, "low": value, "high": value}  # noqa: E731
-    measured = {"pi": {name: number(0.5) for name in ("kl", "length", "ended", "win")}}
-    measured["start"] = {"length": number(9.0), "ended": number(0.25)}
-    rewards = {("start", 0): (5.0, 0.0), ("pi", 0): (6.0, 0.0), ("start", 1): (5.0, 0.0), ("pi", 1): (4.0, -1.0)}
-    rows = [
-        {"model": model, "prompt": said("user", f"{i}"), "ended": ended, "reward": reward}
-        for (model, i), both in rewards.items()
-        for ended, reward in zip((1.0, 0.0), both, strict=True)
-    ]
-    values = preferences.of_answers(measured, rows, "start", "pi")
-    assert values["alike"] == (1 + 0.5 + 0 + 0) / 4 and values["alike_half"] > 0
-    assert (values["start_length"], values["start_ended"], values["win"]) == (9.0, 0.25, 0.5)
-    del measured["pi"]["win"]
-    assert "alike" not in preferences.of_answers(measured, rows, "start", "pi")
-
-
 def test_the_table_of_sums(tmp_path):
     results = common.Results(tmp_path / "a.csv")
     values = {name: 0.25 for n in ("greedy", "sampled", "best_of_4") for name in (n, f"{n}_half")}
