@@ -392,6 +392,9 @@ class Run:
         self.digests: dict[str, str] = {}
         self.flags = json.loads(json.dumps(dataclasses.asdict(args)))
         keep_freed_memory()
+        bfloat16 = args.device == "cpu" and getattr(args, "dtype", None) == "bfloat16"
+        if bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            print("--dtype bfloat16: this CPU cannot multiply it, and is several times faster in float32")
         begun = (self.out / "args.json").exists()
         if args.dry_run:
             return

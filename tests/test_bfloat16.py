@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny import example, random_examples, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_sft
 from rlhf import losses, optim
 from rlhf.tree import collate
-from support import models, reviews, scoring, sharding
+from support import models, reviews, runs, scoring, sharding
 
 FLAGS = SimpleNamespace(dtype="bfloat16", gradient_dtype="float32", optimizer_state="float32", lora_rank=0, seed=0)
 FLAGS.gradient_checkpointing = FLAGS.compile = False
@@ -323,3 +324,12 @@ def test_adapters_are_split_and_their_frozen_base_has_no_low_bits():
     assert {w for n, w in named.items() if "lora_" in n} == low_bits.keys()
     for name, weight in before.items():
         assert torch.equal(named.get(name, named.get(name.replace(".weight", ".base_layer.weight"))), weight)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, told", [("AVX2", "bfloat16", 1), ("AVX2", "float32", 0), ("AVX512", "bfloat16", 0)]
+)
+def test_a_cpu_without_bfloat16_is_named(capability, dtype, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    runs.Run(train_sft.Args(device="cpu", dtype=dtype, out=str(tmp_path / "a")), "train_sft.py")
+    assert capsys.readouterr().out.count("--dtype bfloat16: this CPU cannot multiply it") == told
