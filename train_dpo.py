@@ -241,7 +241,7 @@ def main(a: Args) -> dict[str, float]:
     if a.loss in REFERENCE_FREE:
         logps = [torch.zeros(len(everything[i].responses), dtype=torch.float64) for i in scored]
     else:
-        reference, to_score = policy, [rows[i] for rows in (everything, others) if rows for i in scored]
+        reference, to_score = policy, [everything[i] for i in scored] + [others[i] for i in scored if others]
         if a.ref:
             make_reference = lambda device: models.load_model(a.ref, device, a.trust_remote_code, "--ref")  # noqa: E731
             reference = sharding.load(make_reference, a.device, batching.dtype)
@@ -250,7 +250,8 @@ def main(a: Args) -> dict[str, float]:
             batching = batching._replace(layout=scoring.choose_layout(reference, to_score, wanted))
         logps = reference_logps(reference, tokenizer, to_score, batching, a)
         del reference
-    refs, other_refs = (dict(zip(scored, part, strict=False)) for part in (logps, logps[len(scored) :]))
+    refs = dict(zip(scored, logps, strict=False))
+    other_refs = dict(zip(scored, logps[len(scored) :], strict=False))  # of `others`
     held_refs = [refs[i] for i in held_places]
 
     def z0_of(places: Sequence[int]) -> Tensor | None:
@@ -294,7 +295,7 @@ def main(a: Args) -> dict[str, float]:
         for group in scoring.micro_batches(policy, examples, batching):
             members = [examples[i] for i in group]
             batch = collate(members, batching.layout, batching.pad_id, a.device)
-            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
+            _token_logps, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
             ref_logps = send(torch.cat([refs[places[i]] for i in group]), a.device)
             loss, totals = objective(a, members, logps, ref_logps, batch.lengths, delta, z0)
             (loss / count).backward()

@@ -205,7 +205,7 @@ class Rollout:
     """p prompts with k answers each: b = p * k sequences, n tokens, flattened in prompt order."""
 
     examples: list[Example]
-    logps: Tensor  # [n], of the policy that sampled
+    logps: Tensor  # [n], of the policy that sampled, as scoring computes them
     ref_logps: Tensor  # [n]
     values: Tensor | None  # [n], of the critic
     advantages: Tensor  # [n]
@@ -384,10 +384,11 @@ def main(a: Args) -> dict[str, float]:
             places = alike(after_missing_eos(raw, examples)).nonzero().flatten().tolist()
             if not places:
                 break
-            started, after = time.perf_counter(), (place + 1) * a.batch_size + replaced
+            started = time.perf_counter()
+            after = (place + 1) * a.batch_size + replaced
             others = sample([order[(after + i) % len(order)] for i in range(len(places))], f"rollout {step} {extra}")
             sampling_seconds += time.perf_counter() - started
-            rearrange(raw, "(p k) -> p k", k=a.k)[places] = rearrange(score(others), "(p k) -> p k", k=a.k)
+            raw.view(-1, a.k)[places] = score(others).view(-1, a.k)
             for i, example in zip(places, others, strict=True):
                 examples[i] = example
             replaced += len(places)
@@ -536,7 +537,7 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     average = answer_weights(a, lengths, rollout.kept[places].flatten()).repeat_interleave(lengths, output_size=tokens)
     by_prompt["average"] = send(average, a.device).split([sum(e.lengths) for e in examples])
     parts = []
-    for group, weight in shares(examples, a.micro_batch_tokens, batching.layout):
+    for group, real in shares(examples, a.micro_batch_tokens, batching.layout):  # real: 0 for a padding pass
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
         old = {name: torch.cat([x[i] for i in group]) for name, x in by_prompt.items()}
         if a.entropy_coef:
@@ -550,18 +551,18 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
             loss = loss + kl_coef * scoring.exact_kl(policy, reference, batch, batching.dtype, a.temperature)
         elif a.kl_in == "loss":
             loss = loss + kl_coef * advantages.kl_estimate(logps - old["ref_logps"], a.kl_estimator)
-        loss = (loss * (weight * old["average"] * old["weights"])).sum()
+        loss = (loss * (real * old["average"] * old["weights"])).sum()
         loss.backward()
-        moved = weight * (logps - old["logps"]).detach()
+        moved = real * (logps - old["logps"]).detach()
         part = {
             "loss/policy": loss.detach().double(),
             "policy/approxkl": advantages.kl_estimate(moved, "k2").sum().double() / tokens,
-            "policy/clipfrac": weight * clipped.float().sum().double() / tokens,
+            "policy/clipfrac": real * clipped.float().sum().double() / tokens,
             "gap": relative_gap(moved, old["logps"]).double(),
         }
         if critic:
             values = scoring.token_values(critic, batch, batching.dtype)
-            error = weight * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
+            error = real * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
             error.backward()
             part["loss/value"] = error.detach().double()
         parts.append(part)
@@ -573,7 +574,8 @@ def numbers(totals: dict[str, Tensor]) -> dict[str, float]:
     """A minibatch's totals over all processes, with one read of the device: gap and norms are maxima, others sums."""
     local = dict(zip(totals, torch.stack([x.double() for x in totals.values()]).tolist(), strict=True))
     everywhere = gather([local])
-    return {name: (sum if "/" in name else max)(x[name] for x in everywhere) for name in totals}
+    largest = {"gap", "grad_norm", "critic_norm"}
+    return {name: (max if name in largest else sum)(x[name] for x in everywhere) for name in totals}
 
 
 def add_ptx_gradient(a: Args, policy, rows: Sequence[Example], batching: Batching) -> dict[str, Tensor]:

@@ -98,6 +98,7 @@ def main(a: Args) -> dict[str, float]:
             return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
         return models.load_model(a.model, device, a.trust_remote_code)
 
+    # low_bits: 16 further bits of each bfloat16 weight, which AdamW updates too; the seed is that of their dither
     dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
@@ -129,14 +130,14 @@ def main(a: Args) -> dict[str, float]:
     for step in range(first, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
+        order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))  # the same when resumed
         examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
         count = trained_tokens(examples)
 
         parts = []
         for group in scoring.micro_batches(policy, examples, batching):
             batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
-            _, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
+            _token_logps, logps = scoring.response_logps(policy, batch, batching.dtype, keep_bytes=keep_bytes)
             loss = losses.sft(logps).sum()
             (loss / count).backward()
             parts.append({"loss": (loss.detach(), float(len(batch.targets)))})

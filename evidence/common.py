@@ -3,7 +3,7 @@
     python -m evidence.common       rewrite the tables of all pages and redraw all figures from the CSVs alone
 
 NAME.py has main (runs what NAME.csv lacks), report(results) -> (table, verdict, one line), and draw(results, page).
-NAME.md is its page, NAME.png its figure, and NAME.jsonl has answers of the models, without the prompts.
+NAME.md is its page, NAME.png its figure, and NAME.jsonl has answers of the models, without rows of the data.
 """
 
 import hashlib

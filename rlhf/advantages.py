@@ -14,8 +14,8 @@ padding that could leak into a mean, and no mask to forget. These lines convert 
 Tensors for prompts with k responses each are [p k]: rearrange(x, "(p k) -> p k", k=k). A sequence has at least one
 token. It ends after its last one, whether that is EOS or the response was cut off; the value after the end is 0.
 
-No function passes gradient on, except `kl_estimate`, which may be used as a loss, and `sequence_sums`. Results have the
-dtype of the first argument. A setting outside its range raises BadInput (a ValueError) that names it.
+No function passes gradient on, except `kl_estimate`, which may be used as a loss, `sequence_sums` and `sequence_means`.
+Results have the dtype of the first argument. A setting outside its range raises BadInput (a ValueError) that names it.
 """
 
 import torch
