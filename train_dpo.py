@@ -13,6 +13,7 @@ beta * log(pi / ref) is the implicit reward: the policy is its own reward model.
 to the reference. Below, in order: flags, objective, data, model, reference log-probs (once), the loop, results.
 """
 
+import functools
 import math
 import random
 import time
@@ -211,7 +212,12 @@ def main(a: Args) -> dict[str, float]:
     print(f"{len(train)} examples to train on, {len(held)} held out")
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
-    order = lambda epoch: random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))  # noqa: E731
+
+    @functools.lru_cache(1)
+    def order(epoch: int) -> list[int]:
+        """The places of the training rows in this epoch's order, which is the same in a resumed run."""
+        return random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
+
     held_places = range(len(train), len(train + held))
     seen = range(len(train)) if steps >= steps_per_epoch else order(0)[: steps * a.batch_size]
     scored = [*sorted(seen), *held_places]  # the other rows need no log-probs
@@ -248,7 +254,8 @@ def main(a: Args) -> dict[str, float]:
             run.check_same(ref=reference)
             wanted = batching._replace(layout=a.layout) if batching.layout == "tree" else batching
             batching = batching._replace(layout=scoring.choose_layout(reference, to_score, wanted))
-        logps = reference_logps(reference, tokenizer, to_score, batching, a)
+        weights = run.digests["ref" if a.ref else "model"]
+        logps = reference_logps(reference, weights, tokenizer, to_score, batching, a)
         del reference
     refs = dict(zip(scored, logps, strict=False))
     other_refs = dict(zip(scored, logps[len(scored) :], strict=False))  # of `others`

@@ -46,8 +46,8 @@ AVERAGES = {  # default of --average with --surrogate token
     "drgrpo": "constant",
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
-ROUNDING = 1e-5  # how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|); above 10 M
-# parameters it grows with the square root of their number. Seen: 5e-7 at 0.4 M, 7e-6 at 135 M (with 480 tokens)
+ROUNDING = 1e-5  # how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|), before
+# `scoring.growth`. Seen: 5e-7 at 0.4 M parameters, 7e-6 at 135 M (with 480 tokens)
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
@@ -601,11 +601,12 @@ def guard(a: Args, policy, rollout: Rollout, step: int, gap: float, sampling_gap
             gaps = f"scoring and loss differ by {gap:.3g} (relative), sampling and scoring by {sampling_gap:.3g} nats"
             print(f"guard: in {a.dtype} {gaps}")
         return
-    rounding = ROUNDING * max(1.0, policy.num_parameters() / 1e7) ** 0.5
+    growth = scoring.growth(policy)
+    rounding = ROUNDING * growth
     problem = f"step {step + 1}: before its first update, the log-probs of"
     require(gap < rounding, f"{problem} scoring and loss differ by {gap:.3g} (relative), more than rounding")
     apart = f"sampling and scoring differ by {sampling_gap:.3g} nats"
-    require(sampling_gap < 1e-3, f"{problem} {apart}, more than rounding")
+    require(sampling_gap < 1e-3 * growth, f"{problem} {apart}, more than rounding")
     if step == 0 and not a.ref:
         ref_gap = relative_gap(rollout.logps - rollout.ref_logps, rollout.logps).item()
         require(ref_gap < rounding, f"step 1: the log-probs of policy and reference differ by {ref_gap:.3g} (relative)")

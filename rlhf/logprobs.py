@@ -44,6 +44,13 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
+def logits(hidden: Float[Tensor, "n d"], head: Head) -> Float[Tensor, "n v"]:
+    """The logits of `Head`, in float32 (float64 for float64). Half-precision inputs, on CUDA only, are not rounded."""
+    z = _mm(hidden, head.weight.T, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    z = head.scale * (z if head.bias is None else z + head.bias)
+    return z if head.softcap is None else head.softcap * (z / head.softcap).tanh()
+
+
 def token_logps(
     hidden: Float[Tensor, "n d"],
     head: Head,
@@ -117,23 +124,14 @@ def token_kl(
     """
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
-    def prepare(hidden, head):
-        hidden = hidden if hidden.device.type == GPU and not torch.is_grad_enabled() else hidden.to(compute_dtype)
-        bias = None if head.bias is None else head.bias.to(compute_dtype)
-        return hidden, head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
-
-    def log_probs(hidden, head):
-        z = _mm(hidden, head.weight.T, compute_dtype)
-        z = head.scale * (z if head.bias is None else z.add_(head.bias))
-        if head.softcap is not None:
-            z = head.softcap * (z / head.softcap).tanh()
-        return (z / temperature).log_softmax(1)
+    if hidden.device.type != GPU or torch.is_grad_enabled():
+        hidden, ref_hidden = hidden.to(compute_dtype), ref_hidden.to(compute_dtype)
+    head, ref_head = (h._replace(weight=h.weight.to(x.dtype)) for h, x in ((head, hidden), (ref_head, ref_hidden)))
 
     def divergence(hidden, ref_hidden):
-        logp, logq = log_probs(hidden, head), log_probs(ref_hidden, ref_head)
+        logp, logq = ((logits(*x) / temperature).log_softmax(1) for x in ((hidden, head), (ref_hidden, ref_head)))
         return (logp.exp() * (logp - logq)).sum(1)
 
-    (hidden, head), (ref_hidden, ref_head) = prepare(hidden, head), prepare(ref_hidden, ref_head)
     rows = max(1, tile_bytes // (len(head.weight) * compute_dtype.itemsize))
     tiles = zip(hidden.split(rows), ref_hidden.split(rows), strict=True)
     return torch.cat([checkpoint(divergence, *tile, use_reentrant=False) for tile in tiles])
@@ -224,11 +222,11 @@ def _fused(half, function, z, *rest):
     """function(z, ...), in half precision by one graph for all sizes above 1. (Bases of views would be guarded.)"""
     if not half or 1 in z.shape:
         return function(z, *rest)
-    return _compiled(function)(*(x.data if isinstance(x, Tensor) else x for x in (z, *rest)))
+    return compiled(function)(*(x.data if isinstance(x, Tensor) else x for x in (z, *rest)))
 
 
 @functools.cache
-def _compiled(function):
+def compiled(function):
     """Reaching the limit of graphs is an error. A reduction that is split in two would read its input twice."""
     return torch.compile(function, dynamic=True, fullgraph=True, options={"split_reductions": False})
 

@@ -474,8 +474,7 @@ def clipped(
 ) -> Bool[Tensor, " n"]:
     """Which tokens `ppo_clip` clips: ratio > 1 + clip_high with A > 0, or ratio < 1 - clip_range with A < 0.
 
-    Such a token has already moved as far as its advantage allows, so its gradient is 0. The mean is the metric
-    `policy/clipfrac`.
+    Such a token has moved as far as its advantage allows: its gradient is 0. The mean is `policy/clipfrac`.
     """
     check_ranges(clip_range=clip_range, clip_high=clip_high)
     ratio, high = _ratio(logps.detach(), old_logps), clip_range if clip_high is None else clip_high

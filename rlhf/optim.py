@@ -12,8 +12,7 @@ A checkpoint in bfloat16 has low bits of 0: its masters lie on the grid of bfloa
 learning a master then moves for many steps before its weight does, and because all updates of a weight tend the same
 way, loss, margins and KL see only a part of what was learned. `dither` draws those low bits at random. No weight
 changes, but when a master moves by a share s of a grid step, its weight moves by a whole one with probability s: the
-forward pass sees every update on average. (We know of no earlier use of a dither of the masters. Stochastic rounding,
-arXiv 2010.06192, draws anew at every step.)
+forward pass sees every update on average. (Stochastic rounding, arXiv 2010.06192, draws anew at every step.)
 
 `compress` keeps both moments of AdamW in 16 bits, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
 """
@@ -21,11 +20,14 @@ arXiv 2010.06192, draws anew at every step.)
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import no_type_check
 
 import torch
 from einops import rearrange
 from jaxtyping import BFloat16, Float32, Int16
 from torch import Tensor
+
+from rlhf.logprobs import compiled
 
 CHUNK = 1 << 24  # elements that are updated at once, which bounds the temporary memory; a multiple of BLOCK
 BLOCK = 256  # elements whose compressed moments share their scales
@@ -62,6 +64,7 @@ def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Te
     return low.view(weight.shape)
 
 
+@no_type_check  # it may be compiled
 def compress(
     m: Float32[Tensor, " n"], v: Float32[Tensor, " n"], step: int
 ) -> tuple[Int16[Tensor, " n"], Float32[Tensor, "blocks 3"]]:
@@ -73,11 +76,11 @@ def compress(
 
     n is a multiple of 256; v = 0 has code 0. What is coded is m / sqrt(v), which the update consists of: the error of
     an update is small whatever the gradients' sizes in a block, and no update explodes where v is rounded. `low` is at
-    least high - 40, which raises a v that is more than 2^40 times smaller than its block's largest.
+    least high - 40, and a decoded v at least 2^-126: both raise the smallest v.
 
     u in [0, 1) is the fractional part of 0.7549 i + 0.618 step for element i of a block. Rounding to nearest would
-    lose every change of v, which is about 0.1 % a step where codes are up to 6 % apart; with u, log2 v changes as it
-    should on average. Its errors add up over the steps that v remembers, and those of m over ten: so v has 9 bits.
+    lose every change of v, about 0.1 % a step where codes are up to 6 % apart; with u, log2 v is right on average.
+    Rounding errors of v add up over the steps that it remembers, those of m over ten: so v has 9 bits.
     """
     m, v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (m, v))
     index = torch.arange(BLOCK, device=v.device, dtype=torch.float64)
@@ -94,6 +97,7 @@ def compress(
     return (512 * code_m + code_v).to(torch.int16).view(-1), torch.cat([top, low, high], dim=1)
 
 
+@no_type_check
 def decompress(
     code: Int16[Tensor, " n"], scales: Float32[Tensor, "blocks 3"]
 ) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
@@ -105,8 +109,9 @@ def decompress(
     return (code_m * code_m.abs() * top * v.sqrt()).view(-1), v.view(-1)
 
 
+@no_type_check
 def _decode_v(code: Float32[Tensor, "blocks 256"], low: Float32[Tensor, "blocks 1"], high: Float32[Tensor, "blocks 1"]):
-    return torch.where(code > 0, (low + (code - 1) / 510 * (high - low)).exp2(), 0)
+    return torch.where(code > 0, (low + (code - 1) / 510 * (high - low)).exp2().clamp_min(2**-126), 0)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -222,10 +227,10 @@ def _update_compressed(weight, low, gradient, codes, scales, part: slice, step: 
     """`_update` on the slice `part` of a weight whose moments are compressed, in place."""
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     padded = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-    m, v = decompress(codes[padded], scales[blocks])
-    elements = part.stop - part.start
-    _update(weight, low, gradient, m[:elements], v[:elements], *scalars)
-    codes[padded], scales[blocks] = compress(m, v, step)
+    pack, unpack = (compiled(x) if weight.is_cuda else x for x in (compress, decompress))
+    m, v = unpack(codes[padded], scales[blocks])
+    _update(weight, low, gradient, m[: len(weight)], v[: len(weight)], *scalars)
+    codes[padded], scales[blocks] = pack(m, v, step)
 
 
 def _chunks(elements: int) -> Iterator[slice]:

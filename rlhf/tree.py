@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, no_type_check, runtime_checkable
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
@@ -163,21 +164,18 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     The longest examples come first, and each goes into the first group with room. In the padded layout every row of a
     group is as long as the longest. The grouping depends only on lengths, so a step is always split the same way.
     """
-    groups: list[list[int]] = []
-    sizes: list[tuple[int, int]] = []  # their product is tokens: tree (tokens, 1), padded (sequences, longest)
+    groups, n = [[] for _ in examples], 0
+    first, second = np.zeros((2, len(examples)), dtype=int)  # tree: tokens, 1; padded: sequences, longest
     for i in sorted(range(len(examples)), key=lambda i: -tokens(examples[i], layout)):
-        k, size = len(examples[i].responses), tokens(examples[i])
-        longest = len(examples[i].prompt) + max(len(r) for r in examples[i].responses)
-        for group, (total, width) in enumerate(sizes):
-            grown = (total + size, 1) if layout == "tree" else (total + k, max(width, longest))
-            if grown[0] * grown[1] <= budget:
-                groups[group].append(i)
-                sizes[group] = grown
-                break
-        else:
-            groups.append([i])
-            sizes.append((size, 1) if layout == "tree" else (k, longest))
-    return groups
+        e = examples[i]
+        longest = len(e.prompt) + max(len(r) for r in e.responses)
+        more, least = (tokens(e), 1) if layout == "tree" else (len(e.responses), longest)
+        fits = (first[:n] + more) * np.maximum(second[:n], least) <= budget
+        place = int(fits.argmax()) if fits.any() else n
+        n = max(n, place + 1)
+        groups[place].append(i)
+        first[place], second[place] = first[place] + more, max(second[place], least)
+    return groups[:n]
 
 
 def collate(examples: Sequence[Tree], layout: str, pad_id: int, device: torch.device | str = "cpu") -> Batch:

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, StaticLayer
 
+from rlhf import logprobs
 from support import models, parallel
 from support.sharding import as_forward
 
 # tokens between two looks for ends, and the fewest rows of a step: on CUDA the CPU waits for a look, and each number of
 # rows takes a capture
-LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 8}
+LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 32}
 NEVER = 1 << 40  # a position that no row reaches
 ONE_TOKEN = "sdpa_one_token"  # the name of `one_token_attention`
 
@@ -94,10 +95,11 @@ class Rows:
         dtype: torch.dtype,
         compiled: bool = False,
     ):
-        self.model, self.choose, self.size, self.compiled = model, choose, len(most), compiled
+        self.model, self.choose, self.size, self.dtype, self.compiled = model, choose, len(most), dtype, compiled
         self.windows = windows(model.config.get_text_config())
         device, width = model.device, max(max(map(len, prompts)) - 1, 1)
-        slots = -(-(width + max(most)) // 16) * 16  # the kernels on CUDA like multiples of 16
+        steps = max(parallel.gather([max(most)]))  # in which all processes take part
+        slots = -(-(width + steps) // 16) * 16  # the kernels on CUDA like multiples of 16
         ids = torch.tensor([[*p[:-1], *[pad] * (width + 1 - len(p))] for p in prompts], device=device)
         lengths = torch.tensor([len(p) - 1 for p in prompts for _ in range(k)], device=device)[:, None]
         place = torch.arange(slots, device=device)
@@ -109,8 +111,8 @@ class Rows:
         self.ended = torch.zeros(len(most), dtype=torch.bool, device=device)
         self.ends, self.most = torch.tensor(ends, device=device), torch.tensor(most, device=device)
         self.number, self.slot = torch.tensor([0], device=device), torch.tensor([width], device=device)
-        self.tokens = torch.zeros(len(most), max(most), dtype=torch.long, device=device)
-        self.logps = torch.zeros(len(most), max(most), device=device)
+        self.tokens = torch.zeros(len(most), steps, dtype=torch.long, device=device)
+        self.logps = torch.zeros(len(most), steps, device=device)
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
         with models.eager(model):
             _encode(model, ids, self.cache)
@@ -125,9 +127,8 @@ class Rows:
             state |= {"slots": self.cache, "use_cache": False}
         else:
             state |= {cache_name(self.model): self.cache, "use_cache": True}
-        logits = self.model(self.token[:n], **state).logits[:, -1]
         row = self.row[:n]
-        token, logp = self.choose(logits, row, self.number)
+        token, logp = self.choose(self.logits(self.token[:n], **state), row, self.number)
         self.tokens.index_put_((row, self.number), token)
         self.logps.index_put_((row, self.number), logp)
         self.ended[:n] |= (token[:, None] == self.ends).any(1) | (self.number + 1 >= self.most[row])
@@ -135,6 +136,15 @@ class Rows:
         self.position[:n] = (self.position[:n] + 1).clamp(max=self.last)
         self.number += 1
         self.slot += 1
+
+    def logits(self, ids: Int[Tensor, "b 1"], **state) -> Float[Tensor, "b v"]:
+        """The logits after these tokens. In half precision on CUDA they are those of training: the library would round
+        them, which moves a log-prob by 0.03 nats where logits are about 20."""
+        if self.dtype == torch.float32 or self.model.device.type != logprobs.GPU or parallel.several():
+            return self.model(ids, **state).logits[:, -1]
+        states = models.backbone(self.model)(ids, **state).last_hidden_state[:, -1].to(self.dtype)
+        with torch.autocast(logprobs.GPU, enabled=False):
+            return logprobs.logits(states, models.output_head(self.model))
 
     def mask(self) -> Tensor | dict[str, Tensor]:
         """What each row sees of the slots, (b 1 1 slots): numbers that are added to scores, for each kind of layer."""
@@ -205,7 +215,7 @@ def attention(model) -> models.Attention:
 
 def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
     """The tokens of all rows and their log-probs; what follows a row's end is void."""
-    device, steps = rows.row.device, {}
+    device, replay = rows.row.device, None
     with attention(rows.model), nullcontext() if rows.compiled else models.eager(rows.model):
         for number in range(rows.tokens.shape[1]):
             if number and number % LOOK_EVERY[device.type] == 0:
@@ -218,33 +228,38 @@ def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
                     size = (size + 1) // 2
                 if size < rows.size:
                     rows.keep(size, ended)
+                    replay = None
             compiling = rows.compiled and number == 0  # in which the CPU may wait for the GPU
             if device.type == "cpu" or parallel.several() or compiling:
                 rows.step()
-            elif rows.size in steps:
-                steps[rows.size]()
+            elif replay:
+                replay()
             else:
-                steps[rows.size] = _captured(rows)
+                replay = _captured(rows)
     return rows.tokens, rows.logps
 
 
 def _captured(rows: Rows) -> Callable[[], None]:
     """Run a step as it is, which also warms up what must not happen first in a capture, and capture the next ones. A
     step in which the CPU waits for the GPU cannot be captured; a line says so, and the next ones run as they are."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph, problem = torch.cuda.Stream(), torch.cuda.CUDAGraph(), ""
     stream.wait_stream(torch.cuda.current_stream())
+    mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
             rows.step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        torch.cuda.set_sync_debug_mode("default")
-        print(f"sampling: no CUDA graph can hold a step of {rows.model.config.model_type}: {str(error)[:100]}")
+        problem = str(error)[:100]
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(stream)
+    if problem:
+        print(f"sampling: no CUDA graph can hold a step of {rows.model.config.model_type}: {problem}")
         rows.step()
         return rows.step
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
         rows.step()
     return graph.replay

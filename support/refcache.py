@@ -15,17 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf import BadInput
-from support import models, parallel
+from support import parallel
 from support.examples import Example
 from support.scoring import Batching, score_logps
 
 SCORES_VERSION = 1  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
 
 
-def reference_logps(reference, tokenizer, examples: Sequence[Example], batching: Batching, a: Any) -> list[Tensor]:
-    """The reference's log-prob of every response, [k] for each example: read from --ref-cache, or computed and kept."""
+def reference_logps(
+    reference, weights: str, tokenizer, examples: Sequence[Example], batching: Batching, a: Any
+) -> list[Tensor]:
+    """The reference's log-prob of every response, [k] for each example: read from --ref-cache, or computed and kept.
+    `weights` is `models.digest` of the reference."""
     settings = {"lengths": (a.max_prompt_length, a.max_length), "dtype": a.dtype, "layout": batching.layout}
-    key = cache_key(reference, tokenizer, examples, **settings, device=torch.device(a.device).type)
+    key = cache_key(weights, tokenizer, examples, **settings, device=torch.device(a.device).type)
     compute = lambda: score_logps(reference, examples, batching, "reference log-probs")  # noqa: E731
     return cached(Path(a.ref_cache), key, row_digests(examples), compute)
 
@@ -36,14 +39,14 @@ def row_digests(examples: Sequence[Example]) -> UInt8[Tensor, "n 16"]:
     return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(-1, 16)
 
 
-def cache_key(model, tokenizer, examples: Sequence[Example], **settings) -> dict[str, str]:
+def cache_key(weights: str, tokenizer, examples: Sequence[Example], **settings) -> dict[str, str]:
     """Everything that the log-probs of `examples` depend on, by name: they are the same if and only if all of it is."""
 
     def digest(*parts) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     return {
-        "weights": models.digest(model)[:32],
+        "weights": weights[:32],
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template),
         "rows": digest(*[(e.prompt, e.responses, e.trained) for e in examples]),

@@ -161,15 +161,17 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 @torch.no_grad()
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
-    scores: dict[int, Tensor] = {}
+    measured: list[tuple[list[int], Tensor]] = []  # read at the end, so that a GPU need not wait for the next batch
     groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
     total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
     with Waiting(progress, total, "token", silent) as bar:
         for group in groups:
             members = [examples[i] for i in group]
-            values = measure(collate(members, batching.layout, batching.pad_id, device)).cpu()
-            scores |= zip(group, values.split([len(e.responses) for e in members]), strict=True)
+            measured.append((group, measure(collate(members, batching.layout, batching.pad_id, device))))
             bar.update(sum(tokens(e, batching.layout) for e in members))
+    scores: dict[int, Tensor] = {}
+    for group, values in measured:
+        scores |= zip(group, values.cpu().split([len(examples[i].responses) for i in group]), strict=True)
     scores = dict(parallel.gather([*scores.items()]))
     return [scores[i] for i in range(len(examples))]
 
@@ -290,12 +292,12 @@ def compare_layouts(model, rows: Sequence[Example], plain: Float[Tensor, " n"], 
 
 
 def tolerance(model, rows: Sequence[Tree], plain: Float[Tensor, " n"], batching: Batching) -> float:
-    """How far two ways to compute these rows' token numbers may differ at a token: 1e-4 (nats, or reward). In half
-    precision twice what a random relative change of the embeddings by up to a rounding does, and at least the rounding
-    of the largest number. (Two batchings of the same rows differ less: often they run the same kernels.) `plain` are
-    the numbers, one padded row at a time."""
+    """How far two ways to compute these rows' token numbers may differ at a token: 1e-4 (nats, or reward) times
+    `growth`. In half precision twice what a random relative change of the embeddings by up to a rounding does, and at
+    least the rounding of the largest number. (Two batchings of the same rows differ less: often they run the same
+    kernels.) `plain` are the numbers, one padded row at a time."""
     if batching.dtype == torch.float32:
-        return 1e-4
+        return 1e-4 * growth(model)
     eps = torch.finfo(batching.dtype).eps / 2
     generator = torch.Generator(plain.device).manual_seed(0)
 
@@ -308,6 +310,11 @@ def tolerance(model, rows: Sequence[Tree], plain: Float[Tensor, " n"], batching:
     finally:
         hook.remove()
     return max(1e-4, eps * plain.abs().max().item(), 2 * (disturbed - plain).abs().max().item())
+
+
+def growth(model) -> float:
+    """How rounding in float32 grows with a model: above 10 M parameters as the square root of their number."""
+    return max(1.0, model.num_parameters() / 1e7) ** 0.5
 
 
 def _probe_rows(examples: Sequence[Example]) -> list[Example]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from rlhf import optim
+from rlhf import logprobs, optim
 
 SCALES = torch.logspace(-7, -3, 64 * 256)
 GRADIENTS = {  # of 64 blocks of 256: each element's deviation, and the least cosine of an update
@@ -42,6 +42,36 @@ def test_an_empty_block_and_one_of_equal_elements():
 def test_a_v_far_below_its_block_is_raised_and_its_update_shrinks():
     m, v = optim.decompress(*optim.compress(block(1.0, 2**-30), block(1.0, 2**-60), 0))
     assert v[1].item() == pytest.approx(2**-40) and (m / v.sqrt())[1].item() == pytest.approx(2**-10, rel=0.1)
+
+
+def test_a_v_below_the_smallest_normal_number_is_raised_to_it():
+    """Kernels may take it for 0, and would divide by it."""
+    m, v = optim.decompress(*optim.compress(block(1e-20, 1e-22), block(1e-36, 1e-44), 0))
+    assert v[1].item() == 2**-126 and m[1].item() == pytest.approx(1e-22, rel=0.1)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_as_on_cuda(backend, monkeypatch):
+    """One graph for each direction, whatever the step and the number of blocks, and the same codes."""
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **rest: torch_compile(f, backend=backend, **rest))
+    logprobs.compiled.cache_clear()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    pack, unpack = logprobs.compiled(optim.compress), logprobs.compiled(optim.decompress)
+    torch.manual_seed(0)
+    for step in range(1, 6):
+        for blocks in (5, 64, 7):
+            scales = torch.logspace(-22, 0, 256 * blocks)
+            m, v = torch.randn(256 * blocks) * scales, (torch.randn(256 * blocks) * scales) ** 2
+            code, scales = optim.compress(m, v, step)
+            found, its_scales = pack(m, v, step)
+            assert (found == code).float().mean() > 0.999 and torch.allclose(its_scales, scales, rtol=1e-5)
+            for x, y in zip(unpack(code, scales), optim.decompress(code, scales), strict=True):
+                assert torch.allclose(x, y, rtol=1e-5, atol=0)
+    assert counters["stats"]["unique_graphs"] == 2
+    logprobs.compiled.cache_clear()
 
 
 def test_rounding_has_no_bias_over_the_steps():

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny import ARCHITECTURES, GQA, MOE, SMALL, VOCAB, cached_logps, example, tiny
 
-from rlhf import BadInput
+from rlhf import BadInput, logprobs
 from rlhf.tree import collate
 from support import decode, models, scoring, sharding
 from support import generate as sampling
@@ -457,6 +457,22 @@ def test_a_cuda_graph_could_hold_a_step(name):
     assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {name for name, _ in seen[11]}
 
 
+def test_logits_in_half_precision_are_not_rounded(monkeypatch):
+    """As on CUDA, whose products of half-precision numbers in float32 are made here of the same numbers."""
+    monkeypatch.setattr(logprobs, "GPU", "cpu")
+    monkeypatch.setattr(logprobs, "_mm", lambda a, b, dtype, out=None: torch.mm(a.to(dtype), b.to(dtype), out=out))
+    monkeypatch.setattr(logprobs, "compiled", lambda function: function)
+    found, own = [], logprobs.logits
+    monkeypatch.setattr(logprobs, "logits", lambda *args: found.append((*args, own(*args))) or found[-1][2])
+    model = sharding.load(lambda device: ending("llama"), "cpu", torch.bfloat16)
+    generate(model, IDS, [[1, 3, 4], [1, 5]], 6, seed=7, k=3, dtype=torch.bfloat16)
+    assert sampling._samplers[model][torch.bfloat16][1] == "loop" and len(found) > 5
+    for states, head, logits in found:
+        assert states.dtype == head.weight.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        assert torch.allclose(logits.double(), states.double() @ head.weight.double().T, rtol=1e-5, atol=1e-5)
+        assert (logits != logits.bfloat16()).float().mean() > 0.9
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "name, dtype, compiled",
@@ -477,7 +493,8 @@ def test_replayed_graphs_give_what_steps_give(name, dtype, compiled, monkeypatch
     monkeypatch.setitem(decode.LOOK_EVERY, "cuda", 4)
     replayed, logps = generate(model, IDS, prompts, 40, seed=7, k=3, dtype=dtype)
     sizes = captured[captured.index(48) :]  # after those of the check
-    assert sampling._samplers[model][dtype][1] == "loop" and len(sizes) > 1 and sizes == sorted({*sizes}, reverse=True)
+    assert sampling._samplers[model][dtype][1] == ("compiled" if compiled else "loop")
+    assert len(sizes) > 1 and sizes == sorted({*sizes}, reverse=True)
     monkeypatch.setattr(decode, "_captured", lambda rows: rows.step() or rows.step)
     stepped, others = generate(model, IDS, prompts, 40, seed=7, k=3, dtype=dtype)
     assert replayed == stepped

@@ -38,10 +38,10 @@ def graphs(monkeypatch, request):
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(logprobs, "GPU", "cpu")
     monkeypatch.setattr(logprobs, "_mm", mm)
-    logprobs._compiled.cache_clear()
+    logprobs.compiled.cache_clear()
     torch._dynamo.reset()
     yield counted
-    logprobs._compiled.cache_clear()
+    logprobs.compiled.cache_clear()
     torch._dynamo.reset()
 
 

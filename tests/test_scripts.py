@@ -294,7 +294,7 @@ def test_cached_reference_log_probs_are_of_the_trained_tokens(world, go, dialogu
     assert first.train[0]["logps/chosen_delta"] == second.train[0]["logps/chosen_delta"]
     model, tokenizer = load(world / "model"), reviews.tokenizer()
     whole = [dataclasses.replace(e, trained=None) for e in examples]
-    keys = [refcache.cache_key(model, tokenizer, x)["rows"] for x in (examples, whole)]
+    keys = [refcache.cache_key(models.digest(model), tokenizer, x)["rows"] for x in (examples, whole)]
     assert keys[0] != keys[1]
 
 
@@ -806,7 +806,7 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, capsys):
             scored.append(True)
             return scoring.score_logps(model, rows, scoring.Batching("tree", micro_batch_tokens=1000))
 
-        key = refcache.cache_key(model, tokenizer, rows, **settings)
+        key = refcache.cache_key(models.digest(model), tokenizer, rows, **settings)
         found = refcache.cached(tmp_path, key, refcache.row_digests(rows), compute)
         return bool(scored), capsys.readouterr().out, found
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RLHF, SUPPORT = sorted((ROOT / "rlhf").glob("*.py")), sorted((ROOT / "support").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MATHEMATICS = {"torch", "einops", "jaxtyping"}  # and triton, inside a function that needs it
+MATHEMATICS = {"torch", "numpy", "einops", "jaxtyping"}  # and triton, inside a function that needs it
 
 
 def module_of(path: Path) -> str:
