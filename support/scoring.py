@@ -161,13 +161,15 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
 @torch.no_grad()
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
-    measured: list[tuple[list[int], Tensor]] = []  # read at the end, so that a GPU need not wait for the next batch
+    measured: list[tuple[list[int], Tensor]] = []
     groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
     total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
     with Waiting(progress, total, "token", silent) as bar:
         for group in groups:
             members = [examples[i] for i in group]
             measured.append((group, measure(collate(members, batching.layout, batching.pad_id, device))))
+            if len(measured) > 1:  # read one batch late: a GPU works on the next one meanwhile
+                measured[-2] = measured[-2][0], measured[-2][1].cpu()
             bar.update(sum(tokens(e, batching.layout) for e in members))
     scores: dict[int, Tensor] = {}
     for group, values in measured:
