@@ -312,7 +312,7 @@ def main(a: Args) -> dict[str, float]:
         metrics = means(gather(report.read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         if step == 0 and a.loss not in REFERENCE_FREE:
-            guard(a, torch.cat(gather(gaps)), metrics["loss"])
+            guard(a, torch.cat(gather(gaps)), metrics["loss"], scoring.growth(policy))
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -395,18 +395,18 @@ def means(parts: Sequence[report.Totals]) -> dict[str, float]:
     return metrics
 
 
-def guard(a: Args, gaps: Tensor, loss: float) -> None:
+def guard(a: Args, gaps: Tensor, loss: float, growth: float = 1.0) -> None:
     """Raise BadInput unless policy and reference agree before the first update: log-ratios 0, loss ln 2 (LN2_AT_START).
     With --ref they need not agree, and a line says so.
 
     `gaps` [b 2] has |log pi - log ref| of each response and its length in tokens; rounding grows with the length's
-    root. The guard catches a reference that was scored with other weights or in another dtype, dropout, and attention
+    root, and in float32 with the model by `growth`. The guard catches a reference that was scored with other weights or in another dtype, dropout, and attention
     that leaks between prompts. It cannot see an error that both models share, such as a wrong shift of the targets.
     """
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
         return
-    gap, bound = gaps[:, 0], {"float32": 1e-4, "bfloat16": 0.06}[a.dtype] * gaps[:, 1].sqrt()
+    gap, bound = gaps[:, 0], {"float32": 1e-4 * growth, "bfloat16": 0.06}[a.dtype] * gaps[:, 1].sqrt()
     if a.dtype != "float32":  # the mean, because a single response may be far off
         gap, bound = gap.mean(), bound.mean()
         print(f"step-0 guard: mean |log-ratio| {gap.item():.3g} nats in {a.dtype} (limit {bound.item():.3g})")

@@ -12,8 +12,8 @@ window, too far before it). So there is no padding that a model could see, and n
 so far. On CUDA a step is captured once and replayed; on a CPU, and in several processes, it runs as it is. With
 --compile the layers are compiled here too; the attention, which then also writes the cache, stays eager.
 
-Rows that have ended stay until half of the rows are enough for the others. Those then move to the first half, which gets
-a graph of its own. A graph lives until its rows move or end: it holds the weights' addresses, and memory.
+Rows that have ended stay until half of the rows are enough for the others. Those then move to the first half, which
+gets a graph of its own. A graph lives until its rows move or end: it holds the weights' addresses, and memory.
 """
 
 import inspect

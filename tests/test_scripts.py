@@ -946,6 +946,7 @@ def test_guard_bounds(capsys):
 
     guard(a, of([0.0, 9e-4]), ln2)
     guard(a, of([0.0, 1.8e-3], 400.0), ln2)
+    guard(a, of([0.0, 1.8e-3]), ln2, growth=2.0)
     for gaps, loss in [([0.0, 1.1e-3], ln2), ([math.nan, 0.0], ln2), ([0.0, 0.0], ln2 + 2e-3), ([0.0], math.nan)]:
         with pytest.raises(BadInput, match="step-0 guard"):
             guard(a, of(gaps), loss)
