@@ -400,8 +400,9 @@ def guard(a: Args, gaps: Tensor, loss: float, growth: float = 1.0) -> None:
     With --ref they need not agree, and a line says so.
 
     `gaps` [b 2] has |log pi - log ref| of each response and its length in tokens; rounding grows with the length's
-    root, and in float32 with the model by `growth`. The guard catches a reference that was scored with other weights or in another dtype, dropout, and attention
-    that leaks between prompts. It cannot see an error that both models share, such as a wrong shift of the targets.
+    root, and in float32 with the model by `growth`. The guard catches a reference that was scored with other weights or
+    in another dtype, dropout, and attention that leaks between prompts. It cannot see an error that both models share,
+    such as a wrong shift of the targets.
     """
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
