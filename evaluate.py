@@ -249,6 +249,15 @@ def at_equal_length(
     return {name: x if math.isfinite(x) else None for name, x in {"value": value, "low": low, "high": high}.items()}
 
 
+def one_by_one(sampled: Sequence[Example]) -> list[Example]:
+    """Each answer as an example of its own."""
+    return [
+        replace(e, responses=[ids], response_texts=[text], sampled_logps=[logps], ranks=[1])
+        for e in sampled
+        for ids, text, logps in zip(e.responses, e.response_texts, e.sampled_logps, strict=True)
+    ]
+
+
 def answer_texts(e: Example) -> list[str]:
     try:
         return texts_of(e.row)
@@ -396,7 +405,8 @@ def main(a: Args) -> dict:
         sizes = [len(models.output_head(model).weight) for model in (policy, reference)]
         require(sizes[0] == sizes[1], f"--models {name}: {sizes[0]} output tokens, and the reference has {sizes[1]}")
         scoring.check_tokens(policy, prompts)
-        answers = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, a.temperature, dtype=batching.dtype)
+        sampled = answer(policy, tokenizer, prompts, a.max_new_tokens, a.seed, a.temperature, a.k, batching.dtype)
+        answers = one_by_one(sampled)
         layout = scoring.choose_layout(policy, answers + preferences, batching)
         if layout == "tree" and policy is not reference:
             layout = scoring.choose_layout(reference, answers + preferences, batching)

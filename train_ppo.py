@@ -406,7 +406,7 @@ def main(a: Args) -> dict[str, float]:
         if critic:
             values = scoring.per_token(lambda batch: scoring.token_values(critic, batch, dtype), examples, batching)
         sampled = torch.tensor([x for e in examples for y in e.sampled_logps for x in y], device=a.device)
-        log_ratio, weights = logps - sampled, torch.ones_like(logps)
+        sampler_gap, weights = logps - sampled, torch.ones_like(logps)
         if a.sampler_correction != "none":
             weights = advantages.sampler_weights(logps, sampled, lengths, a.sampler_correction, a.sampler_cap)
         k1 = logps - ref_logps
@@ -440,7 +440,7 @@ def main(a: Args) -> dict[str, float]:
                     totals["critic_norm"] = sharding.clip_gradients(critic_optimizer, a.max_grad_norm)
                 parts.append(numbers(totals))
                 if len(parts) == 1:
-                    guard(a, policy, rollout, step, parts[0]["gap"], log_ratio.abs().max().item())
+                    guard(a, policy, rollout, step, parts[0]["gap"], sampler_gap.abs().max().item())
                 for loss, norm in {"loss/policy": "grad_norm", "loss/value": "critic_norm"}.items():
                     if loss in parts[-1]:
                         run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
@@ -457,9 +457,9 @@ def main(a: Args) -> dict[str, float]:
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
         mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
         metrics |= {
-            "sampler/log_ratio": log_ratio.mean().item(),
-            "sampler/log_ratio_max": log_ratio.abs().max().item(),
-            "sampler/kl": advantages.kl_estimate(-log_ratio, "k3").mean().item(),
+            "sampler/log_ratio": sampler_gap.mean().item(),
+            "sampler/log_ratio_max": sampler_gap.abs().max().item(),
+            "sampler/kl": advantages.kl_estimate(-sampler_gap, "k3").mean().item(),
             "objective/scores": raw.mean().item(),
             "objective/kl": mean_kl,
             "objective/entropy": entropy.mean().item(),

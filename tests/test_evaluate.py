@@ -71,14 +71,14 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def answered(monkeypatch):
-    """The answers of each model from here on, as token ids."""
-    seen, original = [], evaluate.answer
+    """The answers of each model from here on, an example each."""
+    seen, original = [], evaluate.one_by_one
 
     def spy(*args, **kwargs):
         seen.append(original(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(evaluate, "answer", spy)
+    monkeypatch.setattr(evaluate, "one_by_one", spy)
     return seen
 
 
