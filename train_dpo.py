@@ -417,7 +417,7 @@ def guard(a: Args, gaps: Tensor, loss: float, growth: float = 1.0) -> None:
     )
     if a.loss in LN2_AT_START and a.dtype == "float32":
         require(
-            abs(loss - math.log(2)) < 1e-3 * max(1, a.beta) * (1 + a.dpop_lambda if a.loss == "dpop" else 1),
+            abs(loss - math.log(2)) < 1e-3 * growth * max(1, a.beta) * (1 + a.dpop_lambda if a.loss == "dpop" else 1),
             f"step-0 guard: the {a.loss} loss is {loss:.6f} at the start, but it should be ln 2 = 0.693147",
         )
 

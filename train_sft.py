@@ -130,10 +130,8 @@ def main(a: Args) -> dict[str, float]:
     for step in range(first, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, steps_per_epoch)
-        if place == 0 or step == first:
-            order = random.Random(f"{a.seed} {epoch}").sample(
-                range(len(train)), len(train)
-            )  # the same in a resumed run
+        if place == 0 or step == first:  # a resumed run finds the same order again
+            order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
         examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
         count = trained_tokens(examples)
 

@@ -126,7 +126,9 @@ def token_kl(
 
     if hidden.device.type != GPU or torch.is_grad_enabled():
         hidden, ref_hidden = hidden.to(compute_dtype), ref_hidden.to(compute_dtype)
-    head, ref_head = (h._replace(weight=h.weight.to(x.dtype)) for h, x in ((head, hidden), (ref_head, ref_hidden)))
+    biases = [None if h.bias is None else h.bias.to(compute_dtype) for h in (head, ref_head)]
+    head = head._replace(weight=head.weight.to(hidden.dtype), bias=biases[0])
+    ref_head = ref_head._replace(weight=ref_head.weight.to(ref_hidden.dtype), bias=biases[1])
 
     def divergence(hidden, ref_hidden):
         logp, logq = ((logits(*x) / temperature).log_softmax(1) for x in ((hidden, head), (ref_hidden, ref_head)))

@@ -89,11 +89,11 @@ def compress(
     log_v = v.log2().clamp_max(127)  # of an infinite v too, which would make its whole block NaN
     high = log_v.amax(1, keepdim=True).clamp_min(-126)
     low = torch.where(v > 0, log_v, high).amin(1, keepdim=True).maximum(high - 40)
-    share = (log_v - low).clamp_min(0) / (high - low).clamp_min(1e-30)
+    share = ((log_v - low).clamp_min(0) / (high - low).clamp_min(1e-30)).clamp_max(1)  # compiled, x / x may exceed 1
     code_v = torch.where(v > 0, 1 + (510 * share + u).floor(), 0)
     ratio = torch.where(v > 0, m / _decode_v(code_v, low, high).sqrt(), 0)
     top = ratio.abs().amax(1, keepdim=True)
-    code_m = ratio.sign() * (63 * (ratio.abs() / top.clamp_min(1e-30)).sqrt() + u).floor()
+    code_m = ratio.sign() * (63 * (ratio.abs() / top.clamp_min(1e-30)).clamp_max(1).sqrt() + u).floor()
     return (512 * code_m + code_v).to(torch.int16).view(-1), torch.cat([top, low, high], dim=1)
 
 
@@ -228,7 +228,7 @@ def _update_compressed(weight, low, gradient, codes, scales, part: slice, step: 
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     padded = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
     pack, unpack = (compiled(x) if weight.is_cuda else x for x in (compress, decompress))
-    m, v = unpack(codes[padded], scales[blocks])
+    m, v = unpack(codes[padded].data, scales[blocks].data)
     _update(weight, low, gradient, m[: len(weight)], v[: len(weight)], *scalars)
     codes[padded], scales[blocks] = pack(m, v, step)
 

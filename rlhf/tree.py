@@ -166,10 +166,8 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     """
     groups, n = [[] for _ in examples], 0
     first, second = np.zeros((2, len(examples)), dtype=int)  # tree: tokens, 1; padded: sequences, longest
-    for i in sorted(range(len(examples)), key=lambda i: -tokens(examples[i], layout)):
-        e = examples[i]
-        longest = len(e.prompt) + max(len(r) for r in e.responses)
-        more, least = (tokens(e), 1) if layout == "tree" else (len(e.responses), longest)
+    for i, e in sorted(enumerate(examples), key=lambda item: -tokens(item[1], layout)):
+        more, least = (tokens(e), 1) if layout == "tree" else (k := len(e.responses), tokens(e, layout) // k)
         fits = (first[:n] + more) * np.maximum(second[:n], least) <= budget
         place = int(fits.argmax()) if fits.any() else n
         n = max(n, place + 1)

@@ -32,8 +32,8 @@ from rlhf import logprobs
 from support import models, parallel
 from support.sharding import as_forward
 
-# tokens between two looks for ends, and the fewest rows of a step: on CUDA the CPU waits for a look, and each number of
-# rows takes a capture
+# tokens between two looks for ends, and the number of rows that is not halved any more: on CUDA the CPU waits for a
+# look, and each number of rows takes a capture
 LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 32}
 NEVER = 1 << 40  # a position that no row reaches
 ONE_TOKEN = "sdpa_one_token"  # the name of `one_token_attention`
@@ -252,7 +252,7 @@ def _captured(rows: Rows) -> Callable[[], None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        problem = str(error)[:100]
+        problem = str(error)[:100] or type(error).__name__
     finally:
         torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(stream)

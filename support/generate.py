@@ -222,7 +222,8 @@ def _run(sampler: str, model, prompts, k: int, most: list[int], choose: Choose, 
 def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad: int):
     """`_run` with the library's `generate`, from prompts padded to the left. `choose` is a logits processor that leaves
     only its token possible."""
-    device, width = model.device, max(map(len, prompts))
+    device, sizes = model.device, (max(map(len, prompts)), max(most))
+    width, longest = (max(parallel.gather([x])) for x in sizes)  # so that all processes make the same steps
     ids = [[pad] * (width - len(p)) + p for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     ids, mask = (repeat(torch.tensor(x, device=device), "p t -> (p k) t", k=k) for x in (ids, mask))
@@ -237,7 +238,7 @@ def _library(model, prompts, k: int, most: list[int], choose: Choose, ends, pad:
         waiting = len(ids) - int(torch.isin(ids[:, width:], ends).any(1).sum())
         return torch.full((len(ids),), parallel.add_up(waiting, device) == 0, device=device)
 
-    number = min(max(most), (models.positions(model) or math.inf) - width)
+    number = min(longest, (models.positions(model) or math.inf) - width)
     config = transformers.GenerationConfig(max_new_tokens=number, pad_token_id=pad, do_sample=False)
     own, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:

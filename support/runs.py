@@ -210,7 +210,7 @@ def check(args: Any) -> None:
         )
     try:
         torch.empty(0, device=args.device)
-        if torch.device(args.device).index:
+        if torch.device(args.device).type == "cuda" and torch.device(args.device).index:
             torch.cuda.set_device(args.device)  # for what takes the current device: kernels in Triton, CUDA graphs
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from None

@@ -52,7 +52,8 @@ def test_a_v_below_the_smallest_normal_number_is_raised_to_it():
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_as_on_cuda(backend, monkeypatch):
-    """One graph for each direction, whatever the step and the number of blocks, and the same codes."""
+    """The same codes, from one graph for each direction, whatever the step, the piece and its number of blocks (one
+    block alone would get graphs of its own)."""
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **rest: torch_compile(f, backend=backend, **rest))
     logprobs.compiled.cache_clear()
@@ -61,6 +62,7 @@ def test_compiled_as_on_cuda(backend, monkeypatch):
     counters.clear()
     pack, unpack = logprobs.compiled(optim.compress), logprobs.compiled(optim.decompress)
     torch.manual_seed(0)
+    codes, all_scales = torch.zeros(100 * 256, dtype=torch.int16), torch.zeros(100, 3)
     for step in range(1, 6):
         for blocks in (5, 64, 7):
             scales = torch.logspace(-22, 0, 256 * blocks)
@@ -68,7 +70,9 @@ def test_compiled_as_on_cuda(backend, monkeypatch):
             code, scales = optim.compress(m, v, step)
             found, its_scales = pack(m, v, step)
             assert (found == code).float().mean() > 0.999 and torch.allclose(its_scales, scales, rtol=1e-5)
-            for x, y in zip(unpack(code, scales), optim.decompress(code, scales), strict=True):
+            codes[256 : 256 + len(code)], all_scales[1 : 1 + blocks] = code, scales
+            pieces = codes[256 : 256 + len(code)].data, all_scales[1 : 1 + blocks].data
+            for x, y in zip(unpack(*pieces), optim.decompress(code, scales), strict=True):
                 assert torch.allclose(x, y, rtol=1e-5, atol=0)
     assert counters["stats"]["unique_graphs"] == 2
     logprobs.compiled.cache_clear()
