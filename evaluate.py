@@ -11,9 +11,10 @@ over the vocabulary at each sampled token:
 
     KL(pi || ref) = E_{y ~ pi} sum_t KL( pi(. | x, y_<t) || ref(. | x, y_<t) )
 
-so runs can be compared in the plane of reward and KL, which the plot shows. Numbers are means over prompts with 95 %
-intervals: Wilson's for shares, bootstrap for the others. In order below: the measures, data, the models one by one,
-table and plot; then the same for --pairs. docs/metrics.md has the formula of each number.
+so runs can be compared in the plane of reward and KL, which the plot shows. Numbers are means over answers, or over
+pairs of them, with 95 % intervals over prompts: Wilson's for shares, bootstrap for the others. In order below: the
+measures, data, the models one by one, table and plot; then the same for --pairs. docs/metrics.md has the formula of
+each number.
 """
 
 import json

@@ -4,6 +4,7 @@
 #
 #     bash evidence/instructgpt.sh [MODEL] [FOLDER]
 set -euo pipefail
+export OMP_NUM_THREADS=1 # as in the other runs: the minutes on the page are of one thread
 cd "$(dirname "$0")/.."
 MODEL=${1:-HuggingFaceTB/SmolLM2-135M-Instruct}
 OUT=${2:-runs/evidence/instructgpt/full}

@@ -7,7 +7,8 @@ loss has the beta of its paper or a usual one, and the learning rate with the be
 then has three seeds. Accuracy is that of the implicit reward; KL, length and win rate are of 8 answers to each of the
 test's prompts. The win rate, by the reward model of reward.py, is measured only if that one learned: run it first. It
 never saw an argument that was cut, so there is also a win rate among answers that both end or are both cut.
-Learned: the whole 95 % interval of the test accuracy, over topics, is above 0.5, where the untrained model is.
+Learned: the whole 95 % interval of the test accuracy, over topics, is above that of the untrained model, which is 0.5
+for an implicit reward with a reference. SimPO's has none: it begins with the untrained model's log-prob per token.
 """
 
 from pathlib import Path
@@ -39,8 +40,8 @@ LOSSES = {
     "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5},
     "kto": {"beta": 0.1},
 }
-LRS = {"lr 1e-06": 1e-6, "lr 5e-06": 5e-6, "lr 2e-05": 2e-5}
-SETTINGS = {f"{loss}, {lr}": (loss, LRS[lr]) for loss in LOSSES for lr in LRS}
+LRS = {"lr 1e-06": 1e-6, "lr 5e-06": 5e-6, "lr 2e-05": 2e-5}  # the first for DPO alone
+SETTINGS = {f"{loss}, {lr}": (loss, LRS[lr]) for loss in LOSSES for lr in LRS if loss == "dpo" or lr != "lr 1e-06"}
 SIZES = {"policy": 2000, "policy_valid": 200, "test": 600}
 SEEDS = 3  # of DPO
 WINS = {"win": "win rate", "win_if_ended_alike": "win rate among answers that end alike"}
@@ -61,8 +62,8 @@ def main(a: Args) -> None:
 
 def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float], list[dict]]:
     """One run: `pair_measures` on the test; valid, the accuracy on validation rows; fall, by how much the mean log-prob
-    of their chosen arguments fell (nats); kl, length and ended; start_length and start_ended, of the untrained model;
-    win and win_if_ended_alike, if there is a judge."""
+    of their chosen arguments fell (nats); kl, length and ended; start_length and start_ended, of the untrained model,
+    and start_accuracy where that is not 0.5; win and win_if_ended_alike, if there is a judge."""
     loss, lr = SETTINGS[setting]
     out, test = folder / f"{setting}-{seed}", folder / "test.jsonl"
     flags = {"data": str(folder / "policy.jsonl"), "eval_data": str(folder / "policy_valid.jsonl"), "eval_prompts": 0}
@@ -70,6 +71,8 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     flags |= {"loss": loss, "lr": lr, "seed": seed} | LOSSES[loss] | ({"max_steps": 2} if a.short else {})
     logged = trained(train_dpo, out, a, model=a.model, **flags)
     values = on_pairs(str(out), test, a)
+    if loss in train_dpo.REFERENCE_FREE:
+        values["start_accuracy"] = on_pairs(a.model, test, a)["accuracy"]
     values["valid"] = on_pairs(str(out), folder / "policy_valid.jsonl", a)["accuracy"]
     values["fall"] = logged["before/eval/logps/chosen"] - logged["after/eval/logps/chosen"]
     judge, answers = reward.judge(a), folder / f"{setting}-{seed}-answers"
@@ -86,22 +89,24 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
 
 def report(results: common.Results) -> tuple[str, str, str]:
     """Tables, verdict, effect."""
-    header = ["", "test accuracy", "lead over longer wins", "KL, nats", "tokens", "share that ends"]
+    header = ["", "test accuracy before", "after", "lead over longer wins", "KL, nats", "tokens", "share that ends"]
     header += ["log pi(chosen) falls by", "win rate", "win rate, ends alike"]
     rows, valid, learned, begun = [], [], [], [loss for loss in LOSSES if best(results, of(loss))]
     for loss in begun:
         chosen = best(results, of(loss))
         at = lambda name, x=chosen: results.values(x, name)[0]  # noqa: E731
-        rows.append([chosen, *(with_half(results, chosen, n) for n in ("accuracy", "lead"))])
+        start = results.values(chosen, "start_accuracy").get(0, 0.5)
+        rows.append([chosen, f"{start:.3f}", *(with_half(results, chosen, n) for n in ("accuracy", "lead"))])
         rows[-1] += [with_half(results, chosen, n, 1) for n in ("kl", "length")] + [f"{at('ended'):.2f}"]
-        rows[-1] += [f"{at('fall'):.1f}", *(with_half(results, chosen, n) or "no judge" for n in WINS)]
-        tried = [results.values(x, "valid").get(0) for x in of(loss)]
+        none = "no pairs" if with_half(results, chosen, "win") else "no judge"
+        rows[-1] += [f"{at('fall'):.1f}", *(with_half(results, chosen, n) or none for n in WINS)]
+        tried = [results.values(f"{loss}, {lr}", "valid").get(0) for lr in LRS]
         valid.append([loss, *("" if x is None else f"{x:.3f}" for x in tried)])
-        learned += [loss] if at("accuracy") - at("accuracy_half") > 0.5 else []
+        learned += [loss] if at("accuracy") - at("accuracy_half") > start else []
     first = best(results, of(begun[0]))
     length, ended = (results.values(first, f"start_{name}")[0] for name in ("length", "ended"))
-    rows += [["untrained", "0.500", "", "0", f"{length:.1f}", f"{ended:.2f}", "0", "0.500", "0.500"]]
-    rows += [["longer wins", with_half(results, first, "longer"), *[""] * 7]]
+    rows += [["untrained", "", "", "", "0", f"{length:.1f}", f"{ended:.2f}", "0", "0.500", "0.500"]]
+    rows += [["longer wins", "", with_half(results, first, "longer"), *[""] * 7]]
     table = common.markdown(header, rows) + "\n\n" + common.markdown(["validation accuracy", *LRS], valid)
     missing = [loss for loss in LOSSES if loss not in begun]
     effect = f"Not run yet: {', '.join(missing)}." if missing else "All four losses were run."

@@ -197,17 +197,24 @@ def test_the_table_of_losses(tmp_path):
     for setting, accuracy, valid in (
         ("dpo, lr 1e-06", 0.9, 0.5),
         ("dpo, lr 5e-06", 0.7, 0.6),
-        ("ipo, lr 1e-06", 0.55, 0.6),
+        ("ipo, lr 5e-06", 0.55, 0.6),
     ):
         results.add(setting, 0, rm_values(accuracy, 0.1, valid=valid, **base))
     table, verdict, effect = preferences.report(results)
-    wanted = ["0.700 +- 0.100", "0.100 +- 0.050", "3.0 +- 1.0", "20.0 +- 2.0", "0.50", "4.0"]
+    wanted = ["0.500", "0.700 +- 0.100", "0.100 +- 0.050", "3.0 +- 1.0", "20.0 +- 2.0", "0.50", "4.0"]
     assert cells(table, "dpo, lr 5e-06")[1:] == [*wanted, "no judge", "no judge"] and "| dpo, lr 1e-06 |" not in table
-    assert cells(table, "dpo | ")[1:] == ["0.500", "0.600"] or "| dpo | 0.500 | 0.600 |  |" in table
+    assert "| dpo | 0.500 | 0.600 |  |" in table and "| ipo |  | 0.600 |  |" in table
     assert verdict == "dpo learned" and effect == "Not run yet: simpo, kto."
     results.add("dpo, lr 5e-06", 1, rm_values(0.9, 0.1, valid=0.7, **base))
     assert preferences.report(results)[2].endswith(" DPO's accuracy over 2 seeds: 0.800 +- 1.271.")  # t 12.706 * 0.1
-    assert cells(table, "untrained")[4:6] == ["25.0", "0.25"] and cells(table, "longer wins")[1] == "0.600 +- 0.200"
+    assert cells(table, "untrained")[5:7] == ["25.0", "0.25"] and cells(table, "longer wins")[2] == "0.600 +- 0.200"
+    for start, wins in ((0.55, {"win": 0.7, "win_half": 0.1}), (0.65, {})):  # 0.7 - 0.1 lies between the two
+        with_start = common.Results(tmp_path / f"{start}.csv")
+        with_start.add("simpo, lr 5e-06", 0, rm_values(0.7, 0.1, valid=0.6, start_accuracy=start, **base, **wins))
+        table, verdict, _ = preferences.report(with_start)
+        row = cells(table, "simpo, lr 5e-06")
+        assert row[1] == f"{start:.3f}" and row[-2:] == (["0.700 +- 0.100", "no pairs"] if wins else ["no judge"] * 2)
+        assert verdict == ("simpo learned" if start == 0.55 else "none learned")
 
 
 def test_the_table_of_sums(tmp_path):
@@ -327,10 +334,11 @@ def test_short_sft_reward_preferences_and_sums(here, monkeypatch):
     assert {"accuracy", "lead", "longer", "ece", "valid", "votes 5", "votes 2"} <= {key[3] for key in results.values_of}
 
     preferences.main(replace(a, data="ukp.jsonl"))
-    results = check_short("preferences", {f"{loss}, lr 1e-06" for loss in preferences.LOSSES})
+    results = check_short("preferences", {"dpo, lr 1e-06", *(f"{x}, lr 5e-06" for x in ("ipo", "simpo", "kto"))})
     for x in {key[0] for key in results.values_of}:
         assert results.values(x, "kl")[0] > -1e-5 and results.values(x, "fall")[0] != 0
         assert results.values(x, "longer") == results.values("dpo, lr 1e-06", "longer")
+        assert (0 in results.values(x, "start_accuracy")) == x.startswith("simpo")
 
     odd = lambda prompts, responses, rows: [float(len(text) % 2) for text in responses]  # noqa: E731
     monkeypatch.setattr(sums, "correct", odd)  # a random model adds nothing up

@@ -165,9 +165,11 @@ def test_the_first_command(tmp_path):
     print(out)
     assert "runs/sft is missing: making it with train_sft.py first" in out
     found = json.loads((tmp_path / "runs/dpo/results.json").read_text())
-    half = float(re.search(r"gain in gold reward: \S+ \+- (\S+)", README)[1])
+    gain, half = map(float, re.search(r"gain in gold reward: (\S+) \+- (\S+)", README).groups())
+    kl = float(re.search(r"KL to the reference.* (\S+) \+- \S+$", README, re.M)[1])
     promise = r"gained (\S+) to (\S+)\s+for\s+a\s+KL\s+of\s+(\S+)\s+to\s+(\S+)\."
     low, high, least, most = map(float, re.search(promise, README).groups())
+    assert low <= gain <= high and least <= kl <= most
     assert low - half < found["gain/gold"] < high + half and found["gain/gold_interval"] == pytest.approx(half, rel=0.3)
     assert least - 0.5 < found["after/kl"] < most + 0.5, "seeds and CPUs differ"
     assert found["after/grammatical"] >= 0.9 * found["before/grammatical"]

@@ -937,6 +937,11 @@ def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
         go(loss=loss, batch_size=64)
 
 
+@pytest.mark.parametrize(("parameters", "want"), [(4e5, 1.0), (1e7, 1.0), (4e7, 2.0), (9e9, 30.0)])
+def test_bounds_grow_with_the_root_of_a_large_model(parameters, want):
+    assert scoring.growth(SimpleNamespace(num_parameters=lambda: parameters)) == pytest.approx(want)
+
+
 def test_guard_bounds(capsys):
     guard, ln2 = train_dpo.guard, math.log(2)
     a = train_dpo.Args(loss="dpo", beta=0.1)

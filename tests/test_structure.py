@@ -83,7 +83,7 @@ def test_circles_are_found():
 
 @pytest.mark.parametrize("path", RLHF, ids=lambda path: path.name)
 def test_rlhf_is_mathematics(path):
-    """Only torch, einops, jaxtyping and the standard library; no file, flag, process or print."""
+    """Only torch, numpy, einops, jaxtyping and the standard library; no file, flag, process or print."""
     source = path.read_text()
     for name, lazy in imports(source).items():
         top = name.split(".")[0]
