@@ -110,10 +110,12 @@ class Rows:
         self.row = torch.arange(len(most), device=device)
         self.ended = torch.zeros(len(most), dtype=torch.bool, device=device)
         self.ends, self.most = torch.tensor(ends, device=device), torch.tensor(most, device=device)
-        self.number, self.slot = torch.tensor([0], device=device), torch.tensor([width], device=device)
+        self.number = torch.tensor([0], device=device)
+        self.slot = slot = torch.tensor([width], device=device)
         self.tokens = torch.zeros(len(most), steps, dtype=torch.long, device=device)
         self.logps = torch.zeros(len(most), steps, device=device)
-        self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, self.slot, dtype))
+        # a function that holds self would keep the cache in memory until Python looks for cycles
+        self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, slot, dtype))
         with models.eager(model):
             _encode(model, ids, self.cache)
         if not self.cache.layers:

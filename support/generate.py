@@ -279,6 +279,8 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     with models.eager(model):
         plain = torch.cat([scoring.token_numbers(model, [row], batching, "padded") for row in rows])
         allowed = scoring.tolerance(model, rows, plain, batching)
+        if dtype != torch.float32:  # our loop may use the scorer's head, and would not show that it is wrong
+            scoring.check_against_library(model, rows, plain, batching)
     reasons = {}
     for sampler in means:
         found = parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])

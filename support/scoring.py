@@ -168,8 +168,6 @@ def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batchi
         for group in groups:
             members = [examples[i] for i in group]
             measured.append((group, measure(collate(members, batching.layout, batching.pad_id, device))))
-            if len(measured) > 1:  # read one batch late: a GPU works on the next one meanwhile
-                measured[-2] = measured[-2][0], measured[-2][1].cpu()
             bar.update(sum(tokens(e, batching.layout) for e in members))
     scores: dict[int, Tensor] = {}
     for group, values in measured:
@@ -266,7 +264,7 @@ def check_tokens(model, examples: Sequence[Example]) -> None:
     )
 
 
-def check_against_library(model, rows: Sequence[Example], plain: Float[Tensor, " n"], batching: Batching) -> None:
+def check_against_library(model, rows: Sequence[Tree], plain: Float[Tensor, " n"], batching: Batching) -> None:
     """BadInput unless our numbers are transformers': log-probs from its logits, or rewards from its classifier."""
     if models.has_reward_head(model):
         _check_rewards(model, rows, batching)
@@ -334,7 +332,7 @@ def token_numbers(model, examples: Sequence[Tree], batching: Batching, layout: s
     return response_logps(model, batch, batching.dtype)[0]
 
 
-def _check_logps(model, example: Example, ours: Float[Tensor, " n"], batching: Batching) -> None:
+def _check_logps(model, example: Tree, ours: Float[Tensor, " n"], batching: Batching) -> None:
     """BadInput unless the log-probs that `token_logps` gives for this example are those of the model's own logits."""
     device, dtype = ours.device, batching.dtype
     batch = collate([example], "padded", batching.pad_id, device)
@@ -351,7 +349,7 @@ def _check_logps(model, example: Example, ours: Float[Tensor, " n"], batching: B
     )
 
 
-def _check_rewards(model, examples: Sequence[Example], batching: Batching) -> None:
+def _check_rewards(model, examples: Sequence[Tree], batching: Batching) -> None:
     """BadInput unless our scores are those of transformers' own class, with padding to the right and to the left.
 
     This catches a pad id that a response can end with, a wrong last token, positions that count the padding.

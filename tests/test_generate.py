@@ -1,7 +1,9 @@
 """Sampling: the decode loop against the library's generate, the scorer and the softmax; what it does not fit."""
 
 import contextlib
+import gc
 import math
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -457,11 +459,39 @@ def test_a_cuda_graph_could_hold_a_step(name):
     assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {name for name, _ in seen[11]}
 
 
-def test_logits_in_half_precision_are_not_rounded(monkeypatch):
-    """As on CUDA, whose products of half-precision numbers in float32 are made here of the same numbers."""
+def test_the_cache_leaves_memory_with_its_rows():
+    """At once, and not when Python next looks for cycles: on a GPU it may be larger than the model."""
+    choose = sampling.given([[5, 6]], 1.0, torch.device("cpu"))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            rows = decode.Rows(tiny("llama"), [[5, 6, 7]], 1, [2], choose, [2], 0, torch.float32)
+            rows.step()
+        alive = [weakref.ref(x) for x in (rows, rows.model, rows.cache.layers[0].keys)]
+        assert all(x() is not None for x in alive)
+        del rows
+        assert [x() for x in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Products of half-precision numbers in float32, which CUDA has, are made here of the same numbers."""
     monkeypatch.setattr(logprobs, "GPU", "cpu")
     monkeypatch.setattr(logprobs, "_mm", lambda a, b, dtype, out=None: torch.mm(a.to(dtype), b.to(dtype), out=out))
     monkeypatch.setattr(logprobs, "compiled", lambda function: function)
+
+
+def test_a_head_that_is_not_the_models_is_refused_in_half_precision(like_a_gpu, monkeypatch):
+    own = models.output_head
+    monkeypatch.setattr(models, "output_head", lambda model: own(model)._replace(scale=0.25))
+    model = sharding.load(lambda device: ending("llama"), "cpu", torch.bfloat16)
+    with pytest.raises(BadInput, match="output_head"):
+        generate(model, IDS, [[1, 3, 4]], 6, dtype=torch.bfloat16)
+
+
+def test_logits_in_half_precision_are_not_rounded(like_a_gpu, monkeypatch):
     found, own = [], logprobs.logits
     monkeypatch.setattr(logprobs, "logits", lambda *args: found.append((*args, own(*args))) or found[-1][2])
     model = sharding.load(lambda device: ending("llama"), "cpu", torch.bfloat16)
