@@ -3,7 +3,7 @@
     python annotate.py runs/samples.jsonl --out preferences.jsonl     a page in your browser; nothing leaves the machine
     python annotate.py runs/samples.jsonl --overlap 2                 two people judge each prompt
     python annotate.py --report --out preferences.jsonl               how well they agree, and which biases they have
-    python annotate.py runs/samples.jsonl --by gold --noise 0.5       no people: a reward plus noise ranks
+    python annotate.py runs/samples.jsonl --by gold --noise 0.5       no people: rank by a reward plus noise
 
 The page shows one prompt at a time, with its unlabelled responses in a different order for each annotator. It moves on
 only when the judgement is on disk, as a line of a journal beside --out. --out always holds the current rankings, so

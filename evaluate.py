@@ -49,7 +49,7 @@ bleu = lazy_import("sacrebleu.metrics")
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"eval_prompts": 64, "eval_pairs": 256},
     "reviews": {"eval_prompts": 512, "eval_pairs": reviews.ROWS, "reward": "gold"},
 }
@@ -122,9 +122,9 @@ class Args(runs.Flags):
     """use only this share of the prompts, by hash of their text, in [0, 1): with train_dpo.py's --eval-fraction exactly
     those that it held out; default all (of --data reviews: 0.1)"""
     eval_prompts: int | None = None
-    """prompts answered at most, >= 1; default 64 (embedded: 512)"""
+    """maximum number of prompts to answer, >= 1; default 64 (embedded: 512)"""
     eval_pairs: int | None = None
-    """rows of preferences scored at most, >= 0; default 256 (embedded: all)"""
+    """maximum number of preference rows to score, >= 0; default 256 (embedded: all)"""
     max_length: int = 1024
     """tokens of a prompt with a response of the pairs, > max-prompt-length; longer responses lose their end"""
     micro_batch_tokens: int = 2048
@@ -136,7 +136,7 @@ class Args(runs.Flags):
     wandb: bool = False
     """log to Weights & Biases too"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrices and their products; log-probs and KL are float32 always"""
+    """dtype of the matrices and their products; log-probs and KL are always float32"""
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -325,8 +325,8 @@ def main(a: Args) -> dict:
         for name in names
     }
     for name in set(names) - set(to_make):
-        reward_model = models.is_reward_model(name, a.trust_remote_code, "--models")
-        require(not reward_model, f"--models {name}: a reward model, where a causal language model is wanted")
+        reward_model = models.is_reward_model(name, a.trust_remote_code, flag[name])
+        require(not reward_model, f"{flag[name]} {name}: a reward model, where a causal language model is wanted")
     tokenizer = tokenizers[a.ref]
     for name, other in tokenizers.items():
         same = other.get_vocab() == tokenizer.get_vocab()
@@ -368,9 +368,9 @@ def main(a: Args) -> dict:
 
     results = {"reference": a.ref, "reward": a.reward, "prompts": len(prompts), "answers": len(prompts) * a.k}
     results |= {"preferences": len(preferences)}
-    alike: dict[str, list[int]] = {}  # places of the preferences, by prompt
+    places_of: dict[str, list[int]] = {}  # prompt -> places of its preferences
     for i, e in enumerate(preferences):
-        alike.setdefault(e.prompt_text, []).append(i)
+        places_of.setdefault(e.prompt_text, []).append(i)
     if preferences:
         results["ceiling"] = ceiling(preferences)
         chosen = batching._replace(layout=scoring.choose_layout(reference, preferences, batching))
@@ -389,7 +389,7 @@ def main(a: Args) -> dict:
         rewards = torch.tensor(reward(*map(list, zip(*sequences, strict=True))), dtype=torch.float64)
         rewards = rewards.split([len(e.ranks) for e in preferences])
         right = [accuracy(e, x, SAME_REWARD) for e, x in zip(preferences, rewards, strict=True)]
-        results["explicit_accuracy"] = mean("explicit_accuracy", right, [*alike.values()])
+        results["explicit_accuracy"] = mean("explicit_accuracy", right, [*places_of.values()])
 
     # ---------------------------------------------------------------------------------------------- models, one by one
     run.check_same(data=examples, ref=reference, reward=getattr(reward, "model", None))
@@ -446,7 +446,7 @@ def main(a: Args) -> dict:
         if preferences:
             ratios = [x - y for x, y in zip(logps, ref_logps, strict=True)]
             right = [accuracy(e, x, train_dpo.TIE) for e, x in zip(preferences, ratios, strict=True)]
-            numbers["implicit_accuracy"] = mean("implicit_accuracy", right, [*alike.values()])
+            numbers["implicit_accuracy"] = mean("implicit_accuracy", right, [*places_of.values()])
         results["models"][name] = {n: numbers[n] for n in NUMBERS if n in numbers}
 
         values = {f"{name}/{n}": x["value"] for n, x in results["models"][name].items() if x["value"] is not None}

@@ -40,7 +40,7 @@ from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"max_prompts": None, "batch_size": 16},
     "reviews": {"max_prompts": 4000, "batch_size": 128},
 }

@@ -110,7 +110,7 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 5e-7 (embedded: 3e-4)"""
     eval_pairs: int | None = None
-    """held-out rows that are scored at most, >= 0, chosen by hash; default 512 (embedded: all)"""
+    """maximum number of held-out rows to score, >= 0, chosen by hash; default 512 (embedded: all)"""
     keep_softmax_mib: int | None = None
     """MiB, >= 0: a softmax of up to this size is kept for the backward pass, and a larger one is recomputed; default
     10240 on CUDA, else 1024"""
@@ -168,7 +168,7 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         probability = send(probability, logps.device)
         p_desirable = torch.where(good, probability, 1 - probability)
         add("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
-        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}
+        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}  # ...: all
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
         if a.loss == "plackett_luce":
@@ -230,8 +230,8 @@ def main(a: Args) -> dict[str, float]:
     # ----------------------------------------------------------------------------------------------------------- model
     runs.make_missing(train_sft, a.model, a.device)
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
-    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
-    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
+    dtype = models.DTYPES[a.dtype]
+    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
     if a.eval_prompts:
         generate.choose_sampler(policy, [e.prompt for e in held or train], a.max_new_tokens, batching.pad_id, dtype)
@@ -278,7 +278,7 @@ def main(a: Args) -> dict[str, float]:
     lora = models.prepare_training(policy, low_bits, a, a.lora_rank)
     optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     first, delta, final = 0, 0.0, {}
-    keep_bytes = a.keep_softmax_mib and a.keep_softmax_mib << 20
+    keep_bytes = None if a.keep_softmax_mib is None else a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first, delta = state["step"], state["delta"]
         models.restore(policy, low_bits, state["model"])
@@ -374,9 +374,7 @@ def main(a: Args) -> dict[str, float]:
     models.save(policy, tokenizer, run.out, lora, a.lora_merge, low_bits, a.save_dtype)
     run.finish(results, PANELS)
     report.print_comparison(title, rows + more_rows, results, samples)
-    print(
-        f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and all {len(samples)} answers in samples.jsonl."
-    )
+    print(f"\nThe model is in {run.out}, with curves.png, metrics.jsonl and {len(samples)} answers in samples.jsonl.")
     if a.loss not in REFERENCE_FREE:  # then beta sets the distance to the reference
         names = "model ref data split eval_data eval_split loss label_smoothing divergence divergence_alpha ties"
         beta = f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)"
@@ -407,7 +405,8 @@ def guard(a: Args, gaps: Tensor, loss: float, growth: float = 1.0) -> None:
     if a.ref:
         print(f"step-0 guard: skipped, since the reference is {a.ref} and not the starting weights")
         return
-    gap, bound = gaps[:, 0], {"float32": 1e-4 * growth, "bfloat16": 0.06}[a.dtype] * gaps[:, 1].sqrt()
+    gap, lengths = gaps.unbind(1)
+    bound = {"float32": 1e-4 * growth, "bfloat16": 0.06}[a.dtype] * lengths.sqrt()
     if a.dtype != "float32":  # the mean, because a single response may be far off
         gap, bound = gap.mean(), bound.mean()
         print(f"step-0 guard: mean |log-ratio| {gap.item():.3g} nats in {a.dtype} (limit {bound.item():.3g})")

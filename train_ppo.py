@@ -319,8 +319,8 @@ def main(a: Args) -> dict[str, float]:
         require(bool(reward_model) or a.value_init != "reward", f"{needs}: use --value-init policy instead")
         critic, critic_low_bits = sharding.load_trained(make_critic, a.device, dtype, a.seed)
     ends = end_ids(policy, tokenizer)
-    beside = [x for x in (reference, critic, reward_model) if x and x is not policy]
-    batching = scoring.batching_for_answers(policy, beside, prompts, tokenizer, a)
+    others = [x for x in (reference, critic, reward_model) if x and x is not policy]
+    batching = scoring.batching_for_answers(policy, others, prompts, tokenizer, a)
 
     def score(examples: Sequence[Example]) -> Tensor:
         """Rewards of all responses, [b]."""
@@ -409,12 +409,12 @@ def main(a: Args) -> dict[str, float]:
         sampler_gap, weights = logps - sampled, torch.ones_like(logps)
         if a.sampler_correction != "none":
             weights = advantages.sampler_weights(logps, sampled, lengths, a.sampler_correction, a.sampler_cap)
-        k1 = logps - ref_logps
+        log_ratios = logps - ref_logps
         if a.kl_estimator == "exact":
             exact = lambda batch: scoring.exact_kl(policy, reference, batch, dtype, a.temperature)  # noqa: E731
             kl = scoring.per_token(exact, examples, batching)
         else:
-            kl = advantages.kl_estimate(k1, a.kl_estimator)
+            kl = advantages.kl_estimate(log_ratios, a.kl_estimator)
         estimates, returns = compute_advantages(a, kl_coef, kl, scores, lengths, values, greedy)
         kept = rearrange(ended.float() if a.overlong == "mask" else torch.ones(len(ended)), "(p k) -> p k", k=a.k).cpu()
         rollout = Rollout(examples, logps, ref_logps, values, estimates, returns, kept, weights)
@@ -455,7 +455,7 @@ def main(a: Args) -> dict[str, float]:
         # ---------------------------------------------- what follows: metrics, the adaptive KL coefficient, checkpoints
         logged = [name for name in parts[0] if name not in ("gap", "critic_norm")]
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in logged}
-        mean_kl = advantages.sequence_sums(k1, lengths).mean().item()
+        mean_kl = advantages.sequence_sums(log_ratios, lengths).mean().item()
         metrics |= {
             "sampler/log_ratio": sampler_gap.mean().item(),
             "sampler/log_ratio_max": sampler_gap.abs().max().item(),
@@ -503,7 +503,9 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, critic_optimizer, trained
-    start = policy if lora else sharding.load(make_policy, a.device, dtype) if a.ref else reference
+    start = policy if lora else reference  # the starting weights: with LoRA, the policy without its adapters
+    if a.ref and not lora:
+        start = sharding.load(make_policy, a.device, dtype)
     asked = (held or prompts)[: a.eval_prompts]
     rows, results, samples = report.before_and_after(
         start, policy, reference, tokenizer, asked, a, batching, embedded, score
@@ -516,9 +518,7 @@ def main(a: Args) -> dict[str, float]:
     report.reward_kl_plot(run.out)
     run.finish(results, PANELS)
     report.print_comparison(f"{len(asked)} answers, {a.dtype}", rows, results, samples)
-    print(
-        f"\nThe model is in {run.out}, with curves.png, reward_kl.png and all {len(samples)} answers in samples.jsonl."
-    )
+    print(f"\nThe model is in {run.out}, with curves.png, reward_kl.png and {len(samples)} answers in samples.jsonl.")
     flags = f"{runs.repeated(a, 'data', 'split')} --reward {a.reward} --out {run.out}-eval"
     print(f"Next: python evaluate.py --models {a.model} {run.out}{flags}")
     return results

@@ -45,7 +45,7 @@ LOSSES = {  # name: losses of p prompts, from the flags a, rewards and ranks [p,
     "plackett_luce": lambda a, r, ranks, margins: losses.plackett_luce(r, ranks),
     "best_of_k": lambda a, r, ranks, margins: losses.best_of_k(r, ranks),
 }
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-5, "eval_fraction": 0.05, "eval_prompts": 256, "eval_pairs": 512},
     "reviews": {"lr": 1e-3, "eval_fraction": 0.1, "eval_prompts": 512, "eval_pairs": reviews.ROWS},
 }
@@ -76,9 +76,9 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     epochs: int = 1
     """passes over the data, >= 1; more than one overfits soon"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrices and their products; the optimizer's copy of the weights and rewards are always float32"""
+    """dtype of the matrices and their products; rewards and the optimizer's copy of the weights stay float32"""
     eval_pairs: int | None = None
-    """held-out rows that are scored at most, >= 0, chosen by hash; default 512 (embedded: all)"""
+    """maximum number of held-out rows to score, >= 0, chosen by hash; default 512 (embedded: all)"""
     eval_prompts: int | None = None
     """answers sampled from the starting model (held-out prompts first) to measure the reward's mean and deviation,
     >= 0; default 256 (on a CPU: 64; embedded: 512); if this is 0 or --model is a reward model, the data's responses are
@@ -152,8 +152,8 @@ def main(a: Args) -> dict[str, float]:
             return models.new_reward_model(models.load_model(a.model, device, a.trust_remote_code), tokenizer)
         return models.load_reward_model(a.model, device, a.trust_remote_code, "--model")
 
-    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
-    model, low_bits = sharding.load_trained(make_model, a.device, dtype, seed)
+    dtype = models.DTYPES[a.dtype]
+    model, low_bits = sharding.load_trained(make_model, a.device, dtype, None if a.lora_rank else a.seed)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # of the new rewards, until they are known
     batching = scoring.batching_for(model, train + held, tokenizer, a)
 
@@ -225,10 +225,10 @@ def main(a: Args) -> dict[str, float]:
     # ----------------------------------------------------------------------------- the reward's mean over SFT's samples
     samples = held or train
     if from_policy and a.eval_prompts:
-        distinct = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as it takes
+        repeated = itertools.cycle({e.prompt_text: e for e in held + train}.values())  # as often as needed
         make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
         policy = sharding.load(make_policy, a.device, dtype)
-        asked = [*itertools.islice(distinct, a.eval_prompts)]
+        asked = [*itertools.islice(repeated, a.eval_prompts)]
         settings = {"dtype": dtype, "progress": "answers of the starting model"}
         samples = answer(policy, tokenizer, asked, a.max_new_tokens, a.seed, **settings)
         del policy

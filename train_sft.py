@@ -40,7 +40,7 @@ from support.report import (
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
-DEFAULTS = {  # of flags left unset: any model, the embedded task's small one
+DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 2e-5, "eval_prompts": 4},
     "reviews": {"lr": 4e-3, "eval_prompts": 256},
 }
@@ -98,9 +98,9 @@ def main(a: Args) -> dict[str, float]:
             return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
         return models.load_model(a.model, device, a.trust_remote_code)
 
-    # low_bits: 16 further bits of each bfloat16 weight, which AdamW updates too; the seed is that of their dither
-    dtype, seed = models.DTYPES[a.dtype], None if a.lora_rank else a.seed
-    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, seed)
+    # low_bits: 16 further bits of each bfloat16 weight, which AdamW updates too; the last argument seeds their dither
+    dtype = models.DTYPES[a.dtype]
+    policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
     if a.eval_prompts:
         choose_sampler(policy, [e.prompt for e in held or train], a.max_new_tokens, batching.pad_id, dtype)
@@ -117,7 +117,7 @@ def main(a: Args) -> dict[str, float]:
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
     first = 0
-    keep_bytes = a.keep_softmax_mib and a.keep_softmax_mib << 20
+    keep_bytes = None if a.keep_softmax_mib is None else a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first = state["step"]
         models.restore(policy, low_bits, state["model"])

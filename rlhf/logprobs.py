@@ -221,7 +221,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _fused(half, function, z, *rest):
-    """function(z, ...), in half precision by one graph for all sizes above 1. (Bases of views would be guarded.)"""
+    """function(z, ...); in half precision one graph for all sizes above 1. (Bases of views would be guarded.)"""
     if not half or 1 in z.shape:
         return function(z, *rest)
     return compiled(function)(*(x.data if isinstance(x, Tensor) else x for x in (z, *rest)))
@@ -235,8 +235,8 @@ def compiled(function):
 
 @no_type_check
 def _row_stats(z, bias, gain, caps, targets, entropy, probs):
-    """Log-prob of the target, log-sum-exp and, on request, entropy of each row of z = h W'. `probs` may be z, and takes
-    the softmax; or in half precision, and takes softmax - onehot(target); or None."""
+    """Log-prob of the target, log-sum-exp and entropy (if not requested: log-sum-exp again) of each row of z = h W'.
+    `probs`, if given, receives the softmax and may be z; in half precision it receives softmax - onehot(target)."""
     if torch.compiler.is_compiling():
         torch._dynamo.mark_static(z, 1)  # maximum and sum take one pass if v is a constant
     z = _transform(z, bias, gain, caps)
@@ -270,7 +270,7 @@ def _logit_gradients(z, bias, gain, caps, targets, dtype, lse, g, g_entropy, ent
 
 @no_type_check
 def _transform(z, bias, gain, caps):
-    """Logits, in the place of z = h W' or, compiled, in no place."""
+    """Turn z = h W' into logits: in place or, while torch.compile traces it, in a new tensor."""
     compiling = torch.compiler.is_compiling()
     z = z.clone() if compiling else z
     if bias is not None:
@@ -284,7 +284,7 @@ def _transform(z, bias, gain, caps):
 
 @no_type_check
 def _add_at(x, columns, values):
-    """x[i, columns[i]] += values[i] if x has that column; compiled, a part of the pass that computes x."""
+    """x[i, columns[i]] += values[i] where x has that column; when compiled, fused into the pass that computes x."""
     if torch.compiler.is_compiling():
         return torch.where(columns[:, None] == torch.arange(x.shape[1], device=x.device), x + values, x)
     inside = (columns >= 0) & (columns < x.shape[1])

@@ -1,4 +1,4 @@
-"""Losses, one value per example (PPO: per token); a script divides their sum over a step by a count of that step.
+"""Losses, one value per example (PPO: per token); scripts divide a step's sum by its tokens, prompts or answers.
 
 Notation; log-probabilities are in nats, summed over a response's tokens, including the end-of-sequence token (EOS):
 
@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf import BadInput, check_ranges
+from rlhf import BadInput, check_ranges, require
 
 MAX_EXPONENT = 20.0  # exp(20) = 4.9e8; above it exp is replaced by a constant, or by its tangent in `_ratio`
 
@@ -221,8 +221,7 @@ def exo(
     (0, 0.5); e = 0 would make the loss infinite. Range [0, -log e): 0 at q = 1 - e, -log(4 e (1 - e)) / 2 at h = 0.
     """
     check_ranges(beta=beta, label_smoothing=label_smoothing)
-    if label_smoothing == 0:
-        raise BadInput("label_smoothing must be above 0 for exo: a certain label makes the loss infinite")
+    require(label_smoothing > 0, "label_smoothing must be above 0 for exo: a certain label makes the loss infinite")
     margin = beta * (chosen_logratios - rejected_logratios)
     label_right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
     label_wrong = (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(label_smoothing))
@@ -477,7 +476,8 @@ def clipped(
     Such a token has moved as far as its advantage allows: its gradient is 0. The mean is `policy/clipfrac`.
     """
     check_ranges(clip_range=clip_range, clip_high=clip_high)
-    ratio, high = _ratio(logps.detach(), old_logps), clip_range if clip_high is None else clip_high
+    ratio = _ratio(logps.detach(), old_logps)
+    high = clip_range if clip_high is None else clip_high
     return (advantages > 0) & (ratio > 1 + high) | (advantages < 0) & (ratio < 1 - clip_range)
 
 

@@ -32,8 +32,8 @@ from rlhf import logprobs
 from support import models, parallel
 from support.sharding import as_forward
 
-# tokens between two looks for ends, and the number of rows that is not halved any more: on CUDA the CPU waits for a
-# look, and each number of rows takes a capture
+# LOOK_EVERY: steps between two checks for ended rows, since on CUDA the CPU waits for a check. FEWEST: at most so many
+# rows are not halved any further, since on CUDA each number of rows needs a graph of its own
 LOOK_EVERY, FEWEST = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": 32}
 NEVER = 1 << 40  # a position that no row reaches
 ONE_TOKEN = "sdpa_one_token"  # the name of `one_token_attention`
@@ -183,8 +183,8 @@ def windows(config) -> dict[str, int | None]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     known = {"full_attention": None, "sliding_attention": window}
-    for kind in {*kinds} - known.keys():
-        raise NotImplementedError(f"it has layers of the kind {kind}")
+    if unknown := sorted({*kinds} - known.keys()):
+        raise NotImplementedError(f"it has layers of the kind {unknown[0]}")
     return {kind: known[kind] for kind in sorted({*kinds})}
 
 

@@ -18,7 +18,7 @@ from support.examples import Example
 from support.memory import Plan
 from support.report import table
 
-GIB, CARD = 2**30, 80e9  # bytes; the second of a common GPU, of which a run on a CPU says whether it would do
+GIB, CARD = 2**30, 80e9  # bytes; CARD is the memory of a common GPU: a dry run on a CPU also says whether it would fit
 FULL = 0.95  # share of a device's memory that a step may take; the rest is for the allocator's gaps, CUDA, the system
 RATES = {"bfloat16": 200e12, "float32": 30e12}  # operations per second, assumed for a GPU
 CPU_RATE = 40e9  # of a thread: steps of SmolLM2-135M in float32 reached 77e9 with 2 threads of an AMD EPYC

@@ -119,9 +119,7 @@ class Example:
     row: dict
     rewards: list[float] | None = None  # ranked by a simulated annotator: the true rewards of the responses
     noise: float | None = None  # ranked by a simulated annotator: the scale of the noise on those rewards
-    sampled_logps: list[list[float]] | None = (
-        None  # sampled responses: each token's log-prob in nats, when it was drawn
-    )
+    sampled_logps: list[list[float]] | None = None  # of sampled responses: each token's log-prob in nats when drawn
 
     @property
     def lengths(self) -> list[int]:
@@ -193,7 +191,7 @@ class Report:
             form = "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
             out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
         if self.repeats:
-            out.append(f"repeats    responses of {self.repeats} rows begin with their prompt, which is read twice so")
+            out.append(f"repeats    responses of {self.repeats} rows begin with their prompt, which is then read twice")
         if self.dialogues:
             out.append(
                 f"turns      responses of {self.dialogues} rows have several: the assistant's are trained, from where "

@@ -35,7 +35,7 @@ from support import decode, models, parallel, reviews, scoring, sharding, tokens
 from support.examples import Example
 from support.waiting import Waiting
 
-MEANS = {
+SAMPLERS = {
     "compiled": "the compiled decode loop",
     "loop": "the decode loop",
     "library": "the library's generate",
@@ -261,13 +261,13 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
     layout check (`scoring.tolerance`), or a mean in half precision. A line says so if it is not the first one. BadInput
     if none agrees.
 
-    `generate` calls this, scripts that sample late call it at their start. The result is remembered with the model
-    object, for sequences of up to the length that was checked. (So it is never made for each rollout.)
+    `generate` calls this; scripts that sample only at their end also call it at their start. The result is remembered
+    with the model object, for sequences of up to the length that was checked, so no rollout repeats the check.
     """
     pad, longest, shortest = _filler(model, pad_id), max(prompts, key=len), min(prompts, key=len)
     length = min(1 << (len(longest) + max_new_tokens - 1).bit_length(), models.positions(model) or math.inf)
     models.set_attention(model, packed=False)
-    means = [*MEANS][0 if decode.compiles(model) else 1 :]
+    candidates = [*SAMPLERS][0 if decode.compiles(model) else 1 :]
     checked, before = _samplers.setdefault(model, {}).get(dtype, (0, None))
     if checked >= length:
         return before
@@ -282,16 +282,16 @@ def choose_sampler(model, prompts: Sequence[list[int]], max_new_tokens: int, pad
         if dtype != torch.float32:  # our loop may use the scorer's head, and would not show that it is wrong
             scoring.check_against_library(model, rows, plain, batching)
     reasons = {}
-    for sampler in means:
+    for sampler in candidates:
         found = parallel.gather([_misfit(sampler, model, rows, plain, allowed, pad, dtype)])
         reasons[sampler] = next(filter(None, found), None)
         if not reasons[sampler]:
             break
     kind = model.config.model_type
     require(not reasons[sampler], f"{kind}: cannot be sampled from: {reasons[sampler]}")
-    first = means[0]
+    first = candidates[0]
     if sampler not in (before, first):
-        print(f"sampling: with {MEANS[sampler]}, because {MEANS[first]} does not fit {kind} ({reasons[first]})")
+        print(f"sampling: with {SAMPLERS[sampler]}, because {SAMPLERS[first]} does not fit {kind} ({reasons[first]})")
     _samplers[model][dtype] = length, sampler
     return sampler
 

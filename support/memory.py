@@ -26,7 +26,7 @@ from rlhf.optim import BLOCK, CHUNK
 from support import models, scoring
 from support.examples import Example
 
-MOST_OPERATIONS = 100_000  # of a trace: a model that needs more loops over tokens in Python
+MOST_OPERATIONS = 100_000  # in a trace; a model that exceeds it loops over tokens in Python
 FEW = 8  # trees that are traced one by one
 Size = tuple[int, int]  # of a micro-batch: tokens with padding, and response tokens that a loss scores
 
@@ -236,11 +236,8 @@ def head_bytes(n: int, v: int, d: int, plan: Plan) -> tuple[float | int, ...]:
     d_weight = v * d * (2 if low and plan.gradient_dtype == "bfloat16" else 4)
     if size * n * v <= keep_bytes:
         return kept + size * n * v, tile if low else 0, d_hidden + d_weight
-    return (
-        kept,
-        tile,
-        d_hidden + d_weight + min(tile_bytes, 4 * n * v) * (1.5 if low else 3),
-    )  # logits, softmax, gradient
+    slices = min(tile_bytes, 4 * n * v) * (1.5 if low else 3)  # logits, softmax, gradient
+    return kept, tile, d_hidden + d_weight + slices
 
 
 def estimate(shape: Shape, steps: Sequence[Sequence[Size]], plan: Plan, others: float = 0.0) -> dict[str, float]:

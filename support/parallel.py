@@ -86,7 +86,9 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def local_items(items: Sequence) -> Sequence:
     """This process's share of items of about the same size. With fewer items than processes, some share the first."""
-    return items[dist.get_rank() :: dist.get_world_size()] or items[:1] if several() else items
+    if not several():
+        return items
+    return items[dist.get_rank() :: dist.get_world_size()] or items[:1]
 
 
 def shares(examples: Sequence[tree.Tree], budget: int, layout: str) -> Iterator[tuple[list[int], float]]:

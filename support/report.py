@@ -57,7 +57,7 @@ def student(n: int) -> float:
 
 
 def standard_error(sums: Sequence[float | int], counts: Sequence[float | int]) -> float:
-    """That of the mean of all values, from the sum and the number of each group's values; infinite for one group.
+    """Standard error of the mean of all values, given each group's sum and number of values; infinite for one group.
 
     se^2 = G / (G - 1) * sum over the G groups of (sum_g - mean count_g)^2 / (number of values)^2
     """
@@ -140,7 +140,7 @@ def bootstrap(
 
 
 def visible(text: str) -> str:
-    """The text as a terminal may have it: control characters, with which it could be driven, as \\x1b and so on."""
+    """The text, safe for a terminal: control characters, which could take it over, are written as \\x1b and so on."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda x: f"\\x{ord(x[0]):02x}", text)
 
 

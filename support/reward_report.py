@@ -26,14 +26,14 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
 
 
-def calibration(margins: Tensor, right: Tensor, weights: Tensor, bins: int = 10) -> tuple[list[list[float]], float]:
+def calibration(margins: Tensor, p_right: Tensor, weights: Tensor, bins: int = 10) -> tuple[list[list[float]], float]:
     """Reliability curve, as rows (mean confidence, accuracy, weight share), and expected calibration error (ECE).
 
     Confidence is sigmoid(|margin|), in [0.5, 1], in bins of equal width. ECE = sum over bins of weight share *
-    |mean confidence - accuracy|, in [0, 0.5] (Guo et al. 2017, Eq. 3, arXiv 1706.04599). `right`: label probabilities.
+    |mean confidence - accuracy|, in [0, 0.5] (Guo et al. 2017, Eq. 3, arXiv 1706.04599). `p_right`: of the labels.
     """
     confidence = margins.abs().sigmoid()
-    correct = expected_accuracy(margins, right, TIE)
+    correct = expected_accuracy(margins, p_right, TIE)
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     rows = []
     for i in bin_of.unique().tolist():

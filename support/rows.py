@@ -592,7 +592,7 @@ def prompt_of(row: dict) -> Any:
 
 
 def asked_by_user(row: dict) -> dict:
-    """The row with a prompt that is a text as the message of a user; other rows as they are."""
+    """The row, with a prompt that is a text turned into a user message; a row with any other prompt as it is."""
     name = next(iter(prompt_columns(row)), "prompt")
     if not isinstance(row.get(name), str) or DIALOGUE.match(row[name]) or implicit(row):
         return row

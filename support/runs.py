@@ -80,7 +80,7 @@ class Flags:
     max_prompt_length: int = 512
     """tokens of a prompt, >= 1; longer ones lose their beginning"""
     max_new_tokens: int = 128
-    """tokens of a sampled answer at most, >= 1"""
+    """maximum number of tokens of a sampled answer, >= 1"""
     resume: bool = False
     """continue from the last checkpoint in --out, with the same flags; on a CPU the result is the same bit for bit"""
     dry_run: bool = False
@@ -93,7 +93,7 @@ class Flags:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     seed: int = 0
-    """of everything random: order of the data, sampling, new weights"""
+    """random seed for the order of the data, the sampling and new weights"""
     trust_remote_code: bool = False
     """run code that comes with a hub model"""
 
@@ -131,13 +131,13 @@ class TrainingFlags(Flags):
     compile: bool = False
     """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; needs a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrices and their products; the optimizer's copy of the weights and log-probs are always float32"""
+    """dtype of the matrices and their products; log-probs and the optimizer's copy of the weights stay float32"""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """in which the gradients of a step's micro-batches add up; bfloat16 saves 2 bytes a weight (one process)"""
+    """dtype in which the gradients of a step's micro-batches add up; bfloat16 saves 2 bytes a weight (one process)"""
     optimizer_state: Literal["float32", "8bit"] = "float32"
     """AdamW's two moments; 8bit takes 2 bytes a weight instead of 8 (one process)"""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the saved model; bfloat16 rounds the weights of a float32 run"""
+    """dtype of the saved model; bfloat16 rounds the weights of a float32 run"""
 
 
 @dataclass
@@ -197,10 +197,10 @@ def check(args: Any) -> None:
         if name in RANGES and value is not None:
             words, test = RANGES[name]
             require(test(value), f"--{name.replace('_', '-')} must be {words}, not {value}")
-    low = getattr(args, "gradient_dtype", "float32") == "float32" or (
+    fits = getattr(args, "gradient_dtype", "float32") == "float32" or (
         args.dtype == "bfloat16" and not parallel.several()
     )
-    require(low, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
+    require(fits, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
     eight_bits = getattr(args, "optimizer_state", "float32") == "8bit" and parallel.several()
     require(not eight_bits, "--optimizer-state 8bit needs a single process")
     if hasattr(args, "max_length"):
@@ -483,7 +483,7 @@ class Run:
             rate = a.lr * schedule(step, steps, a.warmup, a.schedule)
             print(
                 f"--resume: extended to {steps} steps. From step {step + 1} on the learning rate is that of a run of "
-                f"{steps} steps, {rate:.3g} first ({a.schedule}): what it had fallen to by step {step} does not go on"
+                f"{steps} steps, {rate:.3g} first ({a.schedule}): it does not continue from its value at step {step}"
             )
             began = (self.out / "args.json").stat().st_mtime_ns  # by which wandb knows the run
             write(self.out / "args.json", json.dumps(self.flags, indent=1))
@@ -516,7 +516,7 @@ class Run:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self.signalled = number
         if parallel.is_main():  # print could be what was interrupted
-            os.write(2, b"\nstopping after this step, which is then saved; again: at once\n")
+            os.write(2, b"\nstopping after this step, once it is saved; a second signal stops at once\n")
         if not parallel.several():
             self.interrupted = number
 
@@ -624,9 +624,9 @@ class Run:
         names = parallel.local_items(sorted(sums))
         damaged = parallel.gather([name for name in names if file_digest(folder / name) != sums[name]])
         missing = [] if sums or (folder / main).exists() else [main]
-        for name in damaged + missing:
+        if bad := damaged + missing:
             raise BadInput(
-                f"--resume: {folder / name} is damaged or missing (its SHA-256 is not the one in {SUMS}): bring back "
+                f"--resume: {folder / bad[0]} is damaged or missing (its SHA-256 is not the one in {SUMS}): bring back "
                 "the file that was written, or begin anew in another --out"
             )
 

@@ -10,8 +10,8 @@ LONG = 60.0  # seconds; what takes longer says so
 class Waiting:
     """A progress bar over `total` units of work named `what`; without a name, or where `silent`, nothing is shown.
 
-    The bar appears after two seconds. The line is printed once, when the first units, which warm everything up, have
-    been left out of the speed and the whole is expected to take longer than LONG. Without a total there is no estimate.
+    The bar appears after two seconds. One line is printed if, at the speed measured after the first units (these warm
+    everything up), the rest is expected to take longer than LONG. Without a total there is no estimate.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, silent: bool = False):

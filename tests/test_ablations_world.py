@@ -395,7 +395,7 @@ def test_a_users_loss_at_equal_kl_by_hand(small):
         in tables
     )
     assert "| loss m:f - IPO | -0.013 +- 0.476 | -0.025 +- 0.953 | -0.050 +- 1.906 |" in tables
-    assert "loss m:f is above DPO (0.069 +- 0.000) and not told apart from IPO (-0.034 +- 1.310)." in paragraph
+    assert "loss m:f is above DPO (0.069 +- 0.000) and not clearly different from IPO (-0.034 +- 1.310)." in paragraph
     # of the optimum's 0.8 at 1 nat: 0.375 and 0.625
     assert "At 1 nat it has 0.50 +- 1.59 of the gain" in paragraph and "DPO 0.38 +- 1.59" in paragraph
     assert "the least over worlds is: loss m:f 1.00, DPO 1.00, IPO 1.00." in paragraph
@@ -406,8 +406,8 @@ def test_sides_of_an_interval():
     assert [mine.side(x) for x in ((0.2, 0.1), (-0.2, 0.1), (0.05, 0.1), (0.0, 0.0))] == [
         "above",
         "below",
-        "not told apart from",
-        "not told apart from",
+        "not clearly different from",
+        "not clearly different from",
     ]
 
 

@@ -287,7 +287,9 @@ def test_what_the_loop_does_not_fit_takes_the_librarys_generate(name, capsys):
     answers, logps = generate(model, IDS, PROMPTS, 12, temperature=0.0, k=2)
     assert sampling._samplers[model][torch.float32][1] == sampler
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"sampling: with {sampling.MEANS[sampler]}, because the decode loop does not fit {name} (")
+    assert line.startswith(
+        f"sampling: with {sampling.SAMPLERS[sampler]}, because the decode loop does not fit {name} ("
+    )
     for prompt, first, second in zip(PROMPTS, answers[::2], answers[1::2], strict=True):
         ids = list(prompt)
         while len(ids) < len(prompt) + 12 and (len(ids) == len(prompt) or ids[-1] != 2):

@@ -295,9 +295,9 @@ def report(results: common.Results, methods: Methods, best: dict, rates: Sequenc
 
 
 def side(difference: tuple[float, float]) -> str:
-    """Where an interval (mean, half) lies: above, below or not told apart from."""
+    """Where an interval (mean, half) lies: above, below or not clearly different from."""
     mean, half = difference
-    return "above" if mean - half > 0 else "below" if mean + half < 0 else "not told apart from"
+    return "above" if mean - half > 0 else "below" if mean + half < 0 else "not clearly different from"
 
 
 def draw(results: common.Results, page, methods: Methods, best: dict, seeds: Sequence[int]) -> None:
