@@ -72,7 +72,7 @@ def run(setting: str, seed: int, a: Args, folder: Path) -> tuple[dict[str, float
     logged = trained(train_dpo, out, a, model=a.model, **flags)
     values = on_pairs(str(out), test, a)
     if loss in train_dpo.REFERENCE_FREE:
-        values["start_accuracy"] = on_pairs(a.model, test, a)["accuracy"]
+        values["start_accuracy"] = reward.run("untrained", 0, a, folder)[0]["accuracy"]
     values["valid"] = on_pairs(str(out), folder / "policy_valid.jsonl", a)["accuracy"]
     values["fall"] = logged["before/eval/logps/chosen"] - logged["after/eval/logps/chosen"]
     judge, answers = reward.judge(a), folder / f"{setting}-{seed}-answers"
