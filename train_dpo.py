@@ -168,7 +168,7 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
         probability = send(probability, logps.device)
         p_desirable = torch.where(good, probability, 1 - probability)
         add("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
-        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}  # ...: all
+        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}  # ... takes all
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
         if a.loss == "plackett_luce":

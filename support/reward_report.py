@@ -30,7 +30,7 @@ def calibration(margins: Tensor, p_right: Tensor, weights: Tensor, bins: int = 1
     """Reliability curve, as rows (mean confidence, accuracy, weight share), and expected calibration error (ECE).
 
     Confidence is sigmoid(|margin|), in [0.5, 1], in bins of equal width. ECE = sum over bins of weight share *
-    |mean confidence - accuracy|, in [0, 0.5] (Guo et al. 2017, Eq. 3, arXiv 1706.04599). `p_right`: of the labels.
+    |mean confidence - accuracy|, in [0, 0.5] (Guo et al. 2017, Eq. 3, arXiv 1706.04599). `p_right` is the label.
     """
     confidence = margins.abs().sigmoid()
     correct = expected_accuracy(margins, p_right, TIE)
