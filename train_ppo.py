@@ -272,11 +272,13 @@ def main(a: Args) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------------ data
     models.require_same_tokenizer(a.ref, a.model, tokenizer, a.trust_remote_code)
-    distinct = {e.prompt_text: e for e in load(a.data, "prompts", tokenizer, a)}
+    loaded = load(a.data, "prompts", tokenizer, a)
+    distinct = {e.prompt_text: e for e in loaded}
     prompts, held = held_out(list(distinct.values()), a.eval_fraction)
     require(len(prompts) >= a.batch_size, f"--data: {len(prompts)} prompts are fewer than --batch-size")
     ptx = load(a.ptx_data, "sft", tokenizer, a) if a.ptx_coef else []
-    print(f"{len(prompts)} prompts to train on, {len(held)} held out")
+    repeated = len(loaded) - len(distinct)
+    print(f"{len(prompts)} prompts to train on, {len(held)} held out; {repeated} rows repeat one of them")
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in prompts[:3]))
         dryrun.dry_run_ppo(a, prompts, tokenizer)

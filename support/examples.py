@@ -10,7 +10,7 @@ The columns of a row decide its form. A prompt or response is a string or a list
     SFT         prompt, completion | messages | text
     preference  prompt, chosen, rejected | chosen, rejected that are whole dialogues; optional margin, probability
     ranking     prompt, responses, ranks        (1 is best, equal is a tie); optional ended, rewards and noise
-    unpaired    prompt, completion, label       (KTO)
+    unpaired    prompt, completion, label | messages, label       (KTO)
     prompts     prompt | any form that has one
 
 A response can have several turns, such as those of two dialogues that part before their last turn. Then the prompt ends
@@ -31,6 +31,7 @@ responses, and `noise` is the scale of the noise.
 
 import hashlib
 import itertools
+import json
 import math
 import re
 from collections import Counter
@@ -43,6 +44,7 @@ from rlhf import BadInput, require
 from support import reviews, tokens
 from support.rows import (
     EMPTY,
+    MESSAGES_CELL,
     SCORES,
     Dropped,
     Message,
@@ -56,6 +58,7 @@ from support.rows import (
     fields_of,
     from_sharegpt,
     implicit,
+    in_messages,
     one_line,
     optional_list,
     optional_number,
@@ -66,6 +69,7 @@ from support.rows import (
     shared_turns,
     sources,
     standard,
+    system_of,
     tools_of,
     with_system,
 )
@@ -73,7 +77,12 @@ from support.rows import (
 KINDS = {  # what a script trains on -> the row forms it accepts; the first that matches is used
     "sft": [["prompt", "completion"], ["messages"], ["text"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
     "preference": [["prompt", "responses", "ranks"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
-    "unpaired": [["prompt", "completion", "label"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
+    "unpaired": [
+        ["prompt", "completion", "label"],
+        ["messages", "label"],
+        ["prompt", "chosen", "rejected"],
+        ["chosen", "rejected"],
+    ],
     "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
     "responses": [["prompt", "responses"]],  # to be scored: they need no ranks, and none is dropped
 }
@@ -147,13 +156,13 @@ class Report:
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: set[str] = field(default_factory=set)  # columns that do not reach the model
     sharegpt: int = 0  # rows with messages {"from", "value"}
-    systems: int = 0  # rows of strings that are rendered because they have a system text
+    systems: int = 0  # rows with a system text, if that made users' messages of prompts that were texts
     untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
     repeats: int = 0  # rows of strings with a response that begins with the prompt
+    joined: int = 0  # rows of strings without whitespace between prompt and response
     dialogues: int = 0  # rows of a response with several turns
-    negative_margins: int = 0
-    against_scores: Counter[str] = field(default_factory=Counter)  # what contradicts the preference -> examples
+    against_scores: Counter[str] = field(default_factory=Counter)  # what does not support the preference -> examples
     bos: int = 0  # prompts that begin with exactly one BOS
     eos: int = 0  # responses that end in EOS
     sampled: int = 0  # responses whose ids are the row's `token_ids`
@@ -184,7 +193,7 @@ class Report:
         if self.sharegpt:
             out.append(f"messages   of {self.sharegpt} rows have from and value in place of role and content")
         if self.systems:
-            out.append(f"system     {self.systems} rows of strings have one: they are read as messages")
+            out.append(f"system     {self.systems} rows have one: prompts that are texts are read as users' messages")
         if self.untemplated:
             out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
         if self.hh_template:
@@ -192,15 +201,15 @@ class Report:
             out.append(f"template   the tokenizer has none: {self.hh_template} rows of messages are written as {form}")
         if self.repeats:
             out.append(f"repeats    responses of {self.repeats} rows begin with their prompt, which is then read twice")
+        if self.joined:
+            out.append(f"joined     in {self.joined} rows of strings, prompt and response have no space between them")
         if self.dialogues:
             out.append(
                 f"turns      responses of {self.dialogues} rows have several: the assistant's are trained, from where "
                 "the responses differ on"
             )
         for problem, n in self.against_scores.items():
-            out.append(f"scores     {problem} in {n} rows, against the preference")
-        if self.negative_margins:
-            out.append(f"margins    below 0 in {self.negative_margins} rows, against the preference")
+            out.append(f"scores     {problem} in {n} rows, but chosen is preferred")
         out.append(f"cut        {self.prompts_cut} prompts, {self.responses_cut} responses")
         out.append(f"BOS        one in front of {self.bos} of {len(prompts)} prompts")
         out.append(f"prompts    {sum(prompts) / len(prompts):.1f} tokens on average, {max(prompts)} at most")
@@ -250,7 +259,6 @@ class _Draft:
     rewards: list[float] | None = None
     noise: float | None = None
     rendered: bool = False  # by a chat template; else the strings of the row
-    turned: bool = False  # rendered only because it has a system text
 
 
 def _render(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool = False) -> str:
@@ -264,16 +272,23 @@ def _render(tokenizer, messages: list[Message], tools: list[dict] | None, genera
 
 
 def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool) -> None:
-    """BadInput if the text is the same without the tools, or without a field that a message has beside role and
-    content: the chat template would drop it."""
+    """BadInput if the text is the same without the tools, without a field that a message has beside role and content,
+    or with another content of a message that is not the assistant's: the chat template would drop it. BadInput also if
+    the template writes the JSON of a call's arguments as a JSON string, with its quotes escaped."""
+    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
     others: list[tuple] = [("'tools'", messages, None)] if tools else []
     for i, message in enumerate(messages):  # one at a time: a field of one message may be used, and another's dropped
         for name in fields_of(message):
             without = {k: v for k, v in message.items() if k != name}
             others.append((f"{name[:40]!r} of message {i + 1}", [*messages[:i], without, *messages[i + 1 :]], tools))
-    if not others:
-        return
-    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            changed = message | {"content": ANSWER}
+            others.append((f"the {message['role']} message", [*messages[:i], changed, *messages[i + 1 :]], tools))
+        for call in message.get("tool_calls") or ():
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+                problem = "the chat template writes the arguments of a tool call, which are a text, as a JSON string"
+                raise BadInput(f"{problem}: give the object that the text holds (json.loads)")
     for name, *other in others:
         try:
             same = _render(tokenizer, *other, generate) == text
@@ -281,6 +296,14 @@ def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, 
             continue
         if same:
             raise BadInput(f"the chat template does not use {name}: leave it out, or use a model whose template does")
+
+
+def _require_whole(answer: Message, text: str) -> None:
+    """BadInput unless the rendered text has the whole answer, whatever its whitespace."""
+    if "".join(answer["content"].split()) not in "".join(text.split()):
+        raise BadInput(
+            "the chat template leaves out a part of the answer, such as its thoughts: give the row as strings"
+        )
 
 
 def _until_eos(tokenizer, text: str) -> str:
@@ -368,6 +391,7 @@ def _pieces(
         if len(before) > len(text):
             pieces.append((before[len(text) :], False))
         answer = _turn(tokenizer, messages[: i + 1], before, tools)
+        _require_whole(messages[i], before + answer)
         pieces.append((answer, i >= fork))
         text = before + answer
     return pieces
@@ -399,12 +423,18 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         raise BadInput(
             "field 'ended' goes with 'responses' and 'ranks': give a cut answer in such a row, or not at all"
         )
-    as_written, row = row, with_system(row, form, bool(tokenizer.chat_template))
-    turned = row is not as_written and "prompt" in form and isinstance(prompt_of(as_written), str)
+    if kind == "sft" and form != ["text"] and row.get("label") in (False, 0):
+        raise Dropped("undesirable completions")
+    if form == ["messages", "label"]:
+        *before, answer = check_messages(row["messages"], "messages")
+        require(answer["role"] == "assistant", "field 'messages' ends without an answer, which 'label' is for: add it")
+        row, form = row | {"prompt": before, "completion": [answer]}, KINDS["unpaired"][0]
+    row = with_system(row, form)
     tools = tools_of(row)
 
     if form == ["text"]:
         require(not tools, STRINGS_AND_TOOLS)
+        require(row.get("role") is None, "fields 'text' and 'role': a single message; join the messages of a dialogue")
         return _Draft(where, row, "", [[(check_text(row["text"], "text"), True)]], [1])
     if form == ["messages"]:
         messages = check_messages(row["messages"], "messages")
@@ -416,7 +446,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         _require_used(tokenizer, messages, tools, generate=True)
         return _Draft(where, row, _render(tokenizer, messages, tools, generate=True), [], [], rendered=True)
 
-    draft = _Draft(where, row, "", [], [1], turned=turned)
+    draft = _Draft(where, row, "", [], [1])
     pair, shared = "chosen" in form, 0
     if pair and ("prompt" not in form or implicit(row)):
         prompt, values, shared = shared_beginning(row)
@@ -457,8 +487,6 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             raise BadInput("field 'label' is not true or false: say whether the completion is desirable")
         draft.labels = [bool(row["label"])]
 
-    if kind == "sft" and row.get("label") is False:
-        raise Dropped("undesirable completions")
     if kind == "prompts":
         values, names, draft.ranks = [], [], []
     elif len(values) > 1 and all(isinstance(x, list) and x for x in values) and any(len(x) > 1 for x in values):
@@ -469,10 +497,11 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
     if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
         require(not tools, STRINGS_AND_TOOLS)
         draft.prompt = check_text(prompt, "prompt")
-        draft.responses = draft.responses[: len(values)] or [
-            [(check_text(value, name, draft.ended is not None), True)]
-            for value, name in zip(values, names, strict=True)
-        ]
+        texts = [check_text(x, name, draft.ended is not None) for x, name in zip(values, names, strict=True)]
+        held = next((x for x in (prompt, *texts) if draft.ended is None and MESSAGES_CELL.match(x)), None)
+        require(held is None, f"a text is the JSON of messages ({(held or '')[:40]!r}): give it as a list")
+        texts = texts if draft.ended else [_until_eos(tokenizer, text) for text in texts]
+        draft.responses = draft.responses[: len(values)] or [[(text, True)] for text in texts]
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": check_text(prompt, "prompt")}]
@@ -501,6 +530,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
                 added = turn.removesuffix(closing).strip() != answer["content"].strip()
                 if draft.ended and added and not fields:  # what was not sampled, such as the end of a thought
                     turn = answer["content"] + closing
+                _require_whole(answer, draft.prompt + turn)
             draft.responses.append([(turn, True)])
     if "responses" in form and row.get("token_ids") is not None and row.get("tokenizer") == digest:
         draft.token_ids = _sampled_ids(draft, values, pieces)
@@ -591,11 +621,16 @@ def build(
         raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
     rows, as_written = [(where, from_sharegpt(row)) for where, row in rows], rows
     form = _choose_form(rows, kind)
+    with_system_text = [row for _, row in rows if system_of(row)[1] is not None]
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
     report.sharegpt = sum(row is not other for (_, row), (_, other) in zip(rows, as_written, strict=True))
-    used = {*form, "system", "tools", "where"}
+    if with_system_text and "prompt" in form and tokenizer.chat_template:  # all rows get the same form
+        asked = [(where, asked_by_user(row)) for where, row in rows]
+        changed = any(row is not other for (_, row), (_, other) in zip(rows, asked, strict=True))
+        rows, report.systems = asked, changed * len(with_system_text)
+    used = {*form, *(system_of(row)[0] for row in with_system_text), "tools", "where"}
     if "prompt" in form:
         other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]
         report.prompt_columns.update(name for name, row in other if not implicit(row | {"prompt": row[name]}))
@@ -624,14 +659,16 @@ def build(
     digest = tokens.digest(tokenizer) if any(row.get("token_ids") for _, row in rows) else None
     drafts = [attempt(where, _make_draft, where, row, form, kind, pieces, digest) for where, row in rows]
     drafts = [draft for draft in drafts if draft is not None]
-    rendered, report.systems = sum(draft.rendered for draft in drafts), sum(draft.turned for draft in drafts)
+    rendered = sum(draft.rendered for draft in drafts)
     if tokenizer.chat_template:
         report.untemplated = len(drafts) - rendered
     else:
         report.hh_template = rendered
     if form not in (["messages"], ["text"]):
         report.dialogues = sum(any(len(pieces) > 1 for pieces in draft.responses) for draft in drafts)
-    report.repeats = sum(_repeats_prompt(draft) for draft in drafts if not draft.rendered)
+    of_strings = [draft for draft in drafts if not draft.rendered]
+    report.repeats = sum(map(_repeats_prompt, of_strings))
+    report.joined = sum(any(_joined(draft.prompt, r[0][0]) for r in draft.responses) for draft in of_strings)
     texts = {piece for draft in drafts for response in _in_context(draft, pieces) for piece in response}
     ids = pieces.encode({("", ""), *texts, *(("", draft.prompt) for draft in drafts)})
 
@@ -657,6 +694,8 @@ def _choose_form(rows: Sequence[Row], kind: str) -> list[str]:
     for _, row in rows:
         names = frozenset(name for name, value in row.items() if value is not None)
         filled.add(names)
+        if kind == "prompts" and in_messages(row):
+            names -= {"prompt"}
         with_prompt.add(names | {"prompt"} if prompt_columns(row) else names)
     for form in KINDS[kind]:
         if any(names.issuperset(form) for names in with_prompt):
@@ -785,8 +824,13 @@ def _repeats_prompt(draft: _Draft) -> bool:
     return all(begins) or any(begin and rest != prompt for begin, rest in zip(begins, rests, strict=True))
 
 
+def _joined(prompt: str, response: str) -> bool:
+    """Whether two texts that follow each other have no whitespace between them. A prompt may be empty."""
+    return bool(prompt and response) and not (prompt[-1].isspace() or response[0].isspace())
+
+
 def _compare_scores(report: Report, examples: list[Example]) -> None:
-    """Count pairs whose scores or margins say that the rejected response is better."""
+    """Count pairs whose scores or margins say that the rejected response is better, or as good."""
 
     def number(value: object) -> float:  # a score may be a number as text
         try:
@@ -794,10 +838,11 @@ def _compare_scores(report: Report, examples: list[Example]) -> None:
         except (ValueError, OverflowError):
             return math.nan
 
-    report.negative_margins = sum(number(e.row.get("margin")) < 0 for e in examples)
+    report.against_scores["'margin' is not above 0"] = sum(number(e.row.get("margin")) <= 0 for e in examples)
     for better, worse in SCORES:
-        if n := sum(number(e.row.get(better)) < number(e.row.get(worse)) for e in examples):
-            report.against_scores[f"{better!r} is below {worse!r}"] = n
+        n = sum(number(e.row.get(better)) <= number(e.row.get(worse)) for e in examples)
+        report.against_scores[f"{better!r} is not above {worse!r}"] = n
+    report.against_scores = +report.against_scores  # those that are above 0
 
 
 def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:

@@ -45,7 +45,15 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 QUESTION = re.compile(r"(\n\nHuman:.*?\n\nAssistant:)", re.S)  # what stands between two answers of such a dialogue
 DIALOGUE = re.compile(r"\s*(Human|System):.*\n\nAssistant:", re.S)  # a text that begins as those of hh-rlhf do
 PROMPT_COLUMNS = ("question", "instruction", "query", "input")  # one of them is the prompt of a row without `prompt`
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+SYSTEM = ("system", "system_prompt")  # columns that hold a system text; a row uses the first that is filled
+OF_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected", "completion", "responses", "tools")
 EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
 NOT_ROWS = (*SAVED, "dataset_infos.json", "state.json")
@@ -98,13 +106,14 @@ def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool)
                 raise BadInput(f"{source}: a file, which has no splits: leave out --split {split}")
             rows = list(_read_file(path, name, skipped if skip_bad_rows else None))
         elif path.is_dir() and any((path / name).exists() for name in SAVED):
-            rows = _number(path.resolve().name, _select_split(source, datasets.load_from_disk(str(path)), split))
+            data = _select_split(source, datasets.load_from_disk(str(path)), split)
+            rows = _number(path.resolve().name, map(_without_nulls, data))
         elif path.is_dir():
             rows = list(_read_folder(path, split, skipped if skip_bad_rows else None))
         elif not _may_be_hub_id(source):
             raise BadInput(f"{source}: no such file or folder")
         else:
-            rows = _number(source, _load_from_hub(source, split))
+            rows = _number(source, map(_without_nulls, _load_from_hub(source, split)))
     except BadInput:
         raise
     except Exception as error:  # gzip, csv, Arrow and the disk raise different exceptions
@@ -128,6 +137,18 @@ def one_line(error: BaseException) -> str:
 
 def _number(name: str, rows) -> list[Row]:
     return [(f"{name}:{i}", row) for i, row in enumerate(rows, 1)]
+
+
+def _without_nulls(row: dict) -> dict:
+    """The row of an Arrow table without the nulls in its messages and tools. All objects in a column of such a table
+    have the same fields, so that the arguments of a tool call {"city": ...} get those of all other calls, as nulls."""
+
+    def filled(value):
+        if isinstance(value, dict):
+            return {name: filled(x) for name, x in value.items() if x is not None}
+        return [filled(x) for x in value] if isinstance(value, list) else value
+
+    return {name: filled(value) if name in OF_MESSAGES else value for name, value in row.items()}
 
 
 def _load_from_hub(source: str, split: str | None):
@@ -204,7 +225,7 @@ def _read_file(path: Path, name: str, skipped: list[str] | None) -> Iterator[Row
     BadInput if that is None."""
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
-        yield from _number(name, parquet.read_table(path).to_pylist())
+        yield from _number(name, map(_without_nulls, parquet.read_table(path).to_pylist()))
         return
     if suffix not in ("jsonl", "json", "csv", "tsv"):
         raise BadInput(f"{path}: unknown kind of file: give {FILES}")
@@ -371,9 +392,9 @@ def check_messages(value: object, name: str) -> list[Message]:
             raise BadInput(f"field {name!r}, message {i + 1} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}")
         if role == "system" and i:
             raise BadInput(f"field {name!r}, message {i + 1}: roles out of order: put the system message first")
-        fields, calls = {k: v for k, v in message.items() if v is not None}, bool(message.get("tool_calls"))
+        fields, calls = {k: v for k, v in message.items() if v not in (None, [])}, bool(message.get("tool_calls"))
         content = content_text(fields.get("content", "" if calls else None), f"field {name!r}, message {i + 1}")
-        if content is None:
+        if content is None or isinstance(content, str) and not content.strip() and not calls:
             raise BadInput(f"field {name!r}, message {i + 1} has no content: give it a text")
         messages.append(fields | {"content": check_text(content, name, blank=calls)})
     return messages
@@ -469,30 +490,32 @@ def standard(row: dict) -> dict:
     return row | {"prompt": row[names[0]]}
 
 
-def with_system(row: dict, form: list[str], template: bool) -> dict:
-    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none. If
-    there is a chat template, a prompt that is a text becomes the user's message. BadInput for other rows of strings,
-    and if there is another system message."""
-    system = row.get("system")
-    if system in EMPTY:
+def system_of(row: dict) -> tuple[str, Any]:
+    """The column that holds the row's system text, and the text; ("system", None) if there is none."""
+    return next(((name, row[name]) for name in SYSTEM if row.get(name) not in EMPTY), ("system", None))
+
+
+def with_system(row: dict, form: list[str]) -> dict:
+    """The row with its system text as the first of its messages, or the row itself if it has none. BadInput for rows of
+    strings, and if there is another system message."""
+    column, system = system_of(row)
+    if system is None:
         return row
-    message = {"role": "system", "content": check_text(system, "system")}
+    message = {"role": "system", "content": check_text(system, column)}
     names = form if form in (["messages"], ["text"]) else ["prompt"]
     if implicit(row) and set(form) <= {"prompt", "chosen", "rejected"}:
         names = ["chosen", "rejected"]
     for name in names:
         messages = prompt_of(row) if name == "prompt" else row[name]
-        if name == "prompt" and template and isinstance(messages, str) and not DIALOGUE.match(messages):
-            messages = [{"role": "user", "content": check_text(messages, "prompt")}]
         if not isinstance(messages, list):
             raise BadInput(
-                f"field 'system' goes with messages, and {name!r} is a text: write it there, or give messages"
+                f"field {column!r} goes with messages, and {name!r} is a text: write it there, or give messages"
             )
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
         if first.get("role") != "system":
             row = row | {name: [message, *messages]}
         elif first.get("content") != system:
-            raise BadInput(f"fields 'system' and {name!r} hold two system messages: leave one out")
+            raise BadInput(f"fields {column!r} and {name!r} hold two system messages: leave one out")
     return row
 
 
@@ -577,12 +600,20 @@ def implicit(row: dict) -> bool:
     return None not in sides and (row.get("prompt") is None or isinstance(row["prompt"], str) and dialogues)
 
 
+def in_messages(row: dict) -> bool:
+    """Whether the prompt of a row is in its `messages`: it has no `prompt`, or one that is a text, such as the first
+    question of the dialogue, and no answers beside it."""
+    prompt, answers = row.get("prompt"), ("completion", "chosen", "rejected", "responses")
+    beside = isinstance(prompt, str) and all(row.get(name) is None for name in answers)
+    return row.get("messages") is not None and (prompt is None or beside)
+
+
 def prompt_of(row: dict) -> Any:
     """The prompt of a row that `build` has accepted, in the form that `build` used: a text, or messages."""
     row = standard(row)
     if implicit(row):
         return shared_beginning(row)[0]
-    if row.get("prompt") is None:
+    if in_messages(row):
         return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
     responses = row["responses"] if isinstance(row.get("responses"), list) else []
     answers = [row.get("chosen"), row.get("rejected"), row.get("completion"), *responses]
@@ -594,9 +625,10 @@ def prompt_of(row: dict) -> Any:
 def asked_by_user(row: dict) -> dict:
     """The row, with a prompt that is a text turned into a user message; a row with any other prompt as it is."""
     name = next(iter(prompt_columns(row)), "prompt")
-    if not isinstance(row.get(name), str) or DIALOGUE.match(row[name]) or implicit(row):
+    text = row.get(name)
+    if not isinstance(text, str) or DIALOGUE.match(text) or implicit(row | {"prompt": text}) or in_messages(row):
         return row
-    return row | {name: [{"role": "user", "content": row[name]}]}
+    return row | {name: [{"role": "user", "content": text}]}
 
 
 def texts_of(row: dict) -> list[str]:

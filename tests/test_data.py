@@ -21,7 +21,7 @@ from rlhf import BadInput
 from support import reviews, tokens
 from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
 from support.preferences import mismatched
-from support.rows import _split_of, prompt_of, read_rows, texts_of
+from support.rows import _split_of, asked_by_user, prompt_of, read_rows, texts_of
 from support.runs import repeated
 
 REAL = Path(os.environ.get("RLHF_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -656,15 +656,15 @@ def test_scores_and_margins_against_the_preference_are_counted():
     rows += [("f:9", PAIR | {"chosen_rating": 1, "rejected_rating": 5})]
     for kind in ("preference", "sft", "unpaired"):
         shown = str(build(rows, PLAIN, kind, 99, 199)[1])
-        assert "scores     'score_chosen' is below 'score_rejected' in 3 rows, against the preference\n" in shown
-        assert "scores     'chosen_rating' is below 'rejected_rating' in 1 rows, against the preference\n" in shown
-        assert "margins    below 0 in 3 rows, against the preference\n" in shown
+        assert "scores     'score_chosen' is not above 'score_rejected' in 4 rows, but chosen is preferred\n" in shown
+        assert "scores     'chosen_rating' is not above 'rejected_rating' in 1 rows, but chosen is preferred\n" in shown
+        assert "scores     'margin' is not above 0 in 4 rows, but chosen is preferred\n" in shown
         unused = "unused     columns that the model does not see: 'margin'\n"
         assert (unused in shown) == (kind != "preference") and ("unused" in shown) == (kind != "preference")
     shown = str(build(rows, PLAIN, "prompts", 99, 199)[1])
-    assert "scores" not in shown and "margins" not in shown and "unused" not in shown
-    shown = str(build(rows[1:3], PLAIN, "preference", 99, 199)[1])
-    assert "scores" not in shown and "margins" not in shown
+    assert "scores" not in shown and "unused" not in shown
+    shown = str(build(rows[1:2], PLAIN, "preference", 99, 199)[1])
+    assert "scores" not in shown
 
 
 def test_scores_in_a_csv(tmp_path):
@@ -675,7 +675,7 @@ def test_scores_in_a_csv(tmp_path):
         (1.5, 1, None),
     ]
     shown = str(build(rows, PLAIN, "preference", 99, 199)[1])
-    assert "scores     'score_chosen' is below 'score_rejected' in 1 rows" in shown
+    assert "scores     'score_chosen' is not above 'score_rejected' in 1 rows" in shown
 
 
 # ------------------------------------------------------------------------- fields of messages, system, tools, unused
@@ -779,6 +779,156 @@ def test_fields_that_the_template_drops_are_refused(tokenizer):
     assert [e.where for e in examples] == ["f:2"] and "does not use 'weight'" in report.skipped[0]
 
 
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_a_message_that_the_template_drops_is_refused(role):
+    """Phi-3-mini's template leaves out the system message."""
+    tokenizer = byte_level(
+        bos=None,
+        eos="<|im_end|>",
+        template=CHATML.replace("in messages", f"in messages if m['role'] != '{role}'"),
+        specials=["<|im_start|>"],
+    )
+    before = [said("system", "Be brief."), *ASKED, said("assistant", "calls"), said("tool", "result")]
+    asked = {"system": before[:2], "user": ASKED, "tool": before[1:]}[role]
+    rows = [
+        ("preference", {"prompt": asked, "chosen": "four", "rejected": "no"}),
+        ("preference", {"prompt": asked, "responses": ["four", "no"], "ranks": [1, 2]}),
+        ("sft", {"messages": [*asked, said("assistant", "four")]}),
+        ("prompts", {"prompt": asked}),
+    ]
+    if role == "system":
+        rows += [(kind, row | {"prompt": ASKED, "system": "Be brief."}) for kind, row in rows if "prompt" in row]
+    for kind, row in rows:
+        with pytest.raises(BadInput, match=f"^f.jsonl:1: the chat template does not use the {role} message: leave"):
+            one(tokenizer, kind, row)
+        assert one(CHAT, kind, row)[0].prompt
+    trimmed = byte_level(bos=None, eos="<|im_end|>", template=CHATML.replace("m['content']", "m['content'] | trim"))
+    assert "<|im_start|>user\n2<|im_end|>" in one(trimmed, "prompts", {"prompt": [said("user", " 2\n")]})[0].prompt_text
+
+
+def test_a_thought_that_the_template_drops_is_refused():
+    """R1's template keeps what follows </think>. A sampled answer is its own text, whatever a template makes of it."""
+    template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    tokenizer = byte_level(bos=None, eos="<|im_end|>", template=template, specials=["<|im_start|>"])
+    thought = "<think>so</think>four"
+    for kind, row in [
+        ("preference", {"prompt": ASKED, "chosen": thought, "rejected": "no"}),
+        ("sft", {"messages": [*ASKED, said("assistant", thought)]}),
+        ("sft", {"prompt": ASKED, "completion": thought}),
+    ]:
+        with pytest.raises(BadInput, match="^f.jsonl:1: the chat template leaves out a part of the answer"):
+            one(tokenizer, kind, row)
+        assert one(CHAT, kind, row)[0].response_texts[0] == f"{thought}<|im_end|>"
+    sampled = {"prompt": ASKED, "responses": [thought, "no"], "ranks": [1, 2], "ended": [True, True]}
+    assert one(tokenizer, "preference", sampled)[0].response_texts[0] == f"{thought}<|im_end|>"
+    spaced = byte_level(
+        bos=None,
+        eos="<|im_end|>",
+        template=CHATML.replace("m['content']", "m['content'].replace('</think>', '\n</think>\n')"),
+    )
+    row = {"prompt": ASKED, "completion": thought}
+    assert one(spaced, "sft", row)[0].response_texts == ["<think>so\n</think>\nfour<|im_end|>"]
+
+
+def calling(*all_arguments):
+    """Dialogues that end in a call of a tool with these arguments."""
+    call = lambda arguments: {"type": "function", "function": {"name": "weather", "arguments": arguments}}  # noqa: E731
+    answer = lambda arguments: {"role": "assistant", "content": "", "tool_calls": [call(arguments)]}  # noqa: E731
+    return [{"messages": [*ASKED, answer(arguments)]} for arguments in all_arguments]
+
+
+CALLS = CHATML.replace(
+    "m['content']", "m['content'] + (m.tool_calls[0].function.arguments | tojson if m.tool_calls else '')"
+)
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder"])
+def test_arguments_of_a_call_do_not_get_those_of_other_calls(form, tmp_path):
+    """Arrow gives all objects in a column the same fields, and fills them with nulls."""
+    rows = calling({"city": "X"}, {"zip": [1, 2]})
+    if form == "parquet":
+        written(tmp_path, "calls.parquet", *rows)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "calls")
+    found, _ = read_rows(str(tmp_path / ("calls.parquet" if form == "parquet" else "calls")))
+    assert [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for _, row in found] == [
+        {"city": "X"},
+        {"zip": [1, 2]},
+    ]
+
+
+def test_arguments_that_are_json_already():
+    tokenizer = byte_level(bos=None, eos="<|im_end|>", template=CALLS)
+    (row,) = calling({"city": "X"})
+    assert one(tokenizer, "sft", row)[0].response_texts == ['{"city": "X"}<|im_end|>']
+    (row,) = calling('{"city": "X"}')
+    with pytest.raises(BadInput, match="arguments of a tool call, which are a text, as a JSON string: give the object"):
+        one(tokenizer, "sft", row)
+    as_they_are = byte_level(bos=None, eos="<|im_end|>", template=CALLS.replace(" | tojson", ""))
+    assert one(as_they_are, "sft", row)[0].response_texts == ['{"city": "X"}<|im_end|>']
+
+
+def test_no_calls_are_no_calls():
+    """Mistral's templates write the calls in place of the content if `tool_calls` is there."""
+    template = CHATML.replace("m['content']", "(m['content'] if m.tool_calls is not defined else 'CALLS')")
+    tokenizer = byte_level(bos=None, eos="<|im_end|>", template=template)
+    row = {"messages": [*ASKED, said("assistant", "four") | {"tool_calls": []}]}
+    assert one(tokenizer, "sft", row)[0].response_texts == ["four<|im_end|>"]
+
+
+def test_labelled_dialogues():
+    """LLaMA-Factory's and ms-swift's form for KTO. For SFT an undesirable answer is dropped, in any form of row."""
+    rows = [
+        ("f:1", {"messages": talk("q", "yes"), "label": True}),
+        ("f:2", {"messages": talk("q", "no"), "label": False}),
+    ]
+    examples, report = build(rows, CHAT, "unpaired", 99, 199)
+    assert [(e.response_texts, e.labels) for e in examples] == [
+        (["yes<|im_end|>"], [True]),
+        (["no<|im_end|>"], [False]),
+    ]
+    assert examples[0].prompt_text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n" and not report.unused
+    pairs = [("f:1", UNPAIRED), ("f:2", UNPAIRED | {"label": 0}), ("f:3", UNPAIRED | {"label": False})]
+    for labelled, n in ((rows, 1), (pairs, 2)):
+        (example,), report = build(labelled, CHAT, "sft", 99, 199)
+        assert example.where == "f:1" and report.dropped == {"undesirable completions": n}
+    with pytest.raises(BadInput, match="field 'messages' ends without an answer"):
+        one(CHAT, "unpaired", {"messages": ASKED, "label": True})
+
+
+def test_a_prompt_beside_the_dialogue_that_it_begins():
+    """HuggingFaceH4/no_robots and ultrachat_200k: `prompt` is the first question of `messages`."""
+    dialogue = [said("system", "s"), *talk("first", "answer", "second", "last")]
+    example, report = one(CHAT, "prompts", {"prompt": "first", "messages": dialogue})
+    assert prompt_of(example.row) == dialogue[:-1] and report.unused == {"prompt"} and report.untemplated == 0
+    assert example.prompt_text.endswith("second<|im_end|>\n<|im_start|>assistant\n") and "first" in example.prompt_text
+    assert asked_by_user(example.row) == example.row
+    row = {"prompt": "first", "messages": dialogue, "completion": "c"}
+    assert one(CHAT, "prompts", row)[0].prompt_text == "first" == prompt_of(row)
+
+
+def test_strings_that_are_not_what_they_seem():
+    messages = json.dumps([said("assistant", "a")])
+    for name in ("prompt", "chosen", "rejected"):
+        with pytest.raises(BadInput, match=r"^f.jsonl:1: a text is the JSON of messages \('\[\{"):
+            one(PLAIN, "preference", PAIR | {name: messages})
+    answered = {"prompt": "p", "responses": [messages, "b"], "ranks": [1, 2], "ended": [True, True]}
+    assert one(PLAIN, "preference", answered)[0].response_texts[0] == messages  # a model wrote it
+    with pytest.raises(BadInput, match="fields 'text' and 'role': a single message"):
+        one(PLAIN, "sft", {"text": "t", "role": "prompter"})
+    ended = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a<|im_end|>\n"}
+    example, report = one(CHAT, "sft", ended)
+    assert text(CHAT, example.responses[0]) == "a<|im_end|>" and report.joined == 0
+
+
+def test_texts_without_a_space_between_them_are_counted():
+    rows = [("f:1", PAIR), ("f:2", PAIR | {"prompt": "p "}), ("f:3", PAIR | {"chosen": " a"})]
+    rows += [("f:4", PAIR | {"chosen": "\na", "rejected": "\nb"})]
+    line = "joined     in 2 rows of strings, prompt and response have no space between them\n"
+    assert line in str(build(rows, PLAIN, "preference", 99, 199)[1])
+    assert "joined" not in str(one(PLAIN, "sft", {"text": "t"})[1]) + str(one(CHAT, "preference", CHATTED)[1])
+
+
 def test_content_in_parts():
     parts = [{"type": "text", "text": "2 +", "image": None}, {"type": "text", "text": " 2?"}]
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "four"}]}]
@@ -794,7 +944,7 @@ def test_content_in_parts():
     ]:
         with pytest.raises(BadInput, match=f"field 'prompt', message 1 has a part {kind}: only parts"):
             one(THINKING, "preference", row | {"prompt": [said("user", [*parts, part])]})
-    with pytest.raises(BadInput, match="field 'prompt' is empty"):
+    with pytest.raises(BadInput, match="field 'prompt', message 1 has no content"):
         one(THINKING, "preference", row | {"prompt": [said("user", [])]})
 
 
@@ -829,8 +979,9 @@ def test_a_system_column():
     ]:
         example, report = one(CHAT, kind, row | {"system": "Be brief."})
         assert example.prompt_text == expected and "'system'" not in str(report)
-        line = "system     1 rows of strings have one: they are read as messages\n"
-        assert (line in str(report)) == ((kind, row) in strings)
+        line = "system     1 rows have one: prompts that are texts are read as users' messages\n"
+        is_text = "2 + 2?" in (row.get("prompt"), row.get("question"), row.get("instruction"))
+        assert (line in str(report)) == (is_text and dialogues["chosen"] not in row.values())
         if kind != "sft":
             assert prompt_of(example.row) == with_system
         assert one(CHAT, kind, row | {"system": ""})[0].prompt_text.count("Be brief") == (
@@ -862,10 +1013,21 @@ def test_the_row_of_the_issue_with_a_system_text():
     assert [text(CHAT, ids) for ids in example.responses] == [f"{x}<|im_end|>" for x in FRUIT.values()]
     assert prompt_of(example.row) == [said("system", "s"), said("user", "Name a fruit.")]
     assert "prompt     the column 'question' of 1 rows" in str(report)
-    assert "system     1 rows of strings have one" in str(report) and report.untemplated == 0
-    rows = [("f:1", row), ("f:2", FRUIT | {"prompt": "p"})]
-    _, report = build(rows, CHAT, "preference", 99, 199)
-    assert (report.systems, report.untemplated) == (1, 1)
+    assert "system     1 rows have one" in str(report) and report.untemplated == 0
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_rows_without_a_system_text_have_the_form_of_those_with_one(name, column):
+    """Intel/orca_dpo_pairs: `system` is "" in some rows. All prompts are rendered, or none."""
+    rows = [("f:1", {column: "s", name: "p", **FRUIT}), ("f:2", {column: "", name: "p", **FRUIT})]
+    for kind in ("preference", "prompts"):
+        (first, second), report = build(rows, CHAT, kind, 99, 199)
+        assert second.prompt_text == "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
+        assert first.prompt_text == "<|im_start|>system\ns<|im_end|>\n" + second.prompt_text
+        assert (report.systems, report.untemplated) == (1, 0) and column not in report.unused
+    (example,), report = build(rows[1:], CHAT, "preference", 99, 199)
+    assert (example.prompt_text, report.systems, report.untemplated) == ("p", 0, 1)
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
@@ -1009,7 +1171,7 @@ SFT = {"messages": [said("user", "u"), said("assistant", "a")]}
         ("preference", CHATTED, {"prompt": [{"content": "u"}]}, "field 'prompt', message 1 is not"),
         ("preference", CHATTED, {"chosen": [said("user", "u")]}, "field 'chosen': roles out of order"),
         ("preference", CHATTED, {"chosen": [said("assistant", "u")] * 2}, "field 'chosen': roles out of order"),
-        ("preference", CHATTED, {"chosen": [said("assistant", "")]}, "field 'chosen' is empty"),
+        ("preference", CHATTED, {"chosen": [said("assistant", "")]}, "field 'chosen', message 1 has no content"),
         ("preference", CHATTED, {"chosen": [said("assistant", None)]}, "field 'chosen', message 1 has no content"),
         ("preference", RANKED, {"ranks": [1]}, "field 'ranks' has 1 ranks for 2 responses"),
         ("preference", RANKED, {"ranks": [0, 1]}, "field 'ranks' is not made of whole numbers from 1"),
@@ -1350,11 +1512,16 @@ KNOWN = {  # data set -> rows in its form, and what becomes of them
                 "instruction": "u",
                 "models": ["m"] * 4,
                 "completions": [
-                    {"model": "m", "response": x, "overall_score": score, "annotations": {}}
-                    for x, score in zip("wxyz", scores, strict=True)
+                    {
+                        "model": "m",
+                        "response": x,
+                        "overall_score": 10,
+                        "annotations": {name: {"Rating": rating, "Rationale": "r"} for name, rating in rated},
+                    }
+                    for x, rated in zip("wxyz", (zip("ab", pair, strict=True) for pair in ratings), strict=True)
                 ],
             }
-            for scores in ([7.0, 8.5, 7.0, 1.0], [3.0] * 4)
+            for ratings in (["34", ("4", "N/A"), "43", "11"], ["33"] * 4, ["34", ("N/A", "N/A"), "43", "11"])
         ],
         [{"prompt": talk("u"), "responses": [*"wxyz"], "ranks": [2, 1, 2, 4]}],
     ),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from test_resume import pairs, write_rows
+from tiny import Bfloat16Products
 
 import train_dpo
 from rlhf import optim
@@ -78,7 +79,7 @@ def test_nothing_holds_the_model_in_float32(lora_rank, tmp_path, monkeypatch):
     flags |= {"dtype": "bfloat16", "optimizer_state": "8bit", "gradient_dtype": "bfloat16", "device": "cpu"}
     flags |= {"gradient_checkpointing": True, "batch_size": 1, "max_steps": 2, "eval_fraction": 0.3, "save_every": 1}
     flags |= {"eval_prompts": 1, "max_new_tokens": 4, "lora_rank": lora_rank, "ref_cache": str(tmp_path / "cache")}
-    with mode:
+    with Bfloat16Products(), mode:
         train_dpo.main(train_dpo.Args(**flags))
     # on a CPU the kernel has the head and its gradient in float32, each a fifth of these weights
     assert len(checkpoints) == 2 and 0.05 * size < mode.peak < 0.5 * size

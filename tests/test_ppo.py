@@ -1121,7 +1121,10 @@ def test_from_the_command_line(world, tmp_path, monkeypatch, capfd):
     before = sorted(world.rglob("*"))
     assert command(monkeypatch, small(world, tmp_path / "run", dry_run=True)) == 0
     printed = capfd.readouterr().out
-    assert "12 prompts to train on, 0 held out" in printed and printed.count("prompts.jsonl:") == 3
+    assert "12 prompts to train on, 0 held out; 0 rows repeat one of them\n" in printed
+    assert printed.count("prompts.jsonl:") == 3
+    train_ppo.main(small(world, tmp_path / "run", dry_run=True, data=[str(world / "prompts.jsonl")] * 2))
+    assert "12 prompts to train on, 0 held out; 12 rows repeat one of them\n" in capfd.readouterr().out
     assert command(monkeypatch, small(world, tmp_path / "run", advantage="rloo", k=1)) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: --advantage rloo")
