@@ -49,7 +49,7 @@ from rlhf import BadInput, require
 from support import agreement, lazy_import, read_json_lines
 from support.report import bootstrap, share_interval, table, visible
 from support.rows import read_rows
-from support.runs import check, cli
+from support.runs import check, cli, write
 
 reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards")
 
@@ -269,12 +269,8 @@ class Judgements:
 
     def write_out(self) -> None:
         """Rewrite --out atomically."""
-        partial = self.out.with_name(self.out.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as f:
-            f.writelines(self.line(e) for key in self.samples for e in rankings(self.judged.get(key, {}).values()))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, self.out)
+        lines = (self.line(e) for key in self.samples for e in rankings(self.judged.get(key, {}).values()))
+        write(self.out, "".join(lines))
 
     def line(self, event: Event) -> str:
         if event["id"] not in self.lines:

@@ -17,7 +17,6 @@ measures, data, the models one by one, table and plot; then the same for --pairs
 each number.
 """
 
-import json
 import math
 import re
 import statistics
@@ -29,14 +28,14 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 import train_dpo
 import train_sft
 from rlhf import BadInput, require
+from rlhf.advantages import sequence_sums
 from rlhf.logprobs import token_kl, token_logps
-from rlhf.tree import collate, micro_batches
-from support import lazy_import, models, reviews, rewardbench, runs, scoring, sharding, tokens
+from rlhf.tree import Batch
+from support import lazy_import, models, read_json, reviews, rewardbench, runs, scoring, sharding, tokens
 from support.examples import Example, build, group_of, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
@@ -142,27 +141,22 @@ class Args(runs.Flags):
 # ------------------------------------------------------------------------------------------------------------ measures
 
 
-@torch.no_grad()
 def against_reference(
     policy, reference, answers: Sequence[Example], batching: Batching, temperature: float = 1.0
 ) -> dict[str, list[float]]:
     """For each answer: the KL of the policy from the reference, summed over its tokens (nats), and the mean log-prob of
     its tokens under the reference (nats a token, at temperature 1)."""
-    stats: dict[str, list[float]] = {"kl": [0.0] * len(answers), "ref_logp": [0.0] * len(answers)}
     heads = models.output_head(policy), models.output_head(reference)
-    groups = micro_batches(answers, batching.micro_batch_tokens, batching.layout)
-    for group in tqdm(groups, desc="KL", unit="batch", leave=False, dynamic_ncols=True):
-        batch = collate([answers[i] for i in group], batching.layout, batching.pad_id, batching.device)
+
+    def measure(batch: Batch) -> Float[Tensor, "n two"]:
         states = [scoring.hidden_states(model, batch, batch.sources, batching.dtype) for model in (policy, reference)]
         kl = token_kl(states[0], heads[0], states[1], heads[1], temperature)
-        logps, _ = token_logps(states[1], heads[1], batch.targets)
-        for name, per_token in {"kl": kl, "ref_logp": logps}.items():
-            sums = torch.zeros(len(group), dtype=torch.float64, device=kl.device)
-            sums.index_add_(0, batch.sequence, per_token.double())
-            values = sums if name == "kl" else sums / batch.lengths
-            for i, value in zip(group, values.tolist(), strict=True):
-                stats[name][i] = value
-    return stats
+        return torch.stack([kl, token_logps(states[1], heads[1], batch.targets)[0]], 1)
+
+    numbers = scoring.per_token(measure, answers, batching).double()
+    lengths = torch.tensor([sum(e.lengths) for e in answers], device=numbers.device)
+    kl, ref_logp = (sequence_sums(x, lengths) for x in numbers.unbind(1))
+    return {"kl": kl.tolist(), "ref_logp": (ref_logp / lengths).tolist()}
 
 
 def length_controlled(wins: Float[Tensor, " n"], differences: Float[Tensor, " n"]) -> float:
@@ -639,8 +633,8 @@ def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args, known
 
     if models.is_reward_model(name, a.trust_remote_code, "--models"):
         return score_with(models.load_reward_model, scoring.score_rewards, name, "--models")
-    path = Path(name).expanduser() / "args.json"
-    flags = json.loads(path.read_text()) if path.exists() else {}
+    path = Path(name) / "args.json"
+    flags = read_json(path) if path.exists() else {}
     reference, loss = a.ref or flags.get("ref") or flags.get("model"), flags.get("loss")
     named = bool(a.ref) or "ref" in flags
     require(named, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")

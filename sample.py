@@ -34,7 +34,7 @@ from rlhf import BadInput, require
 from support import models, read_json, read_json_lines, reviews, runs, scoring, tokens
 from support.examples import Example, load, probes, show
 from support.generate import answer, end_ids
-from support.report import interval, mean_interval, share_and_half, table, visible
+from support.report import interval, mean_interval, stat_interval, table, visible
 from support.rows import content_text, prompt_of
 from support.scoring import Batching
 
@@ -255,8 +255,7 @@ def main(a: Args) -> dict[str, float]:
         texts = [f"{row['prompt']} {text}" for row in rows for text in row["responses"]]
         stats["gold"] = ("gold reward", [reviews.gold_reward(text) for text in texts])
     of_prompt = [i for i in range(len(rows)) for _ in range(a.k)]
-    of = {"ended": share_and_half}
-    shown = [[title, interval(of.get(n, mean_interval)(values, of_prompt))] for n, (title, values) in stats.items()]
+    shown = [[title, interval(stat_interval(n, values, of_prompt))] for n, (title, values) in stats.items()]
     print("\n" + table([f"{len(rows)} prompts, {a.k} responses each", "mean"], shown))
     for row in rows[:3]:
         print(visible(f"\nprompt  {str(row['prompt'])[-300:]}"))

@@ -28,11 +28,9 @@ from support.generate import answer, answer_stats, choose_sampler, end_ids
 from support.parallel import gather
 from support.report import (
     ANSWER_STATS,
-    SHARE_STATS,
     interval,
-    mean_interval,
     read,
-    share_and_half,
+    stat_interval,
     table,
     visible,
     weighted_means,
@@ -178,7 +176,7 @@ def main(a: Args) -> dict[str, float]:
     settings = {"dtype": dtype, "progress": "answers"}
     answers = answer(policy, tokenizer, prompts[: a.eval_prompts], a.max_new_tokens, a.seed, **settings)
     stats = answer_stats(answers, end_ids(policy, tokenizer), embedded) if answers else {}
-    intervals = {n: (share_and_half if n in SHARE_STATS else mean_interval)(x) for n, x in stats.items()}
+    intervals = {n: stat_interval(n, x) for n, x in stats.items()}
     results |= {name: mean for name, (mean, _) in intervals.items()}
     rows = [["held-out loss, nats a token", f"{results['eval/loss']:.3f}"]] if held else []
     rows += [[ANSWER_STATS[name], interval(x)] for name, x in intervals.items()]

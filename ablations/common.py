@@ -39,6 +39,7 @@ from rlhf import require
 from support import models, reviews, scoring
 from support.examples import Example, build, held_out
 from support.generate import answer, answer_stats, end_ids
+from support.report import interval as show  # noqa: F401 (experiments import it from here)
 from support.report import mean_interval as t_interval
 from support.rewards import load_reward
 from support.runs import Run, is_made, processor
@@ -230,12 +231,6 @@ def at_checkpoints(look: Callable[[int, dict], None]) -> Iterator[None]:
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
     """Mean of mine - other over the seeds that both have, and half its 95 % interval."""
     return t_interval([mine[seed] - other[seed] for seed in mine if seed in other])
-
-
-def show(mean_and_half: tuple[float, float], digits: int = 2) -> str:
-    """ "mean +- half", or the mean alone if half is infinite (a single seed)."""
-    mean, half = mean_and_half
-    return f"{mean:.{digits}f}" + (f" +- {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def between(points: Sequence[tuple[float, float]], nats: float) -> float:

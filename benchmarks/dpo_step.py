@@ -76,8 +76,7 @@ def ours(job: dict, compile: bool = False) -> dict:
     import train_dpo
 
     examples = [
-        Example(f"pair {i}", p, [w, r], f"pair {i}", ["", ""], [1, 2], None, None, None, 1.0, {})
-        for i, (p, w, r) in enumerate(sequences(job))
+        Example(f"pair {i}", p, [w, r], f"pair {i}", ["", ""], [1, 2]) for i, (p, w, r) in enumerate(sequences(job))
     ]
     objective, cached, choose_layout, more = train_dpo.objective, refcache.cached, scoring.choose_layout, {}
 

@@ -32,7 +32,7 @@ CASES = [  # shape, tokens of a micro-batch, flags
 def example(row: dict) -> Example:
     """An example with a row's tokens and no texts."""
     k = len(row["responses"])
-    return Example("", row["prompt"], row["responses"], "", [""] * k, [*range(1, k + 1)], None, None, None, 1.0, {})
+    return Example("", row["prompt"], row["responses"], "", [""] * k, [*range(1, k + 1)])
 
 
 def parts(

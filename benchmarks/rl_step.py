@@ -62,7 +62,7 @@ def ours(job: dict) -> dict:
 
     given = {compare.key(prompt): answers for prompt, answers in zip(job["prompts"], job["answers"], strict=True)}
     examples = [
-        Example(f"prompt {i}", ids, [], f"prompt {i}", [], [], None, None, None, 1.0, {"prompt": f"prompt {i}"})
+        Example(f"prompt {i}", ids, [], f"prompt {i}", [], [], row={"prompt": f"prompt {i}"})
         for i, ids in enumerate(job["prompts"])
     ]
     sample, update, phases, sampled = generate.generate, train_ppo.update, [], []

@@ -46,7 +46,7 @@ def seconds(size: dict[str, int], layout: str, repeats: int) -> float:
         name = compare.small_model(folder, size["layers"], size["width"], size["vocabulary"])
         model = models.load_model(name, "cpu")
         ids = [compare.random_ids(name, rng, n) for n in (size["prompt"], *[size["response"]] * size["k"])]
-    example = Example("", ids[0], ids[1:], "", [""] * size["k"], [1] * size["k"], None, None, None, 1.0, {})
+    example = Example("", ids[0], ids[1:], "", [""] * size["k"], [1] * size["k"])
     batch, times = collate([example], layout, 0, "cpu"), []
     for _ in range(repeats + 1):
         began = time.perf_counter()

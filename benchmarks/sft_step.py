@@ -66,7 +66,7 @@ def ours(job: dict, compile: bool = False) -> dict:
     import train_sft
 
     examples = [
-        Example(f"row {i}", x["prompt"], x["responses"], f"row {i}", [""], [1], None, x["trained"], None, 1.0, {})
+        Example(f"row {i}", x["prompt"], x["responses"], f"row {i}", [""], [1], trained=x["trained"])
         for i, x in enumerate(job["rows"])
     ]
     collate, sft, parts = train_sft.collate, losses.sft, []

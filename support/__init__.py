@@ -71,6 +71,12 @@ def _json_object(data: bytes, where: str, names: tuple[str, ...]) -> dict:
     return value
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name that is not on this disk could be a hub id: "name" or "owner/name"."""
+    local = name.startswith(("/", ".", "~")) or "/" in name and Path(name).parent.is_dir()
+    return not local and name.count("/") < 2
+
+
 def answer_at_once_offline() -> None:
     """Tell the model hub's libraries if there is no network, because they would retry for a minute."""
     hub = lazy_import("huggingface_hub").constants

@@ -27,6 +27,11 @@ def pair_values(ranks: Sequence[int]) -> list[int]:
     return [(a > b) - (a < b) for i, a in enumerate(ranks) for b in ranks[i + 1 :]]
 
 
+def better_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """All pairs (i, j) of which i is ranked better than j, in lexicographic order; rank 1 is the best."""
+    return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+
+
 def coincidences(units: Sequence[Sequence[int]], values: Sequence[int] = VALUES) -> Float[Tensor, "c c"]:
     """Coincidence table: how often the values c and k are given to the same unit.
 
@@ -108,5 +113,5 @@ def first_shown(order: Sequence[int], ranks: Sequence[int]) -> float:
 
 def longer_wins(lengths: Sequence[int], ranks: Sequence[int]) -> list[float]:
     """For each untied pair: 1 if the longer response is better, 0 if the shorter is, 1/2 if both have equal length."""
-    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    pairs = better_pairs(ranks)
     return [0.5 if lengths[i] == lengths[j] else float(lengths[i] > lengths[j]) for i, j in pairs]

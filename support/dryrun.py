@@ -112,7 +112,7 @@ def _report(
     tokens, scored = (processes * sum(size[i] for step in sizes for size in step) for i in (0, 1))
     counts = []  # weights of each of the others, and those of their layers
     for other in others:
-        model = memory.on_meta(config_of(other.model, other.flag, a, tokenizer), other.reward, a.trust_remote_code)
+        model = models.on_meta(config_of(other.model, other.flag, a, tokenizer), other.reward, a.trust_remote_code)
         in_layers = sum(x.numel() for layer in models.layers(model) for x in layer.parameters())
         counts.append((model.num_parameters(), in_layers))
 
@@ -169,7 +169,7 @@ time     {tokens} tokens an epoch; operations for each weight and token: 6, with
     if scored_before:
         own = "it is the policy itself"
         if a.ref:
-            model = memory.on_meta(config_of(a.ref, "--ref", a, tokenizer), trust_remote_code=a.trust_remote_code)
+            model = models.on_meta(config_of(a.ref, "--ref", a, tokenizer), trust_remote_code=a.trust_remote_code)
             weights = memory.state_bytes(model.num_parameters(), given, trained=False, shards=processes)["weights"]
             own = f"until then its weights take {weights / GIB:.3g} GiB beside the policy's"
         print(f"before   the reference scores {scored_before} examples in {before:.2g} hours; {own}")

@@ -42,6 +42,7 @@ from typing import Any
 
 from rlhf import BadInput, require
 from support import reviews, tokens
+from support.agreement import better_pairs
 from support.rows import (
     EMPTY,
     MESSAGES_CELL,
@@ -86,11 +87,6 @@ KINDS = {  # what a script trains on -> the row forms it accepts; the first that
     "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
     "responses": [["prompt", "responses"]],  # to be scored: they need no ranks, and none is dropped
 }
-REVIEWS_KINDS = {  # the kind of rows that the embedded task generates for each
-    "sft": "sft",
-    "prompts": "prompts",
-    **dict.fromkeys(("preference", "unpaired", "preference or prompts"), "preference"),
-}
 STRINGS_AND_TOOLS = "field 'tools' goes with messages, and the row is of strings: give it as messages, or leave it out"
 HH_TEMPLATE = (  # "\\n\\nHuman: ...\\n\\nAssistant: ...", as in hh-rlhf
     r"{% for m in messages %}"
@@ -121,11 +117,11 @@ class Example:
     prompt_text: str  # as rendered; "" for `text` rows
     response_texts: list[str]
     ranks: list[int]  # 1 is best, equal is a tie
-    labels: list[bool] | None  # unpaired rows: desirable or not
-    trained: list[list[bool]] | None  # of responses with several turns: which tokens are trained; None: all
-    margin: float | None  # by how much the first response is better, if the row gives it
-    probability: float  # P(the first response is preferred)
-    row: dict
+    labels: list[bool] | None = None  # unpaired rows: desirable or not
+    trained: list[list[bool]] | None = None  # of responses with several turns: which tokens are trained; None: all
+    margin: float | None = None  # by how much the first response is better, if the row gives it
+    probability: float = 1.0  # P(the first response is preferred)
+    row: dict = field(default_factory=dict)
     rewards: list[float] | None = None  # ranked by a simulated annotator: the true rewards of the responses
     noise: float | None = None  # ranked by a simulated annotator: the scale of the noise on those rewards
     sampled_logps: list[list[float]] | None = None  # of sampled responses: each token's log-prob in nats when drawn
@@ -175,7 +171,7 @@ class Report:
     longer_wins: float | None = None  # accuracy of "the longer response is better", ties count half; in [0, 1]
     desirable: float | None = None  # fraction of the labels; in [0, 1]
 
-    def lines(self) -> list[str]:
+    def __str__(self) -> str:
         out = [f"examples   {self.kept} of {self.rows} rows"]
         if self.dropped:
             out.append("dropped    " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items())))
@@ -183,7 +179,7 @@ class Report:
             out.append(f"skipped    {len(self.skipped)} bad rows, the first of them:")
             out += [f"             {message}" for message in self.skipped[:3]]
         if not self.kept:
-            return out
+            return "\n".join(out)
         prompts, responses = self.prompt_lengths, self.response_lengths
         if self.unused:
             names = ", ".join(repr(name[:40]) for name in sorted(map(str, self.unused))[:20])
@@ -233,10 +229,7 @@ class Report:
         if self.longer_wins is not None:
             out.append(f"lengths    chosen - rejected = {self.length_difference:+.1f} tokens on average")
             out.append(f"baseline   'the longer one is better' is right in {self.longer_wins:.1%} of the pairs")
-        return out
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(out)
 
 
 # ---------------------------------------------------------------------------------------- rendering a row
@@ -553,7 +546,7 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any, chat: bool =
     alone = "reviews" not in sources(source) or source == "reviews"
     require(alone, "reviews is the embedded task, which does not mix with other data: give it alone, or not at all")
     if source == "reviews":
-        rows, skipped = reviews.rows(REVIEWS_KINDS[kind], reviews.ROWS), []
+        rows, skipped = reviews.rows(kind if kind in ("sft", "prompts") else "preference", reviews.ROWS), []
     else:
         rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
     if chat and tokenizer.chat_template:
@@ -658,7 +651,7 @@ def build(
     pieces = tokens.Pieces(tokenizer)
     digest = tokens.digest(tokenizer) if any(row.get("token_ids") for _, row in rows) else None
     drafts = [attempt(where, _make_draft, where, row, form, kind, pieces, digest) for where, row in rows]
-    drafts = [draft for draft in drafts if draft is not None]
+    drafts = [*filter(None, drafts)]
     rendered = sum(draft.rendered for draft in drafts)
     if tokenizer.chat_template:
         report.untemplated = len(drafts) - rendered
@@ -862,13 +855,12 @@ def _fill_report(report: Report, examples: list[Example], tokenizer) -> None:
 
     differences, longer_wins = [], []  # of each pair: expectations under the label's probability
     for example in examples:
-        for better, worse in itertools.permutations(range(len(example.responses)), 2):
-            if example.ranks[better] < example.ranks[worse]:
-                difference = example.lengths[better] - example.lengths[worse]
-                probability = example.label_probability(better, worse)
-                differences.append((2 * probability - 1) * difference)
-                correct = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
-                longer_wins.append(probability * correct + (1 - probability) * (1 - correct))
+        for better, worse in better_pairs(example.ranks):
+            difference = example.lengths[better] - example.lengths[worse]
+            probability = example.label_probability(better, worse)
+            differences.append((2 * probability - 1) * difference)
+            correct = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
+            longer_wins.append(probability * correct + (1 - probability) * (1 - correct))
     if longer_wins:
         report.length_difference = sum(differences) / len(differences)
         report.longer_wins = sum(longer_wins) / len(longer_wins)

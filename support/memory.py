@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,17 +95,9 @@ class LiveBytes(TorchDispatchMode):
 # ------------------------------------------------------------------------------------------------------ one micro-batch
 
 
-def on_meta(config, reward: bool = False, trust_remote_code: bool = False):
-    """The model of a config, without weights."""
-    auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return models.without_dropout(model)
-
-
 def measure(examples: Sequence[Example], layout: str) -> Size:
     """The size of a micro-batch of these examples."""
-    scored = sum(sum(map(sum, e.trained)) if e.trained else sum(map(len, e.responses)) for e in examples)
+    scored = sum(sum(e.lengths) for e in examples)
     if layout == "tree":
         return sum(map(tree.tokens, examples)), scored
     rows = [len(e.prompt) + len(r) for e in examples for r in e.responses]
@@ -120,7 +111,7 @@ def trace(
 
     Raises NotImplementedError, or whatever the model's own code raises on tensors without data.
     """
-    model = on_meta(config, reward, trust_remote_code)
+    model = models.on_meta(config, reward, trust_remote_code)
     layers, head, embeddings = models.layers(model), model.get_output_embeddings(), model.get_input_embeddings()
     if not layers:
         raise NotImplementedError("the library does not name its layers")

@@ -27,7 +27,7 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.optim import AdamW, LowBits, dither, join, split
 from rlhf.tree import takes_flash, tree_attention
-from support import answer_at_once_offline, lazy_import, read_json
+from support import answer_at_once_offline, lazy_import, may_be_hub_id, read_json
 from support.parallel import full_tensor, several
 
 modeling_layers = lazy_import("transformers.modeling_layers")
@@ -233,7 +233,7 @@ def _save_adapters(model, lora, out: Path) -> None:
 def _with_adapters(model, name: str, flag: str):
     """The model with the adapters in a folder merged into its weights; a head that they come with replaces its own.
     Draws nothing from the global random state."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     with _one_line_errors(name, flag, "set of adapters"):
         config = peft.PeftConfig.from_pretrained(str(folder))
         require(config.peft_type == "LORA", f"{flag} {name}: adapters of kind {config.peft_type}, where LORA is wanted")
@@ -302,13 +302,13 @@ def base_of_adapters(name: str) -> str | None:
         return None
     base = config.get("base_model_name_or_path")
     require(isinstance(base, str), f"{name}/adapter_config.json names no model that the adapters were trained on")
-    places = [folder / base for folder in Path(name).expanduser().resolve().parents]
+    places = [folder / base for folder in Path(name).resolve().parents]
     return next((str(place) for place in places if place.is_dir()), base)
 
 
 def _adapter_config(name: str) -> dict | None:
     """What a folder's adapter_config.json says; None if it has none."""
-    path = Path(name).expanduser() / "adapter_config.json"
+    path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return None
     return read_json(path)
@@ -317,10 +317,9 @@ def _adapter_config(name: str) -> dict | None:
 @contextmanager
 def _one_line_errors(name: str, flag: str, kind: str = "causal language model") -> Iterator[None]:
     """Turn what the library says about a model that it cannot load into one line."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_dir():
-        local = name.startswith((".", "/", "~")) or "/" in name and path.parent.is_dir()
-        if path.exists() or local or name.count("/") > 1:
+        if path.exists() or not may_be_hub_id(name):
             raise BadInput(f"{flag} {name}: no such folder")
         answer_at_once_offline()
     try:
@@ -381,15 +380,19 @@ def add_lora(model, rank: int, seed: int = 0):
     return lora
 
 
+def on_meta(config, reward: bool = False, trust_remote_code: bool = False):
+    """The model of a config, without weights."""
+    auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return without_dropout(model)
+
+
 def require_adaptable(name: str, trust_remote_code: bool) -> None:
     """BadInput if `add_lora` refuses the model of a run directory, local folder or hub id. No weights are loaded."""
-    kind = "SequenceClassification" if is_reward_model(name, trust_remote_code) else "CausalLM"
-    while base := base_of_adapters(name):
-        name = base
-    with _one_line_errors(name, "--model"), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        auto_class = getattr(transformers, f"AutoModelFor{kind}")
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
+    with _one_line_errors(name, "--model"):
+        model = on_meta(config, is_reward_model(name, trust_remote_code), trust_remote_code)
     add_lora(model, 1)
 
 

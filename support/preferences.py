@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import BadInput
 from rlhf.tree import send
+from support.agreement import better_pairs
 from support.examples import Example
 
 
@@ -20,7 +21,7 @@ def pairs(examples: Sequence[Example]) -> tuple[list[int], list[int], list[float
     responses, weights (they sum to 1 over a prompt), and the probability of each label."""
     better, worse, weights, label_probability, first = [], [], [], [], 0
     for e in examples:
-        prompt_pairs = [(i, j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b]
+        prompt_pairs = better_pairs(e.ranks)
         better += [first + i for i, _ in prompt_pairs]
         worse += [first + j for _, j in prompt_pairs]
         weights += [1 / max(len(prompt_pairs), 1)] * len(prompt_pairs)

@@ -97,7 +97,10 @@ def cached(
     if parallel.is_main():
         partial = path.with_suffix(f".{os.getpid()}.partial")
         tensors = {"logps": torch.cat(logps), "sizes": torch.tensor([len(x) for x in logps]), "rows": rows}
-        save_file(tensors, partial, metadata={"question": json.dumps(key), "sha256": _digest(tensors)})
+        try:
+            save_file(tensors, partial, metadata={"question": json.dumps(key), "sha256": _digest(tensors)})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"--ref-cache {path.parent}: {error}") from None
         os.replace(partial, path)
     return logps
 

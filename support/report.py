@@ -117,6 +117,11 @@ def share_and_half(values: Sequence[float], groups: Sequence | None = None) -> t
     return mean, math.inf if math.isnan(low) else max(high - mean, mean - low)
 
 
+def stat_interval(name: str, values: Sequence[float], groups: Sequence | None = None) -> tuple[float, float]:
+    """`share_and_half` of a statistic that is a share (SHARE_STATS), `mean_interval` of any other."""
+    return (share_and_half if name in SHARE_STATS else mean_interval)(values, groups)
+
+
 def interval(mean_and_half: tuple[float, float], digits: int = 2) -> str:
     """ "mean +- half", or the mean alone if one value gives no interval."""
     mean, half = mean_and_half
@@ -223,8 +228,7 @@ def compare_stats(stats: dict[str, dict[str, list[float]]]) -> tuple[list[list[s
     """
     rows, results = [], {}
     for name in (n for n in ANSWER_STATS if stats["after"].get(n)):
-        of = share_and_half if name in SHARE_STATS else mean_interval
-        intervals = {side: of(values[name]) for side, values in stats.items()}
+        intervals = {side: stat_interval(name, values[name]) for side, values in stats.items()}
         results |= {f"{side}/{name}": mean for side, (mean, _) in intervals.items()}
         rows.append([ANSWER_STATS[name], *map(interval, intervals.values())])
     before = stats["before"].get("gold", [])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from support import reviews
+from support.agreement import better_pairs
 from support.examples import Example, group_of
 from support.preferences import ceiling, expected_accuracy, pair_tensors, pairs
 from support.report import interval, new_page, share_and_half
@@ -49,7 +50,7 @@ def true_margins(examples: Sequence[Example], gold: bool) -> tuple[str, list[flo
     annotated difference, else ranking places: the first that is known and varies. ("", []) if there is none."""
     measures: list[tuple[str, list[float | None]]] = [("gold reward", []), ("annotated difference", []), ("places", [])]
     for e in examples:
-        for i, j in ((i, j) for i, a in enumerate(e.ranks) for j, b in enumerate(e.ranks) if a < b):
+        for i, j in better_pairs(e.ranks):
             golds = [reviews.gold_reward(f"{e.prompt_text} {e.response_texts[n]}") for n in (i, j)] if gold else [0, 0]
             measures[0][1].append(abs(golds[0] - golds[1]) if gold else None)
             measures[1][1].append(abs(e.rewards[i] - e.rewards[j]) if e.rewards else e.margin)

@@ -5,13 +5,13 @@ Numbers in, numbers out. Version 1: Lambert et al. 2024, arXiv 2403.13787. Versi
 calculate_scores_per_section, reroll_and_score_dataset and process_single_model in rewardbench/utils.py (a009692).
 """
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from support.agreement import better_pairs
 from support.report import bootstrap, share_interval
 
 SECTIONS = {  # of version 1: section -> its subsets, with the weight of each
@@ -68,8 +68,7 @@ def outcomes(rewards: Sequence[float], ranks: Sequence[int], rule: str) -> list[
     ties        1 if the worst right answer (rank 1) is above the best wrong one, else 0
     """
     if rule == "pairs":
-        better_and_worse = [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
-        margins = [rewards[i] - rewards[j] for i, j in better_and_worse]
+        margins = [rewards[i] - rewards[j] for i, j in better_pairs(ranks)]
         return [(float(margin > 0), margin) for margin in margins]
     if rule == "best_of_k":
         best = max(rewards)

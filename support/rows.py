@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
-from support import answer_at_once_offline, lazy_import
+from support import answer_at_once_offline, lazy_import, may_be_hub_id
 
 datasets = lazy_import("datasets")
 parquet = lazy_import("pyarrow.parquet")
@@ -65,6 +65,10 @@ SPLITS = {  # words in the names of files and folders -> their split, as the hub
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # a CSV cell with messages
+NEVER_TEXT = {  # columns whose CSV cells are JSON
+    *"messages conversations responses ranks label margin probability ended token_ids rewards noise".split(),
+    *itertools.chain(*SCORES),
+}
 FILES = "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file"
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # names that ShareGPT has for roles
 
@@ -110,7 +114,7 @@ def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool)
             rows = _number(path.resolve().name, map(_without_nulls, data))
         elif path.is_dir():
             rows = list(_read_folder(path, split, skipped if skip_bad_rows else None))
-        elif not _may_be_hub_id(source):
+        elif not may_be_hub_id(source) or DATA_FILE.search(source):
             raise BadInput(f"{source}: no such file or folder")
         else:
             rows = _number(source, map(_without_nulls, _load_from_hub(source, split)))
@@ -123,12 +127,6 @@ def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool)
     if not rows:
         raise BadInput(f"{source}: holds no {'good ' if skipped else ''}rows")
     return rows, skipped
-
-
-def _may_be_hub_id(source: str) -> bool:
-    """Whether a source that is not on this disk could be a hub id: "name" or "owner/name"."""
-    local = source.startswith(("/", ".", "~")) or "/" in source and Path(source).parent.is_dir()
-    return not local and source.count("/") < 2 and not DATA_FILE.search(source)
 
 
 def one_line(error: BaseException) -> str:
@@ -280,21 +278,7 @@ def _parse_json(data: bytes, name: str, suffix: str) -> Iterator[tuple[str, obje
 
 def _parse_cell(column: str, cell: str | None) -> object:
     """Parse JSON in the columns that never hold text, and in cells that hold messages. Other cells stay text."""
-    never_text = column in (
-        "messages",
-        "conversations",
-        "responses",
-        "ranks",
-        "label",
-        "margin",
-        "probability",
-        "ended",
-        "token_ids",
-        "rewards",
-        "noise",
-        *itertools.chain(*SCORES),
-    )
-    if not never_text and not MESSAGES_CELL.match(cell or ""):
+    if column not in NEVER_TEXT and not MESSAGES_CELL.match(cell or ""):
         return cell
     try:
         text = (cell or "null").lower() if column == "label" else cell or "null"

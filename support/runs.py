@@ -575,10 +575,7 @@ class Run:
             files = parallel.local_items(sorted(partial.iterdir()))
             sums = sorted({*parallel.gather([f"{file_digest(path)}  {path.name}\n" for path in files])})
             if parallel.is_main():
-                with open(partial / SUMS, "w") as f:
-                    f.writelines(sums)
-                    f.flush()
-                    os.fsync(f.fileno())
+                write(partial / SUMS, "".join(sums))
         except (OSError, RuntimeError) as error:
             if parallel.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -711,7 +708,10 @@ def rows_digest(examples: Sequence) -> str:
 def write(path: Path, text: str) -> None:
     """Replace a file by another, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
+    with open(partial, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(partial, path)
 
 

@@ -378,6 +378,5 @@ def _leak(model, rows: Sequence[Example], before: Float[Tensor, " n"], batching:
     """How far the numbers of all other branches move from `before` when the first branch's tokens are changed."""
     changed = [t - 1 if t else 1 for t in rows[0].responses[0]]
     changed_rows = [replace(rows[0], responses=[changed, *rows[0].responses[1:]]), *rows[1:]]
-    first_branch = sum(rows[0].trained[0]) if rows[0].trained else len(changed)
-    moved = (token_numbers(model, changed_rows, batching, "tree") - before)[first_branch:]
+    moved = (token_numbers(model, changed_rows, batching, "tree") - before)[rows[0].lengths[0] :]
     return moved.abs().max().item() if len(moved) else 0.0

@@ -1718,7 +1718,7 @@ def test_any_bytes_give_rows_or_bad_input(tmp_path, data, name, skip):
 
 def example_of(prompt, response="r", where="f:1"):
     ids = list(prompt.encode()) or [0]
-    return Example(where, ids, [list(response.encode())], prompt, [response], [1], None, None, None, 1.0, {})
+    return Example(where, ids, [list(response.encode())], prompt, [response], [1])
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=40), st.floats(0, 1), st.randoms())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -343,7 +344,10 @@ def test_killed_and_continued_is_the_same_run(world, go, tmp_path, monkeypatch):
 
 def test_refused_in_one_line(world, go, tmp_path, capsys):
     file = write_rows(tmp_path / "pairs.jsonl", pairs(3))
+    shutil.copytree(world / "policy", tmp_path / "torn")
+    (tmp_path / "torn" / "args.json").write_text("{")
     wrong = {
+        r"torn/args.json is damaged": {"models": (str(tmp_path / "torn"),)},
         r"--by topic: of which data\? give --pairs too": {"pairs": None, "by": "topic"},
         r"--pairs: samples nothing and does not use --k 2: leave it out": {"k": 2},
         r"--models: name at least one, and none of them twice": {"models": ()},

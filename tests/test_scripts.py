@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 import tyro
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import pairs, write_model, write_rows
 from tiny import ARCHITECTURES, GQA, VOCAB, example, random_examples, tiny
@@ -862,6 +862,15 @@ def test_a_damaged_cache_is_not_used(damage, go, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [file.name]
 
 
+def test_a_disk_that_is_full_when_the_cache_is_written(go, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(refcache, "save_file", fail)
+    with pytest.raises(OSError, match=f"--ref-cache {tmp_path}/cache: I/O error: No space left on device"):
+        go()
+
+
 def test_a_cache_of_before_has_no_checksum(go, tmp_path, capsys):
     first = go()
     [file] = (tmp_path / "cache").iterdir()
@@ -1168,6 +1177,7 @@ def test_files_and_models_that_are_not_there(script, world, tmp_path, monkeypatc
         ({"data": "somebody/something"}, "without a network, run `hf download somebody/something --repo-type dataset"),
         ({"model": tmp_path / "no-model"}, "the folder has no causal language model"),
         ({"model": tmp_path / "none"}, "no such folder"),
+        ({"model": "~/none"}, "--model ~/none: no such folder"),
         ({"model": "somebody/something"}, "hf download somebody/something --local-dir DIR"),
         ({"out": world / "model"}, "already holds a model"),
         ({"out": world / "train.jsonl" / "below"}, "cannot write there"),

@@ -84,11 +84,6 @@ def example(prompt: list[int], responses: list[list[int]], **fields) -> Example:
         prompt_text=" ".join(map(str, prompt)),
         response_texts=[" ".join(map(str, r)) for r in responses],
         ranks=[*range(1, len(responses) + 1)],
-        labels=None,
-        trained=None,
-        margin=None,
-        probability=1.0,
-        row={},
     )
     return Example(prompt=prompt, responses=responses, **{**defaults, **fields})
 
