@@ -264,24 +264,31 @@ def _render(tokenizer, messages: list[Message], tools: list[dict] | None, genera
         raise BadInput(f"the chat template refuses the messages ({one_line(error)}): mend them") from error
 
 
-def _require_used(tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool) -> None:
+def _require_used(
+    tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool, prompt: str = ""
+) -> None:
     """BadInput if the text is the same without the tools, without a field that a message has beside role and content,
     or with another content of a message that is not the assistant's: the chat template would drop it. BadInput also if
-    the template writes the JSON of a call's arguments as a JSON string, with its quotes escaped."""
-    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
+    the template writes the JSON of a call's arguments as a JSON string, with its quotes escaped. `prompt` is the
+    rendered prompt, if it is known."""
     others: list[tuple] = [("'tools'", messages, None)] if tools else []
     for i, message in enumerate(messages):  # one at a time: a field of one message may be used, and another's dropped
         for name in fields_of(message):
             without = {k: v for k, v in message.items() if k != name}
             others.append((f"{name[:40]!r} of message {i + 1}", [*messages[:i], without, *messages[i + 1 :]], tools))
-        if message["role"] != "assistant" and message["content"].strip() not in text:
+    lacks = lambda text, m: m["role"] != "assistant" and m["content"].strip() not in text  # noqa: E731
+    if not others and not any(lacks(prompt, message) for message in messages):
+        return
+    text = check_text(_render(tokenizer, messages, tools, generate), "messages")
+    for i, message in enumerate(messages):
+        if lacks(text, message):  # unless the template writes it in another form
             changed = message | {"content": ANSWER}
             others.append((f"the {message['role']} message", [*messages[:i], changed, *messages[i + 1 :]], tools))
-        for call in message.get("tool_calls") or ():
-            arguments = call.get("function", call).get("arguments")
-            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
-                problem = "the chat template writes the arguments of a tool call, which are a text, as a JSON string"
-                raise BadInput(f"{problem}: give the object that the text holds (json.loads)")
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+            problem = "the chat template writes the arguments of a tool call, which are a text, as a JSON string"
+            raise BadInput(f"{problem}: give the object that the text holds (json.loads)")
     for name, *other in others:
         try:
             same = _render(tokenizer, *other, generate) == text
@@ -501,11 +508,11 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         prompt = check_messages(prompt, "prompt")
         draft.prompt, draft.rendered = _render(tokenizer, check_prompt(prompt, "prompt"), tools, generate=True), True
         if kind == "prompts":
-            _require_used(tokenizer, prompt, tools, generate=True)
+            _require_used(tokenizer, prompt, tools, generate=True, prompt=draft.prompt)
         closing = _closing(tokenizer, prompt, tools) if values else ""
         for i, (value, name) in enumerate(zip(values, names, strict=True)):
             turns = check_response(value, name, draft.ended is not None)
-            _require_used(tokenizer, [*prompt, *turns], tools, generate=False)
+            _require_used(tokenizer, [*prompt, *turns], tools, generate=False, prompt=draft.prompt)
             if len(turns) > 1:
                 fork = len(prompt) + shared
                 draft.responses.append(_pieces(tokenizer, prompt + turns, len(prompt), fork, draft.prompt, tools))
