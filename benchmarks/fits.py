@@ -21,7 +21,7 @@ PLAIN, CHECKPOINTED = Plan("bfloat16", on_gpu=True), Plan("bfloat16", gradient_c
 EIGHT_BIT = CHECKPOINTED._replace(gradient_dtype="bfloat16", optimizer_state="8bit")
 ADAPTERS = CHECKPOINTED._replace(lora_rank=16)
 CASES = [  # shape, tokens of a micro-batch, flags
-    *[(shape, 32768, PLAIN) for shape in ("0.5B", "1.5B")],
+    *[(shape, 16384, PLAIN) for shape in ("0.5B", "1.5B")],
     *[(shape, 8192, plan) for shape in ("0.5B", "1.5B", "7B", "8B") for plan in (CHECKPOINTED, EIGHT_BIT, ADAPTERS)],
     *[("8B", 8192, CHECKPOINTED._replace(processes=n)) for n in (4, 8)],
     *[("70B", 8192, CHECKPOINTED._replace(processes=n)) for n in (16, 32, 64)],

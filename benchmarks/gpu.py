@@ -58,7 +58,7 @@ OURS = {  # arguments of dpo_step.ours, and flags of train_dpo.py
     "ours, compiled": ({"compile": True}, {}),
     "ours, padded": ({}, {"layout": "padded"}),
     "ours, padded, compiled": ({"compile": True}, {"layout": "padded"}),
-    "ours, compiled, 16,384 tokens": ({"compile": True}, {"micro_batch_tokens": 16384}),
+    "ours, compiled, 32,768 tokens": ({"compile": True}, {"micro_batch_tokens": 32768}),
     "ours, rank 16": ({}, {"lora_rank": 16, **CHECKPOINTED}),
     "ours, all weights": ({}, {"optimizer_state": "8bit", "gradient_dtype": "bfloat16", **CHECKPOINTED}),
 }
@@ -104,7 +104,7 @@ def cases_of(part: str, quick: bool, cpu: bool) -> list[dict]:
         order = [("0.5B", rows, side) for side in ("ours", "ours, compiled", "trl, 16 pairs") for rows in profiles]
         order += [("1.5B", rows, side) for rows in profiles[:2] for side in ("ours, compiled", "trl, 16 pairs")]
         order += [("0.5B", rows, "trl, 32 pairs") for rows in profiles]
-        order += [("0.5B", rows, "ours, compiled, 16,384 tokens") for rows in profiles]
+        order += [("0.5B", rows, "ours, compiled, 32,768 tokens") for rows in profiles]
         order += [("0.5B", "ultrafeedback", side) for side in ("trl, 16 pairs, compiled", "ours, padded, compiled")]
         order += [("1.5B", rows, "ours") for rows in profiles]
     if cpu:

@@ -87,8 +87,8 @@ class Flags:
     """print the data report, three examples token by token and, for training, its memory and time; and stop there"""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """how responses share a forward pass: tree encodes the prompt once; auto uses it if a check finds it right"""
-    micro_batch_tokens: int = 32768 if torch.cuda.is_available() else 1024
-    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 32768 on a machine with
+    micro_batch_tokens: int = 16384 if torch.cuda.is_available() else 1024
+    """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 16384 on a machine with
     CUDA, and 1024 on one without, where more is no faster"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
