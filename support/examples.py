@@ -668,7 +668,8 @@ def build(
         report.dialogues = sum(any(len(pieces) > 1 for pieces in draft.responses) for draft in drafts)
     of_strings = [draft for draft in drafts if not draft.rendered]
     report.repeats = sum(map(_repeats_prompt, of_strings))
-    report.joined = sum(any(_joined(draft.prompt, r[0][0]) for r in draft.responses) for draft in of_strings)
+    if tokenizer.tokenize("a") != tokenizer.tokenize(" a"):  # else it sees words only, and no spaces
+        report.joined = sum(any(_joined(draft.prompt, r[0][0]) for r in draft.responses) for draft in of_strings)
     texts = {piece for draft in drafts for response in _in_context(draft, pieces) for piece in response}
     ids = pieces.encode({("", ""), *texts, *(("", draft.prompt) for draft in drafts)})
 

@@ -927,6 +927,8 @@ def test_texts_without_a_space_between_them_are_counted():
     line = "joined     in 2 rows of strings, prompt and response have no space between them\n"
     assert line in str(build(rows, PLAIN, "preference", 99, 199)[1])
     assert "joined" not in str(one(PLAIN, "sft", {"text": "t"})[1]) + str(one(CHAT, "preference", CHATTED)[1])
+    words = reviews.tokenizer()  # which has no spaces
+    assert build(reviews.rows("preference", 5), words, "preference", 64, 128)[1].joined == 0
 
 
 def test_content_in_parts():
