@@ -85,7 +85,7 @@ def cached(
     for other in others:
         try:
             with safe_open(other, "pt") as f:
-                other_key = json.loads(f.metadata()["question"])  # the key, under the name of the first files
+                other_key = json.loads(f.metadata()["question"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             other_key = {}
         differing = [name for name in key if other_key.get(name) != key[name]]
@@ -106,14 +106,13 @@ def cached(
 
 
 def _read(path: Path, key: dict[str, str]) -> list[Tensor] | None:
-    """The log-probs in a file; None if it is not there, holds another key's, or is damaged. Files that were written
-    before there were checksums have none."""
+    """The log-probs in a file; None if it is not there, holds another key's, or is damaged."""
     try:
         with safe_open(path, "pt") as f:
             if json.loads(f.metadata()["question"]) != key:
                 return None
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dictionary)
-            if f.metadata().get("sha256") not in (None, _digest(tensors)):
+            if f.metadata()["sha256"] != _digest(tensors):
                 return None
             return [*tensors["logps"].split(tensors["sizes"].tolist())]
     except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
@@ -134,5 +133,4 @@ def _read_rows(path: Path, key: dict[str, str], rows: UInt8[Tensor, "n 16"]) -> 
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    names = [name for name in ("logps", "sizes", "rows") if name in tensors]  # the first files have no rows
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in names)).hexdigest()
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("logps", "sizes", "rows"))).hexdigest()
