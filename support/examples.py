@@ -45,8 +45,10 @@ from support import reviews, tokens
 from support.agreement import better_pairs
 from support.rows import (
     EMPTY,
-    MESSAGES_CELL,
+    MESSAGES_TEXT,
+    ROLES,
     SCORES,
+    SPEAKERS,
     Dropped,
     Message,
     Row,
@@ -60,6 +62,7 @@ from support.rows import (
     from_sharegpt,
     implicit,
     in_messages,
+    json_arguments,
     one_line,
     optional_list,
     optional_number,
@@ -70,7 +73,6 @@ from support.rows import (
     shared_turns,
     sources,
     standard,
-    system_of,
     tools_of,
     with_system,
 )
@@ -80,9 +82,9 @@ KINDS = {  # what a script trains on -> the row forms it accepts; the first that
     "preference": [["prompt", "responses", "ranks"], ["prompt", "chosen", "rejected"], ["chosen", "rejected"]],
     "unpaired": [
         ["prompt", "completion", "label"],
-        ["messages", "label"],
         ["prompt", "chosen", "rejected"],
         ["chosen", "rejected"],
+        ["messages", "label"],
     ],
     "prompts": [["prompt"], ["chosen", "rejected"], ["messages"]],
     "responses": [["prompt", "responses"]],  # to be scored: they need no ranks, and none is dropped
@@ -152,7 +154,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: set[str] = field(default_factory=set)  # columns that do not reach the model
     sharegpt: int = 0  # rows with messages {"from", "value"}
-    systems: int = 0  # rows with a system text, if that made users' messages of prompts that were texts
+    systems: int = 0  # rows whose prompt was a text and is a user's message, because rows have a system text
     untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
     repeats: int = 0  # rows of strings with a response that begins with the prompt
@@ -189,7 +191,8 @@ class Report:
         if self.sharegpt:
             out.append(f"messages   of {self.sharegpt} rows have from and value in place of role and content")
         if self.systems:
-            out.append(f"system     {self.systems} rows have one: prompts that are texts are read as users' messages")
+            why = "since rows have a system text"
+            out.append(f"system     a prompt that is a text becomes a user's message in {self.systems} rows, {why}")
         if self.untemplated:
             out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
         if self.hh_template:
@@ -268,7 +271,7 @@ def _require_used(
     tokenizer, messages: list[Message], tools: list[dict] | None, generate: bool, prompt: str = ""
 ) -> None:
     """BadInput if the text is the same without the tools, without a field that a message has beside role and content,
-    or with another content of a message that is not the assistant's: the chat template would drop it. BadInput also if
+    or with other content in a message that is not the assistant's: the chat template would drop it. BadInput also if
     the template writes the JSON of a call's arguments as a JSON string, with its quotes escaped. `prompt` is the
     rendered prompt, if it is known."""
     others: list[tuple] = [("'tools'", messages, None)] if tools else []
@@ -284,9 +287,8 @@ def _require_used(
         if lacks(text, message):  # unless the template writes it in another form
             changed = message | {"content": ANSWER}
             others.append((f"the {message['role']} message", [*messages[:i], changed, *messages[i + 1 :]], tools))
-    for call in (call for message in messages for call in message.get("tool_calls") or ()):
-        arguments = call.get("function", call).get("arguments")
-        if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+    for arguments in json_arguments(messages):
+        if json.dumps(arguments, ensure_ascii=False) in text:
             problem = "the chat template writes the arguments of a tool call, which are a text, as a JSON string"
             raise BadInput(f"{problem}: give the object that the text holds (json.loads)")
     for name, *other in others:
@@ -302,7 +304,8 @@ def _require_whole(answer: Message, text: str) -> None:
     """BadInput unless the rendered text has the whole answer, whatever its whitespace."""
     if "".join(answer["content"].split()) not in "".join(text.split()):
         raise BadInput(
-            "the chat template leaves out a part of the answer, such as its thoughts: give the row as strings"
+            "the chat template leaves out a part of the answer, such as its thoughts or the text beside a tool call: "
+            "give the row as strings"
         )
 
 
@@ -391,7 +394,8 @@ def _pieces(
         if len(before) > len(text):
             pieces.append((before[len(text) :], False))
         answer = _turn(tokenizer, messages[: i + 1], before, tools)
-        _require_whole(messages[i], before + answer)
+        if i >= fork:
+            _require_whole(messages[i], before + answer)
         pieces.append((answer, i >= fork))
         text = before + answer
     return pieces
@@ -423,18 +427,25 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         raise BadInput(
             "field 'ended' goes with 'responses' and 'ranks': give a cut answer in such a row, or not at all"
         )
-    if kind == "sft" and form != ["text"] and row.get("label") in (False, 0):
+    if kind == "sft" and "chosen" not in form and row.get("label") is False:  # 0 may be one of many classes
         raise Dropped("undesirable completions")
+    if row.get("ended") is None:
+        for text in itertools.chain(*(x if isinstance(x, list) else [x] for x in map(row.get, form))):
+            found = isinstance(text, str) and MESSAGES_TEXT.match(text)
+            require(not found, f"a text is the JSON of messages ({str(text)[:40]!r}): give it as a list")
     if form == ["messages", "label"]:
         *before, answer = check_messages(row["messages"], "messages")
-        require(answer["role"] == "assistant", "field 'messages' ends without an answer, which 'label' is for: add it")
+        require(
+            answer["role"] == "assistant", "field 'messages' does not end in the answer that 'label' judges: add it"
+        )
         row, form = row | {"prompt": before, "completion": [answer]}, KINDS["unpaired"][0]
     row = with_system(row, form)
     tools = tools_of(row)
 
     if form == ["text"]:
         require(not tools, STRINGS_AND_TOOLS)
-        require(row.get("role") is None, "fields 'text' and 'role': a single message; join the messages of a dialogue")
+        single = str(row.get("role")) in (*ROLES, *SPEAKERS, "prompter")
+        require(not single, "fields 'text' and 'role' make the row a single message: join those of a dialogue")
         return _Draft(where, row, "", [[(check_text(row["text"], "text"), True)]], [1])
     if form == ["messages"]:
         messages = check_messages(row["messages"], "messages")
@@ -498,8 +509,6 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         require(not tools, STRINGS_AND_TOOLS)
         draft.prompt = check_text(prompt, "prompt")
         texts = [check_text(x, name, draft.ended is not None) for x, name in zip(values, names, strict=True)]
-        held = next((x for x in (prompt, *texts) if draft.ended is None and MESSAGES_CELL.match(x)), None)
-        require(held is None, f"a text is the JSON of messages ({(held or '')[:40]!r}): give it as a list")
         texts = texts if draft.ended else [_until_eos(tokenizer, text) for text in texts]
         draft.responses = draft.responses[: len(values)] or [[(text, True)] for text in texts]
     else:
@@ -621,16 +630,15 @@ def build(
         raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
     rows, as_written = [(where, from_sharegpt(row)) for where, row in rows], rows
     form = _choose_form(rows, kind)
-    with_system_text = [row for _, row in rows if system_of(row)[1] is not None]
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
     report.sharegpt = sum(row is not other for (_, row), (_, other) in zip(rows, as_written, strict=True))
-    if with_system_text and "prompt" in form and tokenizer.chat_template:  # all rows get the same form
-        asked = [(where, asked_by_user(row)) for where, row in rows]
-        changed = any(row is not other for (_, row), (_, other) in zip(rows, asked, strict=True))
-        rows, report.systems = asked, changed * len(with_system_text)
-    used = {*form, *(system_of(row)[0] for row in with_system_text), "tools", "where"}
+    if "prompt" in form and tokenizer.chat_template and any(row.get("system") not in EMPTY for _, row in rows):
+        asked = [(where, asked_by_user(row) if "system" in row else row) for where, row in rows]  # "" in some rows
+        report.systems = sum(row is not other for (_, row), (_, other) in zip(rows, asked, strict=True))
+        rows = asked
+    used = {*form, "system", "tools", "where"}
     if "prompt" in form:
         other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]
         report.prompt_columns.update(name for name, row in other if not implicit(row | {"prompt": row[name]}))

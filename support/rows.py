@@ -52,7 +52,6 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-SYSTEM = ("system", "system_prompt")  # columns that hold a system text; a row uses the first that is filled
 OF_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected", "completion", "responses", "tools")
 EMPTY = (None, "", [], {})  # values of a column that say nothing
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a save_to_disk folder holds one of these
@@ -65,6 +64,9 @@ SPLITS = {  # words in the names of files and folders -> their split, as the hub
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 MESSAGES_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # a CSV cell with messages
+MESSAGES_TEXT = re.compile(  # a text that is the JSON of messages, or Python's form of them
+    r"""\s*\[\s*\{[^{}]*["'](role|from)["']\s*:\s*["'](system|user|assistant|tool|human|gpt)["']"""
+)
 NEVER_TEXT = {  # columns whose CSV cells are JSON
     *"messages conversations responses ranks label margin probability ended token_ids rewards noise".split(),
     *itertools.chain(*SCORES),
@@ -143,7 +145,7 @@ def _without_nulls(row: dict) -> dict:
 
     def filled(value):
         if isinstance(value, dict):
-            return {name: filled(x) for name, x in value.items() if x is not None}
+            return {name: filled(x) for name, x in value.items() if x is not None or name in ("content", "value")}
         return [filled(x) for x in value] if isinstance(value, list) else value
 
     return {name: filled(value) if name in OF_MESSAGES else value for name, value in row.items()}
@@ -361,6 +363,17 @@ def fields_of(message: Message) -> list[str]:
     return sorted(name for name, value in message.items() if name not in ("role", "content") and value not in EMPTY)
 
 
+def json_arguments(messages: list[Message]) -> Iterator[str]:
+    """The arguments of tool calls that are a text, the JSON of an object, as in OpenAI's form."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            inner = call.get("function") or call if isinstance(call, dict) else None
+            arguments = inner.get("arguments") if isinstance(inner, dict) else None
+            if isinstance(arguments, str) and arguments.strip().startswith("{"):
+                yield arguments
+
+
 def check_messages(value: object, name: str) -> list[Message]:
     """Check for a list of messages, and return them without null fields and with their content as one text. A system
     message is only allowed in first place, and only tool calls may be without content."""
@@ -474,18 +487,13 @@ def standard(row: dict) -> dict:
     return row | {"prompt": row[names[0]]}
 
 
-def system_of(row: dict) -> tuple[str, Any]:
-    """The column that holds the row's system text, and the text; ("system", None) if there is none."""
-    return next(((name, row[name]) for name in SYSTEM if row.get(name) not in EMPTY), ("system", None))
-
-
 def with_system(row: dict, form: list[str]) -> dict:
-    """The row with its system text as the first of its messages, or the row itself if it has none. BadInput for rows of
-    strings, and if there is another system message."""
-    column, system = system_of(row)
-    if system is None:
+    """The row with the text of its column `system` as the first of its messages, or the row itself if it has none.
+    BadInput for rows of strings, and if there is another system message."""
+    system = row.get("system")
+    if system in EMPTY:
         return row
-    message = {"role": "system", "content": check_text(system, column)}
+    message = {"role": "system", "content": check_text(system, "system")}
     names = form if form in (["messages"], ["text"]) else ["prompt"]
     if implicit(row) and set(form) <= {"prompt", "chosen", "rejected"}:
         names = ["chosen", "rejected"]
@@ -493,13 +501,13 @@ def with_system(row: dict, form: list[str]) -> dict:
         messages = prompt_of(row) if name == "prompt" else row[name]
         if not isinstance(messages, list):
             raise BadInput(
-                f"field {column!r} goes with messages, and {name!r} is a text: write it there, or give messages"
+                f"field 'system' goes with messages, and {name!r} is a text: write it there, or give messages"
             )
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
         if first.get("role") != "system":
             row = row | {name: [message, *messages]}
         elif first.get("content") != system:
-            raise BadInput(f"fields {column!r} and {name!r} hold two system messages: leave one out")
+            raise BadInput(f"fields 'system' and {name!r} hold two system messages: leave one out")
     return row
 
 
@@ -585,11 +593,14 @@ def implicit(row: dict) -> bool:
 
 
 def in_messages(row: dict) -> bool:
-    """Whether the prompt of a row is in its `messages`: it has no `prompt`, or one that is a text, such as the first
-    question of the dialogue, and no answers beside it."""
-    prompt, answers = row.get("prompt"), ("completion", "chosen", "rejected", "responses")
-    beside = isinstance(prompt, str) and all(row.get(name) is None for name in answers)
-    return row.get("messages") is not None and (prompt is None or beside)
+    """Whether the prompt of a row is in its `messages`: it has no `prompt`, or one that is the text of one of them,
+    such as the first question of the dialogue, and no answers beside it."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    answers = ("completion", "chosen", "rejected", "responses")
+    if prompt is None or messages is None or any(row.get(name) is not None for name in answers):
+        return prompt is None and messages is not None
+    asked = [x.get("content") for x in messages if isinstance(x, dict) and x.get("role") == "user"]
+    return isinstance(prompt, str) and any(prompt.strip() in str(text) for text in asked)
 
 
 def prompt_of(row: dict) -> Any:
@@ -610,7 +621,9 @@ def asked_by_user(row: dict) -> dict:
     """The row, with a prompt that is a text turned into a user message; a row with any other prompt as it is."""
     name = next(iter(prompt_columns(row)), "prompt")
     text = row.get(name)
-    if not isinstance(text, str) or DIALOGUE.match(text) or implicit(row | {"prompt": text}) or in_messages(row):
+    if not isinstance(text, str) or DIALOGUE.match(text) or implicit(row | {"prompt": text}):
+        return row
+    if in_messages(from_sharegpt(row)):
         return row
     return row | {name: [{"role": "user", "content": text}]}
 

@@ -861,11 +861,22 @@ def test_arguments_that_are_json_already():
     tokenizer = byte_level(bos=None, eos="<|im_end|>", template=CALLS)
     (row,) = calling({"city": "X"})
     assert one(tokenizer, "sft", row)[0].response_texts == ['{"city": "X"}<|im_end|>']
+    (row,) = calling("")
+    assert one(tokenizer, "sft", row)[0].response_texts == ['""<|im_end|>']
     (row,) = calling('{"city": "X"}')
     with pytest.raises(BadInput, match="arguments of a tool call, which are a text, as a JSON string: give the object"):
         one(tokenizer, "sft", row)
     as_they_are = byte_level(bos=None, eos="<|im_end|>", template=CALLS.replace(" | tojson", ""))
     assert one(as_they_are, "sft", row)[0].response_texts == ['{"city": "X"}<|im_end|>']
+
+
+@pytest.mark.parametrize(
+    "calls", ["text", {"name": "f"}, ["text"], [{"function": None, "name": "f"}], [{"function": "f"}], [{"name": "f"}]]
+)
+def test_strange_calls_of_tools_do_not_end_the_program(calls):
+    row = {"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    with pytest.raises(BadInput, match="does not use 'tool_calls' of message 2"):
+        one(CHAT, "sft", row)
 
 
 def test_no_calls_are_no_calls():
@@ -889,10 +900,12 @@ def test_labelled_dialogues():
     ]
     assert examples[0].prompt_text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n" and not report.unused
     pairs = [("f:1", UNPAIRED), ("f:2", UNPAIRED | {"label": 0}), ("f:3", UNPAIRED | {"label": False})]
-    for labelled, n in ((rows, 1), (pairs, 2)):
-        (example,), report = build(labelled, CHAT, "sft", 99, 199)
-        assert example.where == "f:1" and report.dropped == {"undesirable completions": n}
-    with pytest.raises(BadInput, match="field 'messages' ends without an answer"):
+    for labelled, n in ((rows, 1), (pairs, 2)):  # 0 may be one of many classes
+        examples, report = build(labelled, CHAT, "sft", 99, 199)
+        assert [e.where for e in examples] == ["f:1", "f:2"][:n] and report.dropped == {"undesirable completions": 1}
+    chosen = PAIR | {"messages": talk("q", "a"), "label": True}
+    assert one(PLAIN, "unpaired", chosen)[0].labels == [True, False]
+    with pytest.raises(BadInput, match="field 'messages' does not end in the answer that 'label' judges"):
         one(CHAT, "unpaired", {"messages": ASKED, "label": True})
 
 
@@ -905,17 +918,27 @@ def test_a_prompt_beside_the_dialogue_that_it_begins():
     assert asked_by_user(example.row) == example.row
     row = {"prompt": "first", "messages": dialogue, "completion": "c"}
     assert one(CHAT, "prompts", row)[0].prompt_text == "first" == prompt_of(row)
+    for messages in ([], "text", ["text"], talk("another", "answer")):  # not the prompt's
+        row = {"prompt": "first", "messages": messages}
+        assert one(CHAT, "prompts", row)[0].prompt_text == "first" == prompt_of(row)
+    shared = {"prompt": "first", "messages": [{"from": "human", "value": "first"}, {"from": "gpt", "value": None}]}
+    assert asked_by_user(shared) == shared
 
 
 def test_strings_that_are_not_what_they_seem():
     messages = json.dumps([said("assistant", "a")])
-    for name in ("prompt", "chosen", "rejected"):
+    for row in [PAIR | {name: messages} for name in PAIR] + [CHATTED | {"chosen": messages}]:
         with pytest.raises(BadInput, match=r"^f.jsonl:1: a text is the JSON of messages \('\[\{"):
-            one(PLAIN, "preference", PAIR | {name: messages})
+            one(PLAIN, "preference", row)
+    with pytest.raises(BadInput, match=r"^f.jsonl:1: a text is the JSON of messages"):
+        one(PLAIN, "sft", {"text": str(talk("q", "a"))})
+    for answer in ('[{"value": 3, "unit": "kg"}]', '[{"role": "admin", "name": "x"}]'):
+        assert one(PLAIN, "sft", {"prompt": "p", "completion": answer})[0].response_texts == [answer]
     answered = {"prompt": "p", "responses": [messages, "b"], "ranks": [1, 2], "ended": [True, True]}
     assert one(PLAIN, "preference", answered)[0].response_texts[0] == messages  # a model wrote it
-    with pytest.raises(BadInput, match="fields 'text' and 'role': a single message"):
+    with pytest.raises(BadInput, match="fields 'text' and 'role' make the row a single message"):
         one(PLAIN, "sft", {"text": "t", "role": "prompter"})
+    assert one(PLAIN, "sft", {"text": "tt", "role": "engineer"})
     ended = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a<|im_end|>\n"}
     example, report = one(CHAT, "sft", ended)
     assert text(CHAT, example.responses[0]) == "a<|im_end|>" and report.joined == 0
@@ -981,7 +1004,7 @@ def test_a_system_column():
     ]:
         example, report = one(CHAT, kind, row | {"system": "Be brief."})
         assert example.prompt_text == expected and "'system'" not in str(report)
-        line = "system     1 rows have one: prompts that are texts are read as users' messages\n"
+        line = "system     a prompt that is a text becomes a user's message in 1 rows, since rows have a system text\n"
         is_text = "2 + 2?" in (row.get("prompt"), row.get("question"), row.get("instruction"))
         assert (line in str(report)) == (is_text and dialogues["chosen"] not in row.values())
         if kind != "sft":
@@ -1015,21 +1038,22 @@ def test_the_row_of_the_issue_with_a_system_text():
     assert [text(CHAT, ids) for ids in example.responses] == [f"{x}<|im_end|>" for x in FRUIT.values()]
     assert prompt_of(example.row) == [said("system", "s"), said("user", "Name a fruit.")]
     assert "prompt     the column 'question' of 1 rows" in str(report)
-    assert "system     1 rows have one" in str(report) and report.untemplated == 0
+    assert "system     a prompt" in str(report) and (report.systems, report.untemplated) == (1, 0)
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
 @pytest.mark.parametrize("name", ["prompt", "question"])
-def test_rows_without_a_system_text_have_the_form_of_those_with_one(name, column):
-    """Intel/orca_dpo_pairs: `system` is "" in some rows. All prompts are rendered, or none."""
-    rows = [("f:1", {column: "s", name: "p", **FRUIT}), ("f:2", {column: "", name: "p", **FRUIT})]
+def test_rows_without_a_system_text_have_the_form_of_those_with_one(name):
+    """Intel/orca_dpo_pairs: `system` is "" in some rows. All its prompts are rendered, or none."""
+    rows = [("f:1", {"system": "s", name: "p", **FRUIT}), ("f:2", {"system": "", name: "p", **FRUIT})]
     for kind in ("preference", "prompts"):
         (first, second), report = build(rows, CHAT, kind, 99, 199)
         assert second.prompt_text == "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
         assert first.prompt_text == "<|im_start|>system\ns<|im_end|>\n" + second.prompt_text
-        assert (report.systems, report.untemplated) == (1, 0) and column not in report.unused
+        assert (report.systems, report.untemplated) == (2, 0) and "system" not in report.unused
     (example,), report = build(rows[1:], CHAT, "preference", 99, 199)
     assert (example.prompt_text, report.systems, report.untemplated) == ("p", 0, 1)
+    other = ("g:1", {name: USER, **FRUIT})  # of a file without the column
+    assert build([*rows, other], CHAT, "preference", 99, 199)[0][2].prompt_text == USER
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
