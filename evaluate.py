@@ -41,7 +41,7 @@ from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
 from support.report import bootstrap, new_page, share_interval, standard_error, table
 from support.rewards import checked, load_function, load_reward
-from support.rows import Row, asked_by_user, for_each_response, prompt_of, read_rows, texts_of
+from support.rows import Row, for_each_response, prompt_of, read_rows, texts_of
 from support.scoring import Batching
 
 bleu = lazy_import("sacrebleu.metrics")
@@ -522,6 +522,8 @@ def on_pairs(a: Args) -> dict:
     require(not unused, f"--pairs: samples nothing and does not use{unused}: leave it out")
     require(len({*a.models}) == len(a.models) > 0, "--models: name at least one, and none of them twice")
     runs.check(a)
+    for name in a.models:  # before any is scored
+        reference_of(name, a)
     run = runs.Run(a, __file__)
     data = read_rows(a.pairs, a.split, a.skip_bad_rows)
     raw = dict(data[0])
@@ -577,7 +579,8 @@ def on_pairs(a: Args) -> dict:
         [pairs_title(n, state["models"][a.models[0]].get(n)), *(cell(n, x.get(n)) for x in columns)] for n in names
     ]
     print("\n" + table([f"{len(rows)} rows", *map(short, a.models), "'longer wins'"], cells))
-    print("accuracy of the reward [95 % interval over prompts]; in parentheses how many; length in characters")
+    print("accuracy of the reward [95 % interval over prompts]; in parentheses the number of rows")
+    print("'longer wins' counts characters, and equal lengths as wrong (the data report: tokens, and half)")
     for name, its in state["rewards"].items():
         if its.keys() != lengths.keys():
             print(f"{name}: of {len(its)} rows, since others were dropped (see above)")
@@ -601,8 +604,7 @@ def has_lists(row: dict) -> bool:
 
 
 def read_pairs(data: tuple[list[Row], list[str]], tokenizer, a: Args) -> tuple[list[Example], str]:
-    """Examples of --pairs, and the data report. Lists of chosen and rejected texts become a ranking with two ranks, and
-    under a chat template a prompt that is a text becomes the message of a user."""
+    """Examples of --pairs, and the data report. Lists of chosen and rejected texts become a ranking with two ranks."""
 
     def ranked(row: dict) -> dict:
         if has_lists(row):
@@ -612,12 +614,23 @@ def read_pairs(data: tuple[list[Row], list[str]], tokenizer, a: Args) -> tuple[l
             row["ranks"] = [1] * len(chosen) + [2] * len(rejected)
             if not all(text.strip() for text in texts):  # an empty response is one that ended at once
                 row["ended"] = [True] * len(texts)
-        return asked_by_user(row) if tokenizer.chat_template else row
+        return row
 
     rows = [(where, ranked(row)) for where, row in data[0]]
     limits = a.max_prompt_length, a.max_length
-    examples, report = build(rows, tokenizer, "preference", *limits, a.skip_bad_rows, data[1])
+    examples, report = build(rows, tokenizer, "preference", *limits, a.skip_bad_rows, data[1], chat=True)
     return examples, str(report)
+
+
+def reference_of(name: str, a: Args) -> tuple[str | None, str | None]:
+    """The reference of a DPO run, and its loss; (None, None) for a reward model. BadInput for any other model."""
+    if models.is_reward_model(name, a.trust_remote_code, "--models"):
+        return None, None
+    path = Path(name) / "args.json"
+    flags = read_json(path) if path.exists() else {}
+    named = bool(a.ref) or "ref" in flags
+    require(named, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
+    return a.ref or flags["ref"] or flags["model"], flags.get("loss")
 
 
 def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args, known: dict) -> list[Tensor]:
@@ -631,13 +644,9 @@ def rewards_of(name: str, examples: Sequence[Example], tokenizer, a: Args, known
         layout = scoring.choose_layout(model, examples, batching)
         return score(model, examples, batching._replace(layout=layout), short(name))
 
-    if models.is_reward_model(name, a.trust_remote_code, "--models"):
+    reference, loss = reference_of(name, a)
+    if not reference:
         return score_with(models.load_reward_model, scoring.score_rewards, name, "--models")
-    path = Path(name) / "args.json"
-    flags = read_json(path) if path.exists() else {}
-    reference, loss = a.ref or flags.get("ref") or flags.get("model"), flags.get("loss")
-    named = bool(a.ref) or "ref" in flags
-    require(named, f"--models {name}: neither a reward model nor a run with a reference: name its reference with --ref")
     rewards = score_with(models.load_model, scoring.score_logps, name, "--models")
     if a.ref or loss not in train_dpo.REFERENCE_FREE:
         models.require_same_tokenizer(reference, name, tokenizer, a.trust_remote_code)

@@ -275,7 +275,7 @@ def main(a: Args) -> dict[str, float]:
     loaded = load(a.data, "prompts", tokenizer, a)
     distinct = {e.prompt_text: e for e in loaded}
     prompts, held = held_out(list(distinct.values()), a.eval_fraction)
-    require(len(prompts) >= a.batch_size, f"--data: {len(prompts)} prompts are fewer than --batch-size")
+    require(len(prompts) >= a.batch_size, f"--data: {len(prompts)} prompts are fewer than --batch-size {a.batch_size}")
     ptx = load(a.ptx_data, "sft", tokenizer, a) if a.ptx_coef else []
     repeated = len(loaded) - len(distinct)
     print(f"{len(prompts)} prompts to train on, {len(held)} held out; {repeated} rows repeat one of them")

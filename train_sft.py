@@ -114,7 +114,7 @@ def main(a: Args) -> dict[str, float]:
     optimizer = models.adamw(policy, low_bits, a, lr=a.lr, weight_decay=a.weight_decay)
     steps_per_epoch = math.ceil(len(train) / a.batch_size)
     steps = min(a.epochs * steps_per_epoch, a.max_steps or math.inf)
-    first = 0
+    first, final = 0, {}
     keep_bytes = None if a.keep_softmax_mib is None else a.keep_softmax_mib << 20
     if state := run.load_checkpoint(model=policy, optimizer=optimizer):
         first = state["step"]
@@ -157,7 +157,8 @@ def main(a: Args) -> dict[str, float]:
         run.progress(step + 1, loss=metrics["loss"], tokens_per_s=speed)
         last = step + 1 == steps
         if held and ((step + 1) % a.eval_every == 0 or last):
-            run.log(step + 1, evaluate())
+            final = evaluate()
+            run.log(step + 1, final)
         if run.interrupted or last or (step + 1) % a.save_every == 0:
             state = {"model": models.trained(policy, low_bits), "optimizer": optimizer.state_dict()}
             run.save_checkpoint(step + 1, {**state, "step": step + 1})
@@ -168,7 +169,7 @@ def main(a: Args) -> dict[str, float]:
 
     # --------------------------------------------------------------------------------------------------------- samples
     del optimizer
-    results = evaluate() if held else {}
+    results = final or (evaluate() if held else {})
     policy, low_bits, lora = sharding.unshard(policy, low_bits, make_policy, a, lora)
     if not policy:  # this process's work is done: the main process writes answers and model
         return results

@@ -42,6 +42,7 @@ class Other(NamedTuple):
     flag: str
     reward: bool = False
     trained: bool = False  # whole: a critic
+    shared: bool = False  # a reference that is the policy itself, its adapters off, if that has adapters
 
 
 def dry_run(a: Any, examples: Sequence[Example], tokenizer, **settings: Any) -> None:
@@ -61,8 +62,7 @@ def dry_run(a: Any, examples: Sequence[Example], tokenizer, **settings: Any) -> 
 def dry_run_ppo(a: Any, prompts: Sequence[Example], tokenizer) -> None:
     """`dry_run` for train_ppo.py: every answer as long as it can be, and reference, reward model and critic beside the
     policy."""
-    shared = a.lora_rank and not a.ref  # the reference is the policy with its adapters off
-    others = [] if shared else [Other(a.ref or a.model, "--ref")]
+    others = [Other(a.ref or a.model, "--ref", shared=not a.ref)]
     made_of = a.reward if runs.is_made(a.reward) else a.model
     if Path(a.reward).is_dir() or a.reward == type(a).reward:  # the default one may still have to be made
         others.append(Other(made_of, "--reward", reward=True))
@@ -71,7 +71,7 @@ def dry_run_ppo(a: Any, prompts: Sequence[Example], tokenizer) -> None:
         others.append(Other(critic, "--value-init", reward=True, trained=True))
     answered = [replace(e, responses=[[0] * a.max_new_tokens] * a.k) for e in prompts]
     settings = {"per_step": math.ceil(a.batch_size / a.minibatches), "updates": a.epochs_per_rollout}
-    dry_run(a, answered, tokenizer, others=others, scorings=2 if shared else 1, **settings)
+    dry_run(a, answered, tokenizer, others=others, scorings=1, **settings)
 
 
 def _report(
@@ -138,6 +138,9 @@ def _report(
         work = updates * memory.operations(shape, tokens, scored, plan)
         work += scorings * memory.operations(shape, tokens, scored)
         for other, (elements, in_layers) in zip(others, counts, strict=True):
+            if other.shared and plan.lora_rank:
+                work += memory.operations(shape, tokens, scored)
+                continue
             beside += sum(memory.state_bytes(elements, plan, other.trained, processes).values())
             work += in_layers * tokens * (2 + 6 * updates * other.trained)
         parts = memory.estimate(shape, sizes, plan, beside)
@@ -166,6 +169,10 @@ time     {tokens} tokens an epoch; operations for each weight and token: 6, with
          2 more in recomputed layers; all experts of a mixture count; attention, sampling and evaluation do not
          assumed operations a second of {where}: {", ".join(speeds.values())}"""
     )
+    if not given.on_gpu and a.micro_batch_tokens != runs.GPU_TOKENS:
+        print(
+            f"GPU      --micro-batch-tokens is {runs.GPU_TOKENS} there by default, which takes more: give it to see it"
+        )
     if scored_before:
         own = "it is the policy itself"
         if a.ref:

@@ -154,7 +154,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)  # bad rows under --skip-bad-rows, one message each
     unused: set[str] = field(default_factory=set)  # columns that do not reach the model
     sharegpt: int = 0  # rows with messages {"from", "value"}
-    systems: int = 0  # rows whose prompt was a text and is a user's message, because rows have a system text
+    asked: int = 0  # rows whose prompt is a text and was made a user's message
     untemplated: int = 0  # other rows of strings under a tokenizer with a chat template
     hh_template: int = 0  # rows of messages under a tokenizer without one
     repeats: int = 0  # rows of strings with a response that begins with the prompt
@@ -190,9 +190,8 @@ class Report:
             out.append(f"prompt     the column {name!r} of {n} rows, which have no 'prompt'")
         if self.sharegpt:
             out.append(f"messages   of {self.sharegpt} rows have from and value in place of role and content")
-        if self.systems:
-            why = "since rows have a system text"
-            out.append(f"system     a prompt that is a text becomes a user's message in {self.systems} rows, {why}")
+        if self.asked:
+            out.append(f"template   the prompts of {self.asked} rows are texts, and are read as a user's message")
         if self.untemplated:
             out.append(f"template   {self.untemplated} rows are strings, used without the tokenizer's chat template")
         if self.hh_template:
@@ -556,8 +555,7 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any, chat: bool =
     template gets HH_TEMPLATE if it was used.
 
     `kind` is one of KINDS, or "preference or prompts" to let the columns decide. `a`: the flags of a script (split,
-    skip_bad_rows, max_prompt_length, and max_length or max_new_tokens). With `chat`, and a tokenizer that has a chat
-    template, a prompt that is a text is the message of a user.
+    skip_bad_rows, max_prompt_length, and max_length or max_new_tokens). `chat` is that of `build`.
     """
     alone = "reviews" not in sources(source) or source == "reviews"
     require(alone, "reviews is the embedded task, which does not mix with other data: give it alone, or not at all")
@@ -565,12 +563,11 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any, chat: bool =
         rows, skipped = reviews.rows(kind if kind in ("sft", "prompts") else "preference", reviews.ROWS), []
     else:
         rows, skipped = read_rows(source, a.split, a.skip_bad_rows)
-    if chat and tokenizer.chat_template:
-        rows = [(where, asked_by_user(row)) for where, row in rows]
     if kind == "preference or prompts":
         kind = "preference" if any("rejected" in row or "ranks" in row for _, row in rows) else "prompts"
     max_length = getattr(a, "max_length", a.max_prompt_length + a.max_new_tokens)
-    examples, report = build(rows, tokenizer, kind, a.max_prompt_length, max_length, a.skip_bad_rows, skipped)
+    limits = a.max_prompt_length, max_length
+    examples, report = build(rows, tokenizer, kind, *limits, a.skip_bad_rows, skipped, chat)
     print(f"{' '.join(sources(source))}\n{report}\n")
     if report.hh_template:
         tokenizer.chat_template = HH_TEMPLATE
@@ -589,6 +586,8 @@ def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tup
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
     require(bool(train), "--data: no example is left to train on")
+    if a.eval_fraction and not held:
+        print(f"no row is held out: --eval-fraction {a.eval_fraction:g} of {len(train)} rows left none\n")
     prompts = {group_of(example) for example in held}
     if n := len(prompts & {group_of(example) for example in train}):
         print(f"{n} of {len(prompts)} held-out prompts are also in training\n")
@@ -617,12 +616,16 @@ def build(
     max_length: int,
     skip_bad_rows: bool = False,
     skipped: Sequence[str] = (),
+    chat: bool = False,
 ) -> tuple[list[Example], Report]:
     """Examples of one of KINDS, and the data report.
 
     A prompt is truncated on the left to `max_prompt_length` tokens and keeps its BOS. A response is truncated on the
     right so that prompt and response have at most `max_length` tokens; it then has no EOS. `skipped`: the messages of
     `read_rows`, for the report. A malformed row raises BadInput; with `skip_bad_rows` it is left out and counted.
+
+    With `chat`, a prompt that is a text is the message of a user if there is a chat template. Without, this holds for
+    rows with a column `system` if it is filled in some of them.
     """
     if max_prompt_length < 1:
         raise BadInput(f"--max-prompt-length {max_prompt_length}: leaves no token for the prompt: give 1 or more")
@@ -634,10 +637,11 @@ def build(
         raise BadInput("the tokenizer has no EOS token, so that no response could end: set its eos_token")
     report = Report(rows=len(rows) + len(skipped), skipped=list(skipped))
     report.sharegpt = sum(row is not other for (_, row), (_, other) in zip(rows, as_written, strict=True))
-    if "prompt" in form and tokenizer.chat_template and any(row.get("system") not in EMPTY for _, row in rows):
-        asked = [(where, asked_by_user(row) if "system" in row else row) for where, row in rows]  # "" in some rows
-        report.systems = sum(row is not other for (_, row), (_, other) in zip(rows, asked, strict=True))
-        rows = asked
+    chat = chat and bool(tokenizer.chat_template)
+    systems = "prompt" in form and tokenizer.chat_template and any(row.get("system") not in EMPTY for _, row in rows)
+    asked = [asked_by_user(row) if chat or systems and "system" in row else row for _, row in rows]
+    report.asked = sum(row is not other for (_, row), other in zip(rows, asked, strict=True))
+    rows = [(where, row) for (where, _), row in zip(rows, asked, strict=True)]
     used = {*form, "system", "tools", "where"}
     if "prompt" in form:
         other = [(names[0], row) for _, row in rows if len(names := prompt_columns(row)) == 1]

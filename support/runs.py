@@ -45,8 +45,9 @@ from support import lazy_import, models, parallel, read_json, read_json_lines, r
 wandb = lazy_import("wandb")
 
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
+GPU_TOKENS = 16384  # of a micro-batch, by default (benchmarks/README.md)
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
-EXTENDING = {"max_steps", "epochs"}  # flags that may become larger then
+EXTENDING = {"max_steps", "epochs"}  # flags that may then ask for more or fewer steps, but more than were made
 OTHER_NAMES = {  # in other libraries -> here
     "learning-rate": "lr",
     "output-dir": "out",
@@ -87,7 +88,7 @@ class Flags:
     """print the data report, three examples token by token and, for training, its memory and time; and stop there"""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """how responses share a forward pass: tree encodes the prompt once; auto uses it if a check finds it right"""
-    micro_batch_tokens: int = 16384 if torch.cuda.is_available() else 1024
+    micro_batch_tokens: int = GPU_TOKENS if torch.cuda.is_available() else 1024
     """tokens of one forward pass, >= 1: bounds memory, does not change the result; default 16384 on a machine with
     CUDA, and 1024 on one without, where more is no faster"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -482,7 +483,7 @@ class Run:
             a, results = self.args, self.out / "results.json"
             rate = a.lr * schedule(step, steps, a.warmup, a.schedule)
             print(
-                f"--resume: extended to {steps} steps. From step {step + 1} on the learning rate is that of a run of "
+                f"--resume: now {steps} steps in all. From step {step + 1} on the learning rate is that of a run of "
                 f"{steps} steps, {rate:.3g} first ({a.schedule}): it does not continue from its value at step {step}"
             )
             began = (self.out / "args.json").stat().st_mtime_ns  # by which wandb knows the run

@@ -1004,7 +1004,7 @@ def test_a_system_column():
     ]:
         example, report = one(CHAT, kind, row | {"system": "Be brief."})
         assert example.prompt_text == expected and "'system'" not in str(report)
-        line = "system     a prompt that is a text becomes a user's message in 1 rows, since rows have a system text\n"
+        line = "template   the prompts of 1 rows are texts, and are read as a user's message\n"
         is_text = "2 + 2?" in (row.get("prompt"), row.get("question"), row.get("instruction"))
         assert (line in str(report)) == (is_text and dialogues["chosen"] not in row.values())
         if kind != "sft":
@@ -1038,7 +1038,7 @@ def test_the_row_of_the_issue_with_a_system_text():
     assert [text(CHAT, ids) for ids in example.responses] == [f"{x}<|im_end|>" for x in FRUIT.values()]
     assert prompt_of(example.row) == [said("system", "s"), said("user", "Name a fruit.")]
     assert "prompt     the column 'question' of 1 rows" in str(report)
-    assert "system     a prompt" in str(report) and (report.systems, report.untemplated) == (1, 0)
+    assert (report.asked, report.untemplated) == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["prompt", "question"])
@@ -1049,9 +1049,11 @@ def test_rows_without_a_system_text_have_the_form_of_those_with_one(name):
         (first, second), report = build(rows, CHAT, kind, 99, 199)
         assert second.prompt_text == "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
         assert first.prompt_text == "<|im_start|>system\ns<|im_end|>\n" + second.prompt_text
-        assert (report.systems, report.untemplated) == (2, 0) and "system" not in report.unused
+        assert (report.asked, report.untemplated) == (2, 0) and "system" not in report.unused
     (example,), report = build(rows[1:], CHAT, "preference", 99, 199)
-    assert (example.prompt_text, report.systems, report.untemplated) == ("p", 0, 1)
+    assert (example.prompt_text, report.asked, report.untemplated) == ("p", 0, 1)
+    (example,), report = build(rows[1:], CHAT, "preference", 99, 199, chat=True)
+    assert (example.prompt_text, report.asked, report.untemplated) == (second.prompt_text, 1, 0)
     other = ("g:1", {name: USER, **FRUIT})  # of a file without the column
     assert build([*rows, other], CHAT, "preference", 99, 199)[0][2].prompt_text == USER
 

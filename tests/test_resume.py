@@ -552,7 +552,7 @@ def test_a_finished_run_is_extended(name, first, world, straight, tmp_path, caps
     capsys.readouterr()
     continued(arguments(world, tmp_path / "run", name, **constant))
     said = capsys.readouterr().out
-    assert f"--resume: extended to 12 steps. From step {done + 1} on the learning rate is that of a run of 12" in said
+    assert f"--resume: now 12 steps in all. From step {done + 1} on the learning rate is that of a run of 12" in said
     mine, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("run", "straight"))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     after, want = contents(tmp_path / "run"), contents(tmp_path / "straight")
