@@ -399,7 +399,7 @@ def test_a_users_loss_at_equal_kl_by_hand(small):
     # of the optimum's 0.8 at 1 nat: 0.375 and 0.625
     assert "At 1 nat it has 0.50 +- 1.59 of the gain" in paragraph and "DPO 0.38 +- 1.59" in paragraph
     assert "the least over worlds is: loss m:f 1.00, DPO 1.00, IPO 1.00." in paragraph
-    assert "For loss m:f and DPO and IPO that is an end of the list" in paragraph and "diverged" not in paragraph
+    assert "For loss m:f, DPO and IPO that is an end of the list" in paragraph and "diverged" not in paragraph
 
 
 def test_sides_of_an_interval():

@@ -903,7 +903,8 @@ def test_the_next_command_has_the_same_loss_and_half_the_beta(name, world, go, c
     proposed = tyro.cli(train_dpo.Args, args=shlex.split(line))
     files = {"model": f"{world}/model", "ref": f"{world}/other", "data": f"{world}/train.jsonl"}
     files["eval_data"] = f"{world}/held.jsonl"
-    assert proposed == train_dpo.Args(**files, **repeated, beta=BETA / 2, out=f"{run.out}-loose")
+    steps = {"lr": 1e-3, "batch_size": 8, "max_steps": 1}
+    assert proposed == train_dpo.Args(**files, **repeated, **steps, beta=BETA / 2, out=f"{run.out}-loose")
     train_dpo.check_flags(proposed)
 
 
@@ -931,7 +932,7 @@ def test_the_guard_finds_a_reference_that_is_not_the_start(loss, go, tmp_path):
         question = f.metadata()["question"]
     tensors = load_file(file)
     tensors["logps"][5] += 0.01
-    save_file(tensors, file, metadata={"question": question})  # without the checksum, which would show it before
+    save_file(tensors, file, metadata={"question": question, "sha256": refcache._digest(tensors)})
     with pytest.raises(
         BadInput, match=r"step-0 guard: policy and reference are the same, but their log-probs differ by 0\.01 nats"
     ):

@@ -286,7 +286,8 @@ def report(results: common.Results, methods: Methods, best: dict, rates: Sequenc
     sentences.append(f"Each method has its best learning rate of {listed}, found in another world.")
     at_an_end = [m for m in methods if len(rates) > 1 and best[m] in (min(rates), max(rates))]
     if at_an_end:
-        sentences.append(f"For {', '.join(at_an_end)} that is an end of the list, so a better one may lie beyond.")
+        named = " and ".join(filter(None, [", ".join(at_an_end[:-1]), at_an_end[-1]]))
+        sentences.append(f"For {named} that is an end of the list, so a better one may lie beyond.")
     if "seed" in next(iter(methods[mine].values())):
         sentences.append("It does not depend on a.beta, so its settings are orders of the data.")
     if lost := sum(key[0].startswith(mine) and key[3] == "diverged" for key in results.values_of):
