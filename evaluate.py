@@ -580,7 +580,7 @@ def on_pairs(a: Args) -> dict:
     ]
     print("\n" + table([f"{len(rows)} rows", *map(short, a.models), "'longer wins'"], cells))
     print("accuracy of the reward [95 % interval over prompts]; in parentheses the number of rows")
-    print("'longer wins' counts characters, and equal lengths as wrong (the data report: tokens, and half)")
+    print("'longer wins' counts characters, and equal lengths as wrong; the data report counts tokens, and half")
     for name, its in state["rewards"].items():
         if its.keys() != lengths.keys():
             print(f"{name}: of {len(its)} rows, since others were dropped (see above)")

@@ -378,7 +378,8 @@ def main(a: Args) -> dict[str, float]:
     if a.loss not in REFERENCE_FREE:  # then beta sets the distance to the reference
         names = "model ref data split eval_data eval_split loss label_smoothing divergence divergence_alpha ties"
         names += " batch_size epochs max_steps max_length max_prompt_length"
-        names += " lr" * (a.lr != DEFAULTS["reviews" if embedded else "any"]["lr"])
+        if a.lr != DEFAULTS["reviews" if embedded else "any"]["lr"]:
+            names += " lr"
         beta = f"--beta {a.beta / 2:g} --out {run.out}-loose  (further from ref)"
         print(f"Next: python train_dpo.py{runs.repeated(a, *names.split())} {beta}")
     return results

@@ -170,9 +170,7 @@ time     {tokens} tokens an epoch; operations for each weight and token: 6, with
          assumed operations a second of {where}: {", ".join(speeds.values())}"""
     )
     if not given.on_gpu and a.micro_batch_tokens != runs.GPU_TOKENS:
-        print(
-            f"GPU      --micro-batch-tokens is {runs.GPU_TOKENS} there by default, which takes more: give it to see it"
-        )
+        print(f"GPU      the default of --micro-batch-tokens is {runs.GPU_TOKENS} there, which takes more memory")
     if scored_before:
         own = "it is the policy itself"
         if a.ref:

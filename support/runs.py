@@ -47,7 +47,7 @@ wandb = lazy_import("wandb")
 PACKAGES = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
 GPU_TOKENS = 16384  # of a micro-batch, by default (benchmarks/README.md)
 FREE_TO_CHANGE = {"resume", "wandb", "save_every"}  # flags that may change when a run is resumed
-EXTENDING = {"max_steps", "epochs"}  # flags that may then ask for more or fewer steps, but more than were made
+EXTENDING = {"max_steps", "epochs"}  # these may change too, if they ask for more steps than were made
 OTHER_NAMES = {  # in other libraries -> here
     "learning-rate": "lr",
     "output-dir": "out",

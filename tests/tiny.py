@@ -119,8 +119,8 @@ def no_float32():
 
 
 class Bfloat16Products(TorchDispatchMode):
-    """On a CPU that cannot multiply bfloat16, compute its products in float32 and round each result once, as one that
-    can does: 4 to 37 times faster than PyTorch's own way there. On other CPUs this changes nothing."""
+    """On a CPU that cannot multiply bfloat16, compute its products in float32 and round each result once, as a CPU that
+    can does. This is several times faster than what PyTorch does there. On other CPUs it changes nothing."""
 
     cannot = torch.backends.cpu.get_cpu_capability() == "AVX2"
     products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
