@@ -389,7 +389,7 @@ def main(a: Args) -> dict:
     run.check_same(data=examples, ref=reference, reward=getattr(reward, "model", None))
     state = run.load_checkpoint() or {"step": 0, "models": {}, "answers": {}}
     results["models"], samples = state["models"], state["answers"]
-    run.start(state["step"], len(a.models))
+    run.begin_loop(state["step"], len(a.models))
     asked, digest = [e for e in prompts for _ in range(a.k)], tokens.digest(tokenizer)
     questions = [prompt_of(e.row) for e in asked]
     places = [range(i * a.k, (i + 1) * a.k) for i in range(len(prompts))]
@@ -449,7 +449,7 @@ def main(a: Args) -> dict:
         run.save_checkpoint(step + 1, {"step": step + 1, "models": results["models"], "answers": samples})
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
 
     # -------------------------------------------------------------------------------------------------- table and plot
     titles = [title.format(reward=a.reward, judge=a.judge) for title in NUMBERS.values()]
@@ -548,7 +548,7 @@ def on_pairs(a: Args) -> dict:
     # ---------------------------------------------------------------------------------------------- models, one by one
     run.check_same(pairs=examples)
     state = run.load_checkpoint() or {"step": 0, "models": {}, "rewards": {}}
-    run.start(state["step"], len(a.models))
+    run.begin_loop(state["step"], len(a.models))
     known: dict[tuple, list[Tensor]] = {}
     for step, name in list(enumerate(a.models))[state["step"] :]:
         tokenizer = models.load_tokenizer(name, a.trust_remote_code, "--models")
@@ -567,7 +567,7 @@ def on_pairs(a: Args) -> dict:
         run.save_checkpoint(step + 1, state | {"step": step + 1})
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
 
     # ----------------------------------------------------------------------------------------------------------- table
     longer_wins = rewardbench.scores(rows, [*lengths.values()], [*lengths.values()])

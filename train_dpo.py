@@ -57,7 +57,7 @@ LOSSES = {  # name: per-pair losses [m], from the flags a and a batch x of pairs
 }
 REFERENCE_FREE = {"simpo", "orpo"}  # the reference's log-probs count as 0
 PER_TOKEN = {"simpo", "orpo", "dpo_norm", "ipo_norm"}  # these losses, and their metrics, use means over tokens
-LOG_RATIO_ALONE = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # reverse_kl only; see check_flags
+REVERSE_KL_ONLY = PER_TOKEN | {"kto", "sppo", "nca", "apo_zero", "apo_down", "dpop"}  # check_flags says why
 TIE = 1e-4  # nats: a margin this close to 0 may be rounding, so its pair counts as half right
 LN2_AT_START = {"dpo", "robust", "dpo_norm", "dpop"}  # these losses are ln 2 while policy and reference agree
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
@@ -128,7 +128,7 @@ def check_flags(a: Args) -> None:
     compare it with 0, where pi = ref (apo_zero, apo_down, dpop). simpo and orpo have no reference.
     """
     require(a.loss != "exo" or a.label_smoothing > 0, "--loss exo needs a --label-smoothing above 0, say 0.001")
-    fits = a.divergence == "reverse_kl" or a.loss not in LOG_RATIO_ALONE
+    fits = a.divergence == "reverse_kl" or a.loss not in REVERSE_KL_ONLY
     require(fits, f"--loss {a.loss} is not defined with --divergence {a.divergence}: leave that out")
 
 
@@ -152,8 +152,8 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
 
     logps, ref_logps and lengths are those of all b responses, prompt after prompt. Gradient flows to logps.
     """
-    ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)
-    rewards = a.beta * ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
+    log_ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)  # or --divergence's substitute
+    rewards = a.beta * log_ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
     totals: report.Totals = {}
 
     def add(name: str, values: Tensor, weights: Tensor) -> None:
@@ -161,21 +161,22 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
 
     if a.loss == "kto":
         good = send(torch.tensor([label for e in examples for label in e.labels]), logps.device)
-        loss = losses.kto(ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
+        loss = losses.kto(log_ratios, good, z0, a.beta, a.desirable_weight, a.undesirable_weight)
         ones = torch.ones_like(loss)
         add("loss", loss, ones)
         probability = torch.tensor([e.probability for e in examples for _ in e.labels], dtype=logps.dtype)
         probability = send(probability, logps.device)
         p_desirable = torch.where(good, probability, 1 - probability)
         add("rewards/accuracies", expected_accuracy(rewards - a.beta * z0, p_desirable, TIE * a.beta), ones)
-        sides = {"chosen": (..., good.to(loss.dtype)), "rejected": (..., (~good).to(loss.dtype))}  # ... takes all
+        everywhere = slice(None)
+        sides = {"chosen": (everywhere, good.to(loss.dtype)), "rejected": (everywhere, (~good).to(loss.dtype))}
     else:
         better, worse, weights, label_probability = pair_tensors(examples, logps)
         if a.loss == "plackett_luce":
-            loss = losses.plackett_luce(*by_prompt(a.beta * ratios, examples))
+            loss = losses.plackett_luce(*by_prompt(a.beta * log_ratios, examples))
         else:
             both = lambda x: (x[better], x[worse])  # noqa: E731
-            loss = LOSSES[a.loss](a, Pairs(*both(ratios), *both(logps), both(lengths), delta)) * weights
+            loss = LOSSES[a.loss](a, Pairs(*both(log_ratios), *both(logps), both(lengths), delta)) * weights
         totals["loss"] = (loss.detach().sum(), float(len(examples)))
         margins = rewards[better] - rewards[worse]
         add("rewards/margins", margins, weights)
@@ -252,13 +253,14 @@ def main(a: Args) -> dict[str, float]:
             make_reference = lambda device: models.load_model(a.ref, device, a.trust_remote_code, "--ref")  # noqa: E731
             reference = sharding.load(make_reference, a.device, batching.dtype)
             run.check_same(ref=reference)
-            wanted = batching._replace(layout=a.layout) if batching.layout == "tree" else batching
-            batching = batching._replace(layout=scoring.choose_layout(reference, to_score, wanted))
+            asked = a.layout if batching.layout == "tree" else "padded"  # both models must fit the tree layout
+            layout = scoring.choose_layout(reference, to_score, batching._replace(layout=asked))
+            batching = batching._replace(layout=layout)
         weights = run.digests["ref" if a.ref else "model"]
         logps = reference_logps(reference, weights, tokenizer, to_score, batching, a)
         del reference
-    refs = dict(zip(scored, logps, strict=False))
-    other_refs = dict(zip(scored, logps[len(scored) :], strict=False))  # of `others`
+    refs = dict(zip(scored, logps[: len(scored)], strict=True))
+    other_refs = dict(zip(scored, logps[len(scored) :], strict=True)) if others else {}
     held_refs = [refs[i] for i in held_places]
 
     def z0_of(places: Sequence[int]) -> Tensor | None:
@@ -284,16 +286,16 @@ def main(a: Args) -> dict[str, float]:
         models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         del state
-    run.start(first, steps)
+    run.begin_loop(first, steps)
     if first == 0 and held:
-        known = not a.ref and a.loss not in REFERENCE_FREE
-        start = held_refs if known else scoring.score_logps(policy, held, batching, "held-out rows")
+        is_reference = not a.ref and a.loss not in REFERENCE_FREE  # then the policy's log-probs are known
+        start = held_refs if is_reference else scoring.score_logps(policy, held, batching, "held-out rows")
         run.log(0, evaluate(start, z0=z0_of(held_places)))
 
     for step in range(first, steps):
         began = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        places = order(epoch)[place * a.batch_size : (place + 1) * a.batch_size]
+        epoch, nth = divmod(step, steps_per_epoch)
+        places = order(epoch)[nth * a.batch_size : (nth + 1) * a.batch_size]
         examples = [train[i] for i in places]
         count = sum(len(e.responses) for e in examples) if a.loss == "kto" else len(examples)
         z0 = z0_of(places)
@@ -314,8 +316,8 @@ def main(a: Args) -> dict[str, float]:
         if step == 0 and a.loss not in REFERENCE_FREE:
             guard(a, torch.cat(gather(gaps)), metrics["loss"], scoring.growth(policy))
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if a.loss == "bco":
@@ -338,7 +340,7 @@ def main(a: Args) -> dict[str, float]:
             del state
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer

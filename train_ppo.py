@@ -46,8 +46,8 @@ AVERAGES = {  # default of --average with --surrogate token
     "drgrpo": "constant",
 }
 GROUPED = {"rloo": advantages.rloo, "grpo": advantages.grpo, "drgrpo": advantages.drgrpo}  # compare a prompt's answers
-ROUNDING = 1e-5  # how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|), before
-# `scoring.growth`. Seen: 5e-7 at 0.4 M parameters, 7e-6 at 135 M (with 480 tokens)
+ROUNDING = 1e-5  # in float32, how far a log-prob may differ between two batchings, relative to max(1 nat, |log-prob|);
+# `scoring.growth` is its factor for larger models. Seen: 5e-7 at 0.4 M parameters, 7e-6 at 135 M (with 480 tokens)
 DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
     "any": {"lr": 1e-6, "critic_lr": 5e-6, "kl_coef": 0.05, "max_steps": 200, "eval_prompts": 16},
     "reviews": {"lr": 3e-4, "critic_lr": 1e-3, "kl_coef": 0.5, "max_steps": 60, "eval_prompts": 512},
@@ -220,7 +220,11 @@ class Rollout:
 
 
 def compute_advantages(a: Args, kl_coef: float, kl: Tensor, scores: Tensor, lengths: Tensor, values, greedy):
-    """Advantages and returns [n] of a rollout's tokens, from each token's KL [n] and each answer's score [b]."""
+    """Advantages and returns [n] of a rollout's tokens, from each token's KL [n] and each answer's score [b].
+
+    values [n] are the critic's, with --advantage gae only; without a critic there are no returns. greedy [p] are the
+    scores of the greedy answers, with --advantage remax only.
+    """
     rewards = advantages.shape_rewards(kl, scores, lengths, kl_coef if a.kl_in == "reward" else 0.0)
     if a.advantage == "gae":
         if a.whiten_rewards != "no":
@@ -248,7 +252,8 @@ def answer_weights(a: Args, lengths: Tensor, kept: Tensor) -> Tensor:
 def surrogate(a: Args, logps: Tensor, old_logps: Tensor, estimates: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The policy's loss at each token [n], and which tokens are clipped (with cispo, capped)."""
     if a.surrogate == "cispo":
-        capped = losses.clipped(logps, old_logps, torch.ones_like(estimates), a.clip_range, a.clip_high)
+        ones = torch.ones_like(estimates)  # with an advantage of 1, a token is clipped if its ratio is too high
+        capped = losses.clipped(logps, old_logps, ones, a.clip_range, a.clip_high)
         return losses.cispo(logps, old_logps, estimates, a.clip_high), capped
     if a.surrogate == "sequence":
         logps, old_logps = (advantages.sequence_means(x, lengths) for x in (logps, old_logps))
@@ -350,6 +355,24 @@ def main(a: Args) -> dict[str, float]:
         """Which prompts have answers that all score the same, [p]."""
         return rearrange(scores, "(p k) -> p k", k=a.k).std(1) < 1e-4
 
+    def resample_groups(examples: list[Example], raw: Tensor, more: Sequence[Example], step: int) -> tuple[int, float]:
+        """--resample-groups: replace, in place, prompts whose answers all score the same by the first of `more`, which
+        are answered and scored. Returns how many were replaced, and the seconds that sampling took."""
+        replaced, seconds = 0, 0.0
+        for extra in range(a.resample_groups):
+            places = alike(after_missing_eos(raw, examples)).nonzero().flatten().tolist()
+            if not places:
+                break
+            began = time.perf_counter()
+            asked = [more[(replaced + i) % len(more)] for i in range(len(places))]
+            answered = sample(asked, f"rollout {step} {extra}")
+            seconds += time.perf_counter() - began
+            raw.view(-1, a.k)[places] = score(answered).view(-1, a.k)
+            for i, example in zip(places, answered, strict=True):
+                examples[i] = example
+            replaced += len(places)
+        return replaced, seconds
+
     # -------------------------------------------------------------------------------------------------------- training
     run.check_same(data=prompts, eval_data=held, ptx_data=ptx or None, model=policy)
     run.check_same(ref=reference if a.ref else None, reward=reward_model or getattr(reward, "model", None))
@@ -369,35 +392,29 @@ def main(a: Args) -> dict[str, float]:
             models.restore(critic, critic_low_bits, state["critic"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
         del state
-    run.start(first, a.max_steps)
+    run.begin_loop(first, a.max_steps)
     steps_per_epoch = len(prompts) // a.batch_size
 
     for step in range(first, a.max_steps):
         began = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
+        epoch, nth = divmod(step, steps_per_epoch)
         order = random.Random(f"{a.seed} {epoch}").sample(prompts, len(prompts))
-        asked = order[place * a.batch_size : (place + 1) * a.batch_size]
+        asked = order[nth * a.batch_size : (nth + 1) * a.batch_size]
 
         # ------------------------------------------------------------------------ rollout: answers, scores, advantages
         examples = sample(asked, f"rollout {step}")
         sampling_seconds = time.perf_counter() - began
         raw, greedy, replaced = score(examples), None, 0
-        for extra in range(a.resample_groups):
-            places = alike(after_missing_eos(raw, examples)).nonzero().flatten().tolist()
-            if not places:
-                break
-            started = time.perf_counter()
-            after = (place + 1) * a.batch_size + replaced
-            others = sample([order[(after + i) % len(order)] for i in range(len(places))], f"rollout {step} {extra}")
-            sampling_seconds += time.perf_counter() - started
-            raw.view(-1, a.k)[places] = score(others).view(-1, a.k)
-            for i, example in zip(places, others, strict=True):
-                examples[i] = example
-            replaced += len(places)
+        if a.resample_groups:
+            stop = (nth + 1) * a.batch_size
+            replaced, seconds = resample_groups(examples, raw, order[stop:] + order[:stop], step)
+            sampling_seconds += seconds
         lengths = torch.tensor([n for e in examples for n in e.lengths], device=a.device)
         ended, scores = has_eos(examples), after_missing_eos(raw, examples)
         if a.advantage == "remax":
+            started = time.perf_counter()
             greedy_answers = answer(policy, tokenizer, asked, a.max_new_tokens, 0, 0.0, 1, dtype)
+            sampling_seconds += time.perf_counter() - started
             greedy = after_missing_eos(score(greedy_answers), greedy_answers)
         by_policy = lambda batch: scoring.logps_and_entropies(policy, batch, dtype, a.temperature)  # noqa: E731
         logps, entropy = scoring.per_token(by_policy, examples, batching).unbind(1)
@@ -422,11 +439,11 @@ def main(a: Args) -> dict[str, float]:
         rollout = Rollout(examples, logps, ref_logps, values, estimates, returns, kept, weights)
 
         # ------------------------------------------------------------------------------ minibatch epochs on the rollout
-        share = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = a.lr * share
-        for group in critic_optimizer.param_groups if critic else ():
-            group["lr"] = a.critic_lr * share
+        lr_share = runs.schedule(step, a.max_steps, a.warmup, a.schedule)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = a.lr * lr_share
+        for param_group in critic_optimizer.param_groups if critic else ():
+            param_group["lr"] = a.critic_lr * lr_share
         parts = []
         for rollout_epoch in range(a.epochs_per_rollout):
             rng = random.Random(f"{a.seed} {step} {rollout_epoch}")
@@ -440,12 +457,13 @@ def main(a: Args) -> dict[str, float]:
                 totals["grad_norm"] = sharding.clip_gradients(optimizer, a.max_grad_norm)
                 if critic:
                     totals["critic_norm"] = sharding.clip_gradients(critic_optimizer, a.max_grad_norm)
-                parts.append(numbers(totals))
+                parts.append(over_processes(totals))
                 if len(parts) == 1:
                     guard(a, policy, rollout, step, parts[0]["gap"], sampler_gap.abs().max().item())
-                for loss, norm in {"loss/policy": "grad_norm", "loss/value": "critic_norm"}.items():
-                    if loss in parts[-1]:
-                        run.require_finite(step + 1, parts[-1][loss], parts[-1][norm], [examples[i] for i in places])
+                answered = [examples[i] for i in places]
+                run.require_finite(step + 1, parts[-1]["loss/policy"], parts[-1]["grad_norm"], answered)
+                if critic:
+                    run.require_finite(step + 1, parts[-1]["loss/value"], parts[-1]["critic_norm"], answered)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if critic:
@@ -469,7 +487,7 @@ def main(a: Args) -> dict[str, float]:
             "length": lengths.float().mean().item(),
             "ended": ended.float().mean().item(),
             "kl_coef": kl_coef,
-            "lr": a.lr * share,
+            "lr": a.lr * lr_share,
         }
         if a.k > 1:
             metrics["frac_reward_zero_std"] = alike(scores).float().mean().item()
@@ -501,7 +519,7 @@ def main(a: Args) -> dict[str, float]:
             del state
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
 
     # ------------------------------------------------------------------------------------------------ before and after
     del optimizer, critic_optimizer, trained
@@ -541,38 +559,39 @@ def update(a: Args, policy, reference, critic, rollout: Rollout, places, kl_coef
     parts = []
     for group, real in shares(examples, a.micro_batch_tokens, batching.layout):  # real: 0 for a padding pass
         batch = collate([examples[i] for i in group], batching.layout, batching.pad_id, a.device)
-        old = {name: torch.cat([x[i] for i in group]) for name, x in by_prompt.items()}
+        stored = {name: torch.cat([x[i] for i in group]) for name, x in by_prompt.items()}
         if a.entropy_coef:
             logps, entropy = scoring.logps_and_entropies(policy, batch, batching.dtype, a.temperature).unbind(1)
         else:
             logps, _ = scoring.response_logps(policy, batch, batching.dtype, a.temperature)
-        loss, clipped = surrogate(a, logps, old["logps"], old["advantages"], batch.lengths)
+        loss, clipped = surrogate(a, logps, stored["logps"], stored["advantages"], batch.lengths)
         if a.entropy_coef:
             loss = loss - a.entropy_coef * entropy
         if a.kl_in == "loss" and a.kl_estimator == "exact":
             loss = loss + kl_coef * scoring.exact_kl(policy, reference, batch, batching.dtype, a.temperature)
         elif a.kl_in == "loss":
-            loss = loss + kl_coef * advantages.kl_estimate(logps - old["ref_logps"], a.kl_estimator)
-        loss = (loss * (real * old["average"] * old["weights"])).sum()
+            loss = loss + kl_coef * advantages.kl_estimate(logps - stored["ref_logps"], a.kl_estimator)
+        loss = (loss * (real * stored["average"] * stored["weights"])).sum()
         loss.backward()
-        moved = real * (logps - old["logps"]).detach()
+        moved = real * (logps - stored["logps"]).detach()
         part = {
             "loss/policy": loss.detach().double(),
             "policy/approxkl": advantages.kl_estimate(moved, "k2").sum().double() / tokens,
             "policy/clipfrac": real * clipped.float().sum().double() / tokens,
-            "gap": relative_gap(moved, old["logps"]).double(),
+            "gap": relative_gap(moved, stored["logps"]).double(),
         }
         if critic:
             values = scoring.token_values(critic, batch, batching.dtype)
-            error = real * losses.value_loss(values, old["values"], old["returns"], a.value_clip).sum() / tokens
-            error.backward()
-            part["loss/value"] = error.detach().double()
+            critic_loss = losses.value_loss(values, stored["values"], stored["returns"], a.value_clip)
+            critic_loss = real * critic_loss.sum() / tokens
+            critic_loss.backward()
+            part["loss/value"] = critic_loss.detach().double()
         parts.append(part)
     totals = {name: sum(part[name] for part in parts) for name in parts[0]}
     return totals | {"gap": torch.stack([part["gap"] for part in parts]).max()}
 
 
-def numbers(totals: dict[str, Tensor]) -> dict[str, float]:
+def over_processes(totals: dict[str, Tensor]) -> dict[str, float]:
     """A minibatch's totals over all processes, with one read of the device: gap and norms are maxima, others sums."""
     local = dict(zip(totals, torch.stack([x.double() for x in totals.values()]).tolist(), strict=True))
     everywhere = gather([local])

@@ -1,19 +1,19 @@
-"""The reward model (phase 2c of pipeline.py): learn from rankings how good people would find a response.
+"""The reward model: learn from rankings how good people would find a response.
 
     python train_rm.py                                          the embedded task, film reviews; makes its SFT model
     python train_rm.py --model runs/my-sft --data preferences.jsonl --out runs/my-rm
     python train_rm.py --loss plackett_luce --data rankings.jsonl --out runs/rm-pl
 
-A reward model is the SFT model with one number in place of the next word: r(x, y) = w . h, with h the hidden state at
-the last token of response y after prompt x. People ranked k responses to a prompt; over all pairs where i is ranked
-above j
+A reward model is the SFT model with a linear head that gives one number instead of next-token logits: r(x, y) = w . h,
+where h is the hidden state at the last token of response y to prompt x. People ranked k responses to each prompt. The
+loss sums over the pairs in which i is ranked above j (Ouyang et al. 2022, Eq. 1, arXiv 2203.02155):
 
     loss = - 1 / C(k, 2) * sum over pairs of log sigmoid( r(x, y_i) - r(x, y_j) )
 
-(Ouyang et al. 2022, Eq. 1), the mean negative log-likelihood of their choices if P(i over j) = sigmoid(r_i - r_j). All
-responses of a prompt share one forward pass. Only differences of rewards matter, so the mean over the SFT model's own
-samples is stored afterwards and subtracted wherever the reward is used. In order: data, model, the loop, how far the
-model can be trusted.
+It is the mean negative log-likelihood of their choices if P(i over j) = sigmoid(r_i - r_j). All responses of a prompt
+share one forward pass. Only differences of rewards matter, so the mean over the SFT model's own samples is stored
+afterwards and subtracted wherever the reward is used. Below, in order: flags, objective, data, model, the loop, how far
+the model can be trusted.
 """
 
 import itertools
@@ -174,16 +174,16 @@ def main(a: Args) -> dict[str, float]:
         models.restore(model, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         del state
-    run.start(first, steps)
+    run.begin_loop(first, steps)
     if first == 0 and held:
         run.log(0, evaluate())
 
     for step in range(first, steps):
         began = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0 or step == first:
+        epoch, nth = divmod(step, steps_per_epoch)
+        if nth == 0 or step == first:
             order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
-        examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
+        examples = [train[i] for i in order[nth * a.batch_size : (nth + 1) * a.batch_size]]
 
         parts = []
         for group in scoring.micro_batches(model, examples, batching):
@@ -196,8 +196,8 @@ def main(a: Args) -> dict[str, float]:
         metrics = weighted_means(gather(read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -216,7 +216,7 @@ def main(a: Args) -> dict[str, float]:
             del state
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
     del optimizer
     model, low_bits, lora = sharding.unshard(model, low_bits, make_model, a, lora)
     if not model:  # this process's work is done: the main process measures and writes

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (phase 1 of pipeline.py): teach a language model to write what people wrote.
+"""Supervised fine-tuning: teach a language model to write what people wrote.
 
     python train_sft.py                                         the embedded task: a small Llama learns to write reviews
     python train_sft.py --model DIR --data chats.jsonl --out runs/my-sft    your own model and data
@@ -8,7 +8,7 @@ The loss is the mean negative log-likelihood of the response tokens, over all of
     loss = - sum_i sum_t log pi(y_it | x_i, y_i<t) / (number of response tokens)
 
 Prompts, and the user's turns of a conversation, are read but not trained. train_dpo.py starts its reference and its
-policy from the result. In order below: data, model, the loop, samples.
+policy from the result. Below, in order: flags, data, model, the loop, samples.
 """
 
 import math
@@ -49,8 +49,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     model: str = "reviews"
     """starting weights: a run directory, a local folder or a hub id; reviews: the embedded task's Llama, untrained"""
     data: runs.Sources = "reviews"
-    """reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub ids; of
-    pairs, chosen is trained"""
+    """reviews (embedded), .jsonl/.json/.csv/.tsv/.parquet files (also .gz), folders with such files or hub ids; of a
+    preference pair only the chosen response is trained on"""
     out: str = "runs/sft"
     lr: float | None = None
     """peak learning rate of AdamW, > 0; default 2e-5 (embedded: 4e-3)"""
@@ -61,8 +61,8 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """held-out prompts answered at the end, >= 0; default 4 (embedded: 256)"""
     save_every: int = 200
     keep_softmax_mib: int | None = None
-    """MiB of softmax kept between forward and backward, >= 0; a larger one is computed twice; default 10240 on CUDA,
-    else 1024"""
+    """MiB, >= 0: a softmax of up to this size is kept for the backward pass, and a larger one is recomputed; default
+    10240 on CUDA, else 1024"""
 
 
 def trained_tokens(examples: Sequence[Example]) -> int:
@@ -96,7 +96,8 @@ def main(a: Args) -> dict[str, float]:
             return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
         return models.load_model(a.model, device, a.trust_remote_code)
 
-    # low_bits: 16 further bits of each bfloat16 weight, which AdamW updates too; the last argument seeds their dither
+    # low_bits: the other 16 bits of the bfloat16 weights' float32 masters, which AdamW updates too (rlhf/optim.py). If a
+    # checkpoint has none, they are drawn at random, with the last argument as the seed. In float32 there are none
     dtype = models.DTYPES[a.dtype]
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)
@@ -121,16 +122,16 @@ def main(a: Args) -> dict[str, float]:
         models.restore(policy, low_bits, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         del state
-    run.start(first, steps)
+    run.begin_loop(first, steps)
     if first == 0 and held:
         run.log(0, evaluate())
 
     for step in range(first, steps):
         began = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0 or step == first:  # a resumed run finds the same order again
+        epoch, nth = divmod(step, steps_per_epoch)
+        if nth == 0 or step == first:  # a resumed run finds the same order again
             order = random.Random(f"{a.seed} {epoch}").sample(range(len(train)), len(train))
-        examples = [train[i] for i in order[place * a.batch_size : (place + 1) * a.batch_size]]
+        examples = [train[i] for i in order[nth * a.batch_size : (nth + 1) * a.batch_size]]
         count = trained_tokens(examples)
 
         parts = []
@@ -144,8 +145,8 @@ def main(a: Args) -> dict[str, float]:
         metrics = weighted_means(gather(read(parts)))
         run.require_finite(step + 1, metrics["loss"], metrics["grad_norm"], examples)
         rate = a.lr * runs.schedule(step, steps, a.warmup, a.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -165,7 +166,7 @@ def main(a: Args) -> dict[str, float]:
             del state
         if run.interrupted:
             run.leave(step + 1)
-    run.end()
+    run.end_loop()
 
     # --------------------------------------------------------------------------------------------------------- samples
     del optimizer

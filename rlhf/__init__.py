@@ -6,14 +6,15 @@
     tree.py        a prompt with its k responses as one packed row, and the attention over it
     optim.py       AdamW for bfloat16 weights with exact float32 masters; kernels.py has its CUDA kernel
 
-Axis letters, in signatures, einops patterns and comments:
+Axis letters, in signatures, einops patterns and comments (the attention in tree.py has its own: s segments, h heads, q
+queries, k keys, and d for the size of a head):
 
     p  prompts                  t  tokens of a row
     k  responses of a prompt    n  response tokens laid flat, over all sequences
     b  sequences, b = p * k     v  vocabulary
     m  preference pairs         d  hidden size
 
-Everything that touches a file, a flag, a model's weights or a process is in support/, which imports this package.
+Everything that touches a file, a flag or a process, or that loads a model, is in support/, which imports this package.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Notation; log-probabilities are in nats, and the state s is the prompt with the tokens before a:
 
-    D      log pi(a|s) - log pi_ref(a|s) of a token a that pi sampled    R      a sequence's score, or sum of rewards
+    D      log pi(a|s) - log pi_ref(a|s) of a token a that pi sampled    R      the sum of a sequence's rewards
     kl     an estimate of KL(pi || pi_ref) at each token                 V      the critic's estimate of rewards to come
     gamma  discount per token, in [0, 1]; 1 is usual for text            lam    GAE's decay of TD errors, in [0, 1]
 
@@ -72,7 +72,7 @@ def missing_eos(
 ) -> Float[Tensor, " b"]:
     """Change the scores of responses that were cut off, and so have no EOS, by one of two rules:
 
-        replace   missing_eos_value instead of R         subtract   R - missing_eos_value
+        replace   missing_eos_value instead of the score         subtract   score - missing_eos_value
 
     replace: a reward model was not trained on unfinished text, so its score means nothing there (Huang et al. 2024,
     detail 23, arXiv 2403.17031, with -1). subtract: the value is a penalty, at least 0, as in TRL; it suits a reward
@@ -93,13 +93,13 @@ def missing_eos(
 def shape_rewards(
     kl: Float[Tensor, " n"], scores: Float[Tensor, " b"], lengths: Int[Tensor, " b"], kl_coef: float
 ) -> Float[Tensor, " n"]:
-    """The reward of every token: r_t = -kl_coef kl_t, plus R at the sequence's last token.
+    """The reward of every token: r_t = -kl_coef kl_t, plus the sequence's score at its last token.
 
     Ziegler et al. 2019, Eq. 2, arXiv 1909.08593. kl_coef is in reward per nat and at least 0; use 0 if the KL is in the
-    loss. With kl = k1, a sequence's rewards add up to R - kl_coef log(pi / pi_ref), and the policy gradient is that of
-    E[R] - kl_coef KL(pi || pi_ref). The exact KL at a state does not depend on the token sampled there, so as a reward
-    it only accounts for which states are visited; the gradient of the KL at those states is missing, and kl_coef times
-    the same KL in the loss adds it. With k2 or k3 it is neither of these. Raises BadInput for an empty sequence.
+    loss. With kl = k1, a sequence's rewards add up to R = score - kl_coef log(pi / pi_ref), and the policy gradient is
+    that of E[score] - kl_coef KL(pi || pi_ref). The exact KL at a state does not depend on the token sampled there, so
+    as a reward it only accounts for which states are visited; kl_coef times the same KL in the loss adds the rest. With
+    k2 or k3, the policy gradient is neither the whole nor that part. Raises BadInput for an empty sequence.
     """
     check_ranges(kl_coef=kl_coef)
     require(bool((lengths > 0).all()), "a sequence has no token, and so no last one for its score")
@@ -168,16 +168,17 @@ def gae(
 def reinforce_pp(rewards: Float[Tensor, " n"], lengths: Int[Tensor, " b"]) -> Float[Tensor, " n"]:
     """REINFORCE++: A_t = sum over i >= t of r_i, whitened over all tokens of the batch.
 
-    Hu 2025, arXiv 2501.03262. Its rewards are `shape_rewards` with k1: A_t = R - kl_coef (sum over i >= t of k1_i)
-    before whitening. For its variant with a baseline, subtract the prompt's mean from R and put k2 in the loss.
+    Hu 2025, arXiv 2501.03262. Its rewards are `shape_rewards` with k1: A_t = score - kl_coef (sum over i >= t of k1_i)
+    before whitening. For its variant with a baseline, subtract the prompt's mean from the score; put k2 in the loss.
     """
-    return whiten(gae(rewards, torch.zeros_like(rewards), lengths, gamma=1.0, lam=1.0)[0])
+    sums_from_t, _ = gae(rewards, torch.zeros_like(rewards), lengths, gamma=1.0, lam=1.0)
+    return whiten(sums_from_t)
 
 
 # ------------------------------------------------------------ advantages of whole responses, among k per prompt
 #
 # R [p k] is the sum of a response's rewards: sequence_sums(shape_rewards(...), lengths). All its tokens get the same A.
-# The expected gradient is the mean of A grad log pi(y), with whole responses y drawn from pi, averaged over the k.
+# "The expected gradient" is that of (1 / k) sum over i of A_i grad log pi(y_i), with all k responses drawn from pi.
 
 
 def rloo(R: Float[Tensor, "p k"]) -> Float[Tensor, "p k"]:

@@ -7,7 +7,7 @@ BLOCK = 1024  # elements of one program
 
 
 @triton.jit
-def _adamw(weights, lows, gradients, ms, vs, n, decay, rise1, beta2, rise2, correction, eps, size, BLOCK: tl.constexpr):
+def _adamw(weights, lows, gradients, ms, vs, n, decay, rise1, beta2, rise2, correction, eps, lr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     if lows is not None:
@@ -19,7 +19,7 @@ def _adamw(weights, lows, gradients, ms, vs, n, decay, rise1, beta2, rise2, corr
     m, v = tl.load(ms + at, inside), tl.load(vs + at, inside)
     m += rise1 * (gradient - m)
     v = beta2 * v + rise2 * gradient * gradient
-    master = decay * master - size * m / (tl.sqrt_rn(v) / correction + eps)
+    master = decay * master - lr * m / (tl.sqrt_rn(v) / correction + eps)
     if lows is not None:
         bits = master.to(tl.int32, bitcast=True)
         high = (bits + 0x8000) >> 16

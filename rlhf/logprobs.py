@@ -1,8 +1,7 @@
 """Per-token log-probabilities from hidden states, without holding the logits of a whole batch.
 
 A language model's output layer turns n hidden states (n d) into logits (n v), of which one log-prob per row stays. The
-logits are by far the largest tensor of a training step, so they are computed in tiles here. At most their softmax is
-kept, if it fits in `keep_bytes`.
+logits are by far the largest tensor of a training step, so they are computed in tiles. At most their softmax is kept.
 
 Forward, in tiles of tokens (each row has its whole vocabulary, so its log-sum-exp is exact):
 
@@ -66,7 +65,7 @@ def token_logps(
 
     hidden[i] must be the state at the token *before* targets[i]; rlhf/tree.py aligns them. Both results are in nats,
     float32 or float64, with logps <= 0 and 0 <= entropy <= log v. Gradients are exact for any upstream gradient per
-    token, and flow to hidden, head.weight and head.bias. A weight's gradient is not rounded below its `grad_dtype`.
+    token, and flow to hidden, head.weight and head.bias. A weight's gradient is in its `grad_dtype` or finer.
 
     keep_bytes: size of the largest softmax that is kept for the backward pass (mode `keep`); calling backward twice
     then raises RuntimeError. Default: on CUDA 10 GiB (32,768 tokens x 163,840 words x 2 bytes), else 1 GiB.
@@ -93,7 +92,7 @@ def token_logps(
         mode = "keep"
     else:
         mode = "recompute"
-    caps = None if cap is None else (head.scale / cap, cap / temperature, temperature / cap)
+    caps = cap and (head.scale / cap, cap / temperature, temperature / cap)  # before tanh, after it, and back to tanh
     grad_dtype = weight.grad_dtype if weight.is_leaf else weight.dtype
     grad_dtype = hidden.dtype if grad_dtype == hidden.dtype else compute_dtype
     options = (head.scale / temperature, caps, entropy, mode, tile_bytes, grad_dtype)
@@ -163,6 +162,7 @@ class _TokenLogps(torch.autograd.Function):
             logps[part], lse[part], entropies[part] = numbers
             if mode == "frozen":
                 expected = _mm(probs, weight, compute_dtype)
+                # in half precision, `probs` is softmax - onehot(target)
                 grad_hidden[part] = (-expected if half else weight[targets[part]] - expected) * gain
 
         ctx.options, ctx.softmax = options, softmax if mode == "keep" else None

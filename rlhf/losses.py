@@ -185,8 +185,7 @@ def dpop(
 
         -log s(beta (h - dpop_lambda max(0, -D_w)))
 
-    Pal et al. 2024 (Smaug), arXiv 2402.13228, with dpop_lambda 50. dpop_lambda >= 0; 0 is DPO. Range (0, inf); ln 2 at
-    D = 0.
+    Pal et al. 2024 (Smaug), arXiv 2402.13228, with dpop_lambda 50 (>= 0; 0 is DPO). Range (0, inf); ln 2 at D = 0.
     """
     check_ranges(beta=beta, dpop_lambda=dpop_lambda)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * F.relu(-chosen_logratios)))
@@ -283,8 +282,7 @@ def sppo(
 ) -> Float[Tensor, " m"]:
     """Self-play preference optimisation with hard labels: (D_w - 1 / (2 beta))^2 + (D_l + 1 / (2 beta))^2.
 
-    Wu et al. 2024, arXiv 2405.00675; 1 / beta is their eta. Range [0, inf) nats^2: 0 at D_w = -D_l = 1 / (2 beta),
-    1 / (2 beta^2) at D = 0.
+    Wu et al. 2024, arXiv 2405.00675; 1 / beta is their eta. Range [0, inf) nats^2; 1 / (2 beta^2) at D = 0.
     """
     check_ranges(beta=beta)
     return (chosen_logratios - 1 / (2 * beta)).square() + (rejected_logratios + 1 / (2 * beta)).square()

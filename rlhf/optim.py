@@ -14,7 +14,7 @@ way, loss, margins and KL see only a part of what was learned. `dither` draws th
 changes, but when a master moves by a share s of a grid step, its weight moves by a whole one with probability s: the
 forward pass sees every update on average. (Stochastic rounding, arXiv 2010.06192, draws anew at every step.)
 
-`compress` keeps both moments of AdamW in 16 bits, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
+`compress` keeps both moments together in 16 bits, block by block (after Dettmers et al. 2022, arXiv 2110.02861).
 """
 
 import functools
@@ -49,9 +49,8 @@ def join(weight: BFloat16[Tensor, "*shape"], low: Int16[Tensor, "*shape"]) -> Fl
 def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Tensor, "*shape"]:
     """Random low bits for a weight whose master lies on the grid of bfloat16.
 
-    low ~ U{-32767, ..., 32766}, by a hash of the seed, the weight's name and the element's index, so that it depends on
-    no device and no order. A weight of 0 gets |low|, because below 0 the master's sign would change. `split` gives the
-    same weight for every such master.
+    low ~ U{-32767, ..., 32766}, by a hash of the seed, the weight's name and the element's index: device and order do
+    not matter. A weight of 0 gets |low|, because below 0 its sign would change. `split` gives the same weight for all.
     """
     low = torch.empty_like(weight, dtype=torch.int16).view(-1)
     key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
@@ -68,7 +67,7 @@ def dither(weight: BFloat16[Tensor, "*shape"], name: str, seed: int) -> Int16[Te
 def compress(
     m: Float32[Tensor, " n"], v: Float32[Tensor, " n"], step: int
 ) -> tuple[Int16[Tensor, " n"], Float32[Tensor, "blocks 3"]]:
-    """Both moments of AdamW in 16 bits an element, with three float32 scales for every block of 256 elements.
+    """The two moments of AdamW in 16 bits together, with three float32 scales for every block of 256 elements.
 
         code   = 512 code_m + code_v
         code_v = 1 + floor(510 (log2 v - low) / (high - low) + u),     low, high: the smallest and largest log2 v > 0
@@ -80,7 +79,7 @@ def compress(
 
     u in [0, 1) is the fractional part of 0.7549 i + 0.618 step for element i of a block. Rounding to nearest would
     lose every change of v, about 0.1 % a step where codes are up to 6 % apart; with u, log2 v is right on average.
-    Rounding errors of v add up over the steps that it remembers, those of m over ten: so v has 9 bits.
+    v adds up the rounding errors of about 1,000 steps and m those of ten (beta2 = 0.999, beta1 = 0.9): so v has 9 bits.
     """
     m, v = (rearrange(x, "(blocks i) -> blocks i", i=BLOCK) for x in (m, v))
     index = torch.arange(BLOCK, device=v.device, dtype=torch.float64)
@@ -187,18 +186,18 @@ class AdamW(torch.optim.Optimizer):
             self.state[weights[i]] = {name: int(x) if name == "step" else x.to(device) for name, x in saved.items()}
 
 
-def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, size) -> None:
+def _update(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, lr) -> None:
     """One step of AdamW on a flat piece of a weight, in place; on a CPU by torch's operations in torch's order."""
     if weight.is_cuda:
         from rlhf import kernels
 
-        return kernels.adamw(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, size)
+        return kernels.adamw(weight, low, gradient, m, v, decay, rise1, beta2, rise2, correction, eps, lr)
     master = weight if low is None else join(weight, low)
     gradient = gradient.to(torch.float32)
     master.mul_(decay)
     m.lerp_(gradient, rise1)
     v.mul_(beta2).addcmul_(gradient, gradient, value=rise2)
-    master.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-size)
+    master.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-lr)
     if low is not None:
         for place, half in zip((weight, low), split(master), strict=True):
             place.copy_(half)

@@ -165,14 +165,15 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     group is as long as the longest. The grouping depends only on lengths, so a step is always split the same way.
     """
     groups, n = [[] for _ in examples], 0
-    first, second = np.zeros((2, len(examples)), dtype=int)  # tree: tokens, 1; padded: sequences, longest
+    rows, width = np.zeros((2, len(examples)), dtype=int)  # of each group; a tree counts as rows of one token
     for i, e in sorted(enumerate(examples), key=lambda item: -tokens(item[1], layout)):
-        more, least = (tokens(e), 1) if layout == "tree" else (k := len(e.responses), tokens(e, layout) // k)
-        fits = (first[:n] + more) * np.maximum(second[:n], least) <= budget
+        more = tokens(e) if layout == "tree" else len(e.responses)
+        wide = tokens(e, layout) // more
+        fits = (rows[:n] + more) * np.maximum(width[:n], wide) <= budget
         place = int(fits.argmax()) if fits.any() else n
         n = max(n, place + 1)
         groups[place].append(i)
-        first[place], second[place] = first[place] + more, max(second[place], least)
+        rows[place], width[place] = rows[place] + more, max(width[place], wide)
     return groups[:n]
 
 

@@ -380,7 +380,7 @@ class Run:
     """A run directory and what is written to it while training.
 
     A directory that holds a run is never overwritten: BadInput, unless `args.resume` continues that very run, or if
-    another process is running it. Nothing is written before `start`, and a run that ended before its first step is
+    another process is running it. Nothing is written before `begin_loop`, and a run that ended before its first step is
     begun anew, so that a command which fails on its data, its reward or its memory can be given again as it is.
     After SIGINT or SIGTERM `interrupted` is the signal's number: the loop finishes its step, saves, and calls `leave`.
     Of several processes the main one writes and shows, and all take part in checkpoints and in stopping.
@@ -468,7 +468,7 @@ class Run:
         if unknown and self.args.resume:
             print(f"--resume: not checked whether {named(unknown)} is what {self.out} began with: it has no digests")
 
-    def start(self, step: int, steps: int) -> None:
+    def begin_loop(self, step: int, steps: int) -> None:
         """Begin the loop at `step` of `steps`: write down what is run, or cut the logs back to the checkpoint; show the
         progress bar; take over SIGINT and SIGTERM."""
         asked = f"--resume: {self.out} has {step} steps, and these flags ask for {steps}"
@@ -628,7 +628,7 @@ class Run:
                 "the file that was written, or begin anew in another --out"
             )
 
-    def end(self) -> None:
+    def end_loop(self) -> None:
         """After the loop, whose last checkpoint is written: close the bar, and let signals stop the program again."""
         self.bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -346,7 +346,7 @@ def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
     def main(_):
         nonlocal out
         with pytest.MonkeyPatch.context() as patch:
-            end = Run.end
+            end = Run.end_loop
 
             def last_step(self):
                 nonlocal out
@@ -354,7 +354,7 @@ def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
                 end(self)
                 patch.setitem(vars(sys.modules["builtins"]), "print", closed)
 
-            patch.setattr(Run, "end", last_step)
+            patch.setattr(Run, "end_loop", last_step)
             patch.setattr(os, "dup2", lambda *_: None)
             go_on()
 
@@ -366,7 +366,7 @@ def test_a_closed_pipe_at_the_end_leaves_the_whole_run(name, begun, capfd):
 @pytest.mark.parametrize("name", ["sft", "dpo", "rm", "ppo"])
 def test_a_disk_that_is_full_at_the_end(name, begun, capfd):
     """The checkpoint of the last step stays, and so the same command with --resume ends as it should have."""
-    go_on, limit, end = begun(name), resource.getrlimit(resource.RLIMIT_FSIZE), Run.end
+    go_on, limit, end = begun(name), resource.getrlimit(resource.RLIMIT_FSIZE), Run.end_loop
 
     def main(_):
         def last_step(self):
@@ -374,7 +374,7 @@ def test_a_disk_that_is_full_at_the_end(name, begun, capfd):
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))  # bytes; the model has 90,000
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Run, "end", last_step)
+            patch.setattr(Run, "end_loop", last_step)
             try:
                 go_on()
             finally:
@@ -1036,7 +1036,7 @@ def test_rows_after_the_checkpoint_are_cut(run, half):
     rows = [{"step": step, "loss": step / 7} for step in (0, 1, 2, 3, 4, 4, 5, 5, 6, 7)]
     (run.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half, "utf-8")
     (run.out / "samples.jsonl").write_text(sample + json.dumps({"step": 6, "prompt": text}) + "\n" + half, "utf-8")
-    run.start(5, 12)
+    run.begin_loop(5, 12)
     assert [json.loads(line) for line in (run.out / "metrics.jsonl").read_text("utf-8").split("\n")[:-1]] == rows[:8]
     assert (run.out / "samples.jsonl").read_text("utf-8") == sample
     run.log(6, {"loss": 0.5})
