@@ -152,7 +152,7 @@ def objective(a: Args, examples: Sequence[Example], logps, ref_logps, lengths, d
 
     logps, ref_logps and lengths are those of all b responses, prompt after prompt. Gradient flows to logps.
     """
-    log_ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)  # or --divergence's substitute
+    log_ratios = losses.implicit_reward(logps, ref_logps, a.divergence, a.divergence_alpha)  # or what replaces them
     rewards = a.beta * log_ratios.detach() / (lengths if a.loss in PER_TOKEN else 1)
     totals: report.Totals = {}
 

@@ -319,7 +319,7 @@ def main(a: Args) -> dict[str, float]:
         reward_model = sharding.load(make_reward, a.device, dtype).requires_grad_(False)
     else:
         limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
-        reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits)
+        reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits, dtype)
     critic, critic_low_bits = None, {}
     if a.advantage == "gae":
         needs = "--value-init reward needs a --reward model with the policy's tokenizer"

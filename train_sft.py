@@ -26,15 +26,7 @@ from support import dryrun, models, reviews, runs, scoring, sharding
 from support.examples import Example, load_split, show
 from support.generate import answer, answer_stats, choose_sampler, end_ids
 from support.parallel import gather
-from support.report import (
-    ANSWER_STATS,
-    interval,
-    read,
-    stat_interval,
-    table,
-    visible,
-    weighted_means,
-)
+from support.report import ANSWER_STATS, interval, read, stat_interval, table, visible, weighted_means
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -96,8 +88,8 @@ def main(a: Args) -> dict[str, float]:
             return transformers.LlamaForCausalLM(reviews.config(tokenizer)).eval().to(device)
         return models.load_model(a.model, device, a.trust_remote_code)
 
-    # low_bits: the other 16 bits of the bfloat16 weights' float32 masters, which AdamW updates too (rlhf/optim.py). If a
-    # checkpoint has none, they are drawn at random, with the last argument as the seed. In float32 there are none
+    # low_bits: the other 16 bits of the bfloat16 weights' float32 masters, which AdamW updates too (rlhf/optim.py); for
+    # a bfloat16 checkpoint they are drawn at random, with the last argument as the seed; in float32 there are none
     dtype = models.DTYPES[a.dtype]
     policy, low_bits = sharding.load_trained(make_policy, a.device, dtype, None if a.lora_rank else a.seed)
     batching = scoring.batching_for(policy, train + held, tokenizer, a)

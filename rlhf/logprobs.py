@@ -69,8 +69,7 @@ def token_logps(
 
     keep_bytes: size of the largest softmax that is kept for the backward pass (mode `keep`); calling backward twice
     then raises RuntimeError. Default: on CUDA 10 GiB (32,768 tokens x 163,840 words x 2 bytes), else 1 GiB.
-    tile_bytes: size of a tile of logits. Default: on CUDA the largest multiple of 1,024 rows that fits in 512 MiB, but
-    at least 1,024 rows; else 64 MiB. Neither changes the result beyond rounding.
+    tile_bytes: size of a tile of logits, by default `default_tile_bytes`. Neither changes the result beyond rounding.
     """
     n, v = hidden.shape[0], head.weight.shape[0]
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -78,9 +77,7 @@ def token_logps(
     hidden = hidden if on_gpu else hidden.to(compute_dtype)
     if keep_bytes is None:
         keep_bytes = (10 if on_gpu else 1) << 30
-    if tile_bytes is None:
-        block = 1024 * v * compute_dtype.itemsize
-        tile_bytes = max(1, (512 << 20) // block) * block if on_gpu else 64 << 20
+    tile_bytes = tile_bytes or default_tile_bytes(v, compute_dtype.itemsize, on_gpu)
 
     plain = cap is None and not entropy
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -100,13 +97,20 @@ def token_logps(
     return logps, entropies if entropy else None
 
 
+def default_tile_bytes(v: int, itemsize: int, on_gpu: bool) -> int:
+    """64 MiB; on CUDA the largest multiple of 1,024 rows of logits within 512 MiB, but at least 1,024 rows, since every
+    tile reads the whole weight again."""
+    block = 1024 * v * itemsize
+    return max(1, (512 << 20) // block) * block if on_gpu else 64 << 20
+
+
 def token_kl(
     hidden: Float[Tensor, "n d"],
     head: Head,
     ref_hidden: Float[Tensor, "n d_ref"],
     ref_head: Head,
     temperature: float = 1.0,
-    tile_bytes: int = 64 << 20,
+    tile_bytes: int | None = None,
 ) -> Float[Tensor, " n"]:
     """KL divergence of each row's next-token distribution from the reference's, exact over the vocabulary, in nats.
 
@@ -122,8 +126,8 @@ def token_kl(
     While gradients are enabled, half-precision inputs are converted to float32 on CUDA, too.
     """
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-    if hidden.device.type != GPU or torch.is_grad_enabled():
+    v, on_gpu = len(head.weight), hidden.device.type == GPU
+    if not on_gpu or torch.is_grad_enabled():
         hidden, ref_hidden = hidden.to(compute_dtype), ref_hidden.to(compute_dtype)
     biases = [None if h.bias is None else h.bias.to(compute_dtype) for h in (head, ref_head)]
     head = head._replace(weight=head.weight.to(hidden.dtype), bias=biases[0])
@@ -133,9 +137,10 @@ def token_kl(
         logp, logq = ((logits(*x) / temperature).log_softmax(1) for x in ((hidden, head), (ref_hidden, ref_head)))
         return (logp.exp() * (logp - logq)).sum(1)
 
-    rows = max(1, tile_bytes // (len(head.weight) * compute_dtype.itemsize))
+    tile_bytes = tile_bytes or default_tile_bytes(v, compute_dtype.itemsize, on_gpu)
+    rows = max(1, tile_bytes // (v * compute_dtype.itemsize))
     tiles = zip(hidden.split(rows), ref_hidden.split(rows), strict=True)
-    return torch.cat([checkpoint(divergence, *tile, use_reentrant=False) for tile in tiles])
+    return torch.cat([checkpoint(divergence, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles])
 
 
 class _TokenLogps(torch.autograd.Function):

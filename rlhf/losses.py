@@ -93,10 +93,7 @@ def dpo(
 
 
 def robust(
-    chosen_logratios: Float[Tensor, " m"],
-    rejected_logratios: Float[Tensor, " m"],
-    beta: float,
-    label_smoothing: float,
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float, label_smoothing: float
 ) -> Float[Tensor, " m"]:
     """DPO unbiased under label noise: (-(1 - e) log s(z) + e log s(-z)) / (1 - 2 e), z = beta h, e = label_smoothing.
 
@@ -209,10 +206,7 @@ def dpo_nll(
 
 
 def exo(
-    chosen_logratios: Float[Tensor, " m"],
-    rejected_logratios: Float[Tensor, " m"],
-    beta: float,
-    label_smoothing: float,
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float, label_smoothing: float
 ) -> Float[Tensor, " m"]:
     """Efficient exact optimisation: q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta h), e = label_smoothing.
 
@@ -263,10 +257,7 @@ def apo_down(
 
 
 def bco(
-    chosen_logratios: Float[Tensor, " m"],
-    rejected_logratios: Float[Tensor, " m"],
-    beta: float,
-    delta: float = 0.0,
+    chosen_logratios: Float[Tensor, " m"], rejected_logratios: Float[Tensor, " m"], beta: float, delta: float = 0.0
 ) -> Float[Tensor, " m"]:
     """Binary classifier optimisation on pairs: -log s(r_w - delta) - log s(-(r_l - delta)), r = beta D.
 
@@ -401,8 +392,7 @@ def reward_ranking(
     ln 2 at r = 0 without ties and margin.
     """
     check_ranges(centring=centring)
-    better = rearrange(ranks, "p i -> p i 1") < rearrange(ranks, "p j -> p 1 j")
-    better = better & (ranks > 0)[:, :, None]
+    better = (rearrange(ranks, "p i -> p i 1") < rearrange(ranks, "p j -> p 1 j")) & (ranks > 0)[:, :, None]
     gaps = rearrange(rewards, "p i -> p i 1") - rearrange(rewards, "p j -> p 1 j")
     if margins is not None:
         gaps = gaps - rearrange(margins, "p -> p 1 1")

@@ -249,6 +249,8 @@ def tree_attention(module, query, key, value, *_, scaling=None, sliding_window=N
         raise NotImplementedError("the model's attention has a soft-cap or sinks, which packed trees do not support")
     if takes_flash(query):
         return _flash(query, key, value, scaling, sliding_window, segments), None
+    if query.is_cuda and query.shape[1] != key.shape[1]:  # in float32 no fused kernel takes heads that share keys
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     outputs, inputs = [], [(x, segments.cut(x)) for x in (query, key, value)]
     for bucket in segments.buckets:
         indices = (bucket.queries, bucket.keys, bucket.keys)

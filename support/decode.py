@@ -16,6 +16,7 @@ Rows that have ended stay until half of the rows are enough for the others. Thos
 gets a graph of its own. A graph lives until its rows move or end: it holds the weights' addresses, and memory.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -117,7 +118,7 @@ class Rows:
         # a function that holds self would keep the cache in memory until Python looks for cycles
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, slot, dtype))
         with models.eager(model):
-            _encode(model, ids, self.cache)
+            _encode(model, ids, self.cache, self.causal_mask(width) if dtype == torch.float32 else None)
         if not self.cache.layers:
             raise NotImplementedError("its layers put nothing into the cache")
 
@@ -160,6 +161,16 @@ class Rows:
             masks[kind] = rearrange(mask, "b slots -> b 1 1 slots")
         return masks if len(masks) > 1 else masks[kind]
 
+    def causal_mask(self, t: int) -> Tensor | dict[str, Tensor]:
+        """What each token of the prompts sees of them, (1 1 t t). It is what attention does without a mask, but then no
+        fused kernel on CUDA takes heads that share keys in float32."""
+        masks = {}
+        for kind, window in self.windows.items():
+            ones = torch.ones(t, t, device=self.row.device, dtype=self.model.dtype)
+            seen = ones.tril() if window is None else ones.tril().triu(1 - window)
+            masks[kind] = ((seen - 1) * torch.finfo(seen.dtype).max)[None, None]
+        return masks if len(masks) > 1 else masks[kind]
+
     def keep(self, size: int, ended: list[bool]) -> None:
         """Move the rows that go on, and as many others as it takes, to the first `size` places."""
         rows = sorted(range(len(ended)), key=lambda i: ended[i])[:size]
@@ -171,10 +182,10 @@ class Rows:
 
 
 @as_forward
-def _encode(model, ids: Int[Tensor, "p t"], cache: Cache) -> None:
+def _encode(model, ids: Int[Tensor, "p t"], cache: Cache, mask) -> None:
     """Fill the cache with right-padded prompts: causal attention keeps the padding out of what comes before it."""
-    positions = repeat(torch.arange(ids.shape[1], device=ids.device), "t -> p t", p=len(ids))
-    models.backbone(model)(ids, position_ids=positions, use_cache=True, **{cache_name(model): cache})
+    state = {"position_ids": repeat(torch.arange(ids.shape[1], device=ids.device), "t -> p t", p=len(ids))}
+    models.backbone(model)(ids, attention_mask=mask, use_cache=True, **state, **{cache_name(model): cache})
 
 
 def windows(config) -> dict[str, int | None]:
@@ -244,7 +255,7 @@ def decode(rows: Rows) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"]]:
 def _captured(rows: Rows) -> Callable[[], None]:
     """Run a step as it is, which also warms up what must not happen first in a capture, and capture the next ones. A
     step in which the CPU waits for the GPU cannot be captured; a line says so, and the next ones run as they are."""
-    stream, graph, problem = torch.cuda.Stream(), torch.cuda.CUDAGraph(), ""
+    stream, graph, problem = _side_stream(), torch.cuda.CUDAGraph(), ""
     stream.wait_stream(torch.cuda.current_stream())
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -262,6 +273,12 @@ def _captured(rows: Rows) -> Callable[[], None]:
         print(f"sampling: no CUDA graph can hold a step of {rows.model.config.model_type}: {problem}")
         rows.step()
         return rows.step
-    with torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
         rows.step()
     return graph.replay
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """The stream of all captures, one after another: the matrix products keep a workspace for each stream."""
+    return torch.cuda.Stream()

@@ -6,7 +6,6 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from support import memory, models, parallel, reviews, runs
 from support.examples import Example
 from support.memory import Plan
 from support.report import table
+from support.rewards import names_function
 
 GIB, CARD = 2**30, 80e9  # bytes; CARD is the memory of a common GPU: a dry run on a CPU also says whether it would fit
 FULL = 0.95  # share of a device's memory that a step may take; the rest is for the allocator's gaps, CUDA, the system
@@ -63,8 +63,10 @@ def dry_run_ppo(a: Any, prompts: Sequence[Example], tokenizer) -> None:
     """`dry_run` for train_ppo.py: every answer as long as it can be, and reference, reward model and critic beside the
     policy."""
     others = [Other(a.ref or a.model, "--ref", shared=not a.ref)]
-    made_of = a.reward if runs.is_made(a.reward) else a.model
-    if Path(a.reward).is_dir() or a.reward == type(a).reward:  # the default one may still have to be made
+    is_model = a.reward != "gold" and not names_function(a.reward)
+    to_make = a.reward == type(a).reward and not runs.is_made(a.reward)
+    made_of = a.reward if is_model and not to_make else a.model
+    if is_model:
         others.append(Other(made_of, "--reward", reward=True))
     if a.advantage == "gae":
         critic = made_of if a.value_init == "reward" else a.model

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf import tree
+from rlhf.logprobs import default_tile_bytes
 from rlhf.optim import BLOCK, CHUNK
 from support import models, scoring
 from support.examples import Example
@@ -217,7 +218,7 @@ def head_bytes(n: int, v: int, d: int, plan: Plan) -> tuple[float | int, ...]:
     addition. The backward pass makes gradients of hidden states (n d) and, without adapters, of the weight (v d)."""
     low = plan.dtype == "bfloat16" and plan.on_gpu  # a CPU converts to float32
     size = 2 if low else 4
-    tile_bytes = max(1, (512 << 20) // (4096 * v)) * 4096 * v if plan.on_gpu else 64 << 20
+    tile_bytes = default_tile_bytes(v, 4, plan.on_gpu)
     keep_bytes = (plan.keep_softmax_mib if plan.keep_softmax_mib is not None else 10240 if plan.on_gpu else 1024) << 20
     rows = max(1, min(n, tile_bytes // (4 * v)))
     kept = size * n * d + (4 * v * d if size == 4 and plan.dtype == "bfloat16" else 0)

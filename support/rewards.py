@@ -38,8 +38,9 @@ def load_reward(
     max_prompt_length: int = 512,
     max_length: int = 1024,
     micro_batch_tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
 ) -> Reward:
-    """The reward function named by `source`. The lengths and the budget, in tokens, apply to a reward model.
+    """The reward function named by `source`. The lengths and the budget, in tokens, and the dtype are a reward model's.
 
     Raises BadInput with `flag` if there is no such source. The returned function raises BadInput with the prompt and
     response if it cannot score them, or if a user's function raises or does not return one finite number for each.
@@ -57,8 +58,8 @@ def load_reward(
 
     tokenizer = models.load_tokenizer(source, trust_remote_code, flag)
     make = lambda device: models.load_reward_model(source, device, trust_remote_code, flag)  # noqa: E731
-    model = sharding.load(make, device, torch.float32)
-    batching = Batching("auto", models.pad_id(tokenizer), torch.float32, micro_batch_tokens, device)
+    model = sharding.load(make, device, dtype)
+    batching = Batching("auto", models.pad_id(tokenizer), dtype, micro_batch_tokens, device)
 
     digest = tokens.digest(tokenizer)
     has_ids = lambda row: bool(row.get("response_ids")) and row.get("tokenizer") == digest  # noqa: E731

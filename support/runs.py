@@ -210,9 +210,12 @@ def check(args: Any) -> None:
             f"--max-prompt-length {args.max_prompt_length} must be below --max-length {args.max_length}",
         )
     try:
-        torch.empty(0, device=args.device)
-        if torch.device(args.device).type == "cuda" and torch.device(args.device).index:
-            torch.cuda.set_device(args.device)  # for what takes the current device: kernels in Triton, CUDA graphs
+        device = torch.device(args.device)
+        if device.type == "cuda" and torch.cuda.is_available():  # before a process takes memory of the first GPU
+            alone = device.index is None or int(os.environ.get("WORLD_SIZE", 1)) == 1
+            require(alone, f"--device {args.device}: torchrun gives each process a GPU of its own: use --device cuda")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
