@@ -846,6 +846,12 @@ def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
     assert float(rows["flags as given"]["others"]) == pytest.approx((4 + 16) * size / 2**30, rel=0.1)
     rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=2)
     assert float(rows["flags as given"]["others"]) == pytest.approx(16 * size / 2**30, rel=0.1)
+    with monkeypatch.context() as patch:  # a reward model on the hub, of the policy's size
+        load_config = models.load_config
+        patch.setattr(models, "load_config", lambda name, *args: load_config(name.replace("org/rm", model), *args))
+        model = str(world / "model")
+        rows, _ = dry_run(world, capsys, train_ppo, **settings | {"reward": "org/rm"})
+    assert float(rows["flags as given"]["others"]) == pytest.approx((4 + 4 + 16) * size / 2**30, rel=0.1)
     monkeypatch.setattr(dryrun, "SAVING", {"rank": {"lora_rank": 2}, "none": {"lora_rank": 0}})
     for given, other, name in ((0, 2, "rank"), (2, 0, "none")):  # a row is what its flags would give
         rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=given)

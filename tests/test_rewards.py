@@ -113,6 +113,9 @@ def test_a_reward_model_scores_like_models_score(rm):
         assert load_reward(rm, micro_batch_tokens=budget)(prompts, responses, [{}] * 24) == pytest.approx(
             want, abs=1e-5
         )
+    half = load_reward(rm, dtype=torch.bfloat16)
+    rounded = torch.tensor(half(prompts, responses, [{}] * 24))
+    assert half.model.dtype == torch.bfloat16 and 0 < (rounded - torch.tensor(want)).abs().max() < 0.05
 
 
 def test_an_empty_response_is_its_eos_alone(rm):
