@@ -15,7 +15,6 @@ This file has five parts: samples, the journal and the queue, the server, labell
 import base64
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -48,8 +47,8 @@ from tqdm import tqdm
 from rlhf import BadInput, require
 from support import agreement, lazy_import, read_json_lines
 from support.report import bootstrap, share_interval, table, visible
-from support.rows import read_rows
-from support.runs import check, cli, write
+from support.rows import read_rows, row_of
+from support.runs import check, cli, lock, write
 
 reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards")
 
@@ -498,7 +497,7 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
         sample = samples[key]
         distinct = [scores[i] for i in sample.distinct]
         rng = random.Random(f"annotate {a.seed} {key}")  # one per prompt, so that --resume gives the same ranks
-        ranks = reviews.rank(distinct, noise, rng) if noise else agreement.dense_ranks(distinct)
+        ranks = reviews.rank(distinct, noise, rng)
         return [ranks[sample.distinct.index(i)] for i in sample.first]
 
     done = {}
@@ -519,14 +518,8 @@ def label(a: Args, samples: dict[str, Sample], out: Path) -> dict:
             group = todo[start : start + 64]
             sequences = [(samples[key].row, i) for key in group for i in range(len(samples[key].first))]
             prompts, responses = [row["prompt"] for row, _ in sequences], [row["responses"][i] for row, i in sequences]
-            rows = [
-                row
-                | ({"ended": row["ended"][i]} if row.get("ended") else {})
-                | ({"response_ids": row["token_ids"][i]} if row.get("token_ids") else {})
-                for row, i in sequences
-            ]
             try:
-                values = iter(reward(prompts, responses, rows))
+                values = iter(reward(prompts, responses, [row_of(row, i) for row, i in sequences]))
             except BadInput:
                 f.close()
                 if not partial.stat().st_size:
@@ -639,7 +632,7 @@ def report(out: Path) -> dict:
 
 
 def open_journal(out: Path) -> FileIO:
-    """Open the journal and lock it for this process. The lock ends with the process, even if that is killed."""
+    """Open the journal and lock it for this process."""
     journal = journal_of(out)
     valid = journal.exists() or not out.exists()
     require(valid, f"--out {out} was not made by this page, which leaves a journal beside it: name another --out")
@@ -651,10 +644,7 @@ def open_journal(out: Path) -> FileIO:
         os.close(folder)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"--out {out} is being written by another annotate.py: share its page, or end it") from None
+    lock(journal)
     return file
 
 

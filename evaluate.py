@@ -40,8 +40,8 @@ from support.examples import Example, build, group_of, held_out, load, show
 from support.generate import answer, answer_stats, end_ids
 from support.preferences import ceiling, expected_accuracy, pair_tensors
 from support.report import bootstrap, new_page, share_interval, standard_error, table
-from support.rewards import checked, load_function, load_reward
-from support.rows import Row, for_each_response, prompt_of, read_rows, texts_of
+from support.rewards import checked, load_function, load_reward, require_texts
+from support.rows import Row, prompt_of, read_rows, row_of, texts_of
 from support.scoring import Batching
 
 bleu = lazy_import("sacrebleu.metrics")
@@ -339,6 +339,7 @@ def main(a: Args) -> dict:
     limits = (a.max_prompt_length, a.max_length, a.micro_batch_tokens)
     reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits) if a.reward else None
     examples = load(a.data, "preference or prompts", tokenizer, a)
+    require_texts(a.reward, examples)
     if a.eval_fraction is not None:
         examples = held_out(examples, a.eval_fraction)[1]
         require(bool(examples), f"--data: no prompt is in --eval-fraction {a.eval_fraction}: raise it")
@@ -371,14 +372,7 @@ def main(a: Args) -> dict:
         ref_logps = scoring.score_logps(reference, preferences, chosen, "reference")
     if preferences and reward:
         sequences = [
-            (prompt_of(e.row), text, e.row | {"ended": ended} | ({"response_ids": ids} if ids else {}))
-            for e in preferences
-            for text, ended, ids in zip(
-                answer_texts(e),
-                for_each_response(e.row, "ended", len(e.ranks), True),
-                for_each_response(e.row, "token_ids", len(e.ranks)),
-                strict=True,
-            )
+            (prompt_of(e.row), text, row_of(e.row, i)) for e in preferences for i, text in enumerate(answer_texts(e))
         ]
         rewards = torch.tensor(reward(*map(list, zip(*sequences, strict=True))), dtype=torch.float64)
         rewards = rewards.split([len(e.ranks) for e in preferences])

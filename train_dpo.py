@@ -68,7 +68,7 @@ Loss = Literal[(*LOSSES, "kto", "plackett_luce")]
 
 
 @dataclass
-class Args(runs.LoraFlags, runs.EpochFlags):
+class Args(runs.EpochFlags):
     ref: str | None = None
     """reference model (frozen), same tokenizer; default: the starting weights"""
     out: str = "runs/dpo"
@@ -222,6 +222,12 @@ def main(a: Args) -> dict[str, float]:
     held_places = range(len(train), len(train + held))
     seen = range(len(train)) if steps >= steps_per_epoch else order(0)[: steps * a.batch_size]
     scored = [*sorted(seen), *held_places]  # the other rows need no log-probs
+    everything = train + held
+    others: list[Example] = []
+    if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
+        for e, (other, trained) in zip(everything, mismatched(everything, a.seed), strict=True):
+            limit = a.max_length - len(e.prompt)
+            others.append(replace(e, responses=[other[:limit]], trained=trained and [trained[:limit]]))
     if a.dry_run:
         print("\n\n".join(show(e, tokenizer) for e in train[:3]))
         to_score = 0 if a.loss in REFERENCE_FREE else len(scored) * (2 if a.loss == "kto" else 1)
@@ -239,12 +245,6 @@ def main(a: Args) -> dict[str, float]:
     run.check_same(data=train, eval_data=held, model=policy)
 
     # ------------------------------------------------------------ reference: score once, then free it
-    everything = train + held
-    others: list[Example] = []
-    if a.loss == "kto":  # each prompt with a response to another prompt: these estimate the KL term z0
-        for e, (other, trained) in zip(everything, mismatched(everything, a.seed), strict=True):
-            limit = a.max_length - len(e.prompt)
-            others.append(replace(e, responses=[other[:limit]], trained=trained and [trained[:limit]]))
     if a.loss in REFERENCE_FREE:
         logps = [torch.zeros(len(everything[i].responses), dtype=torch.float64) for i in scored]
     else:

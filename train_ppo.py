@@ -17,7 +17,7 @@ gradient follow (Schulman et al. 2017, Eq. 7, arXiv 1707.06347). Below: flags, o
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,10 +29,10 @@ import train_sft
 from rlhf import advantages, losses, require
 from rlhf.tree import collate, send
 from support import dryrun, models, report, reviews, runs, scoring, sharding
-from support.examples import Example, held_out, load, show
+from support.examples import Example, held_out, load, show, split_of
 from support.generate import answer, end_ids
 from support.parallel import gather, shares
-from support.rewards import load_function, load_reward, names_function, score_texts, scores_ids
+from support.rewards import load_function, load_reward, names_function, require_texts, score_texts, scores_ids
 from support.scoring import Batching
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -55,7 +55,7 @@ DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
 
 
 @dataclass
-class Args(runs.LoraFlags, runs.TrainingFlags):
+class Args(runs.TrainingFlags):
     ref: str | None = None
     """reference model (frozen), same tokenizer; default: the starting weights"""
     reward: str = "runs/rm"
@@ -197,6 +197,21 @@ def check_flags(a: Args) -> None:
     require(1 <= a.minibatches <= a.batch_size, f"--minibatches must be in [1, --batch-size {a.batch_size}]")
 
 
+def check_reward(a: Args, tokenizer, embedded: bool) -> bool:
+    """Whether --reward is a model that scores the sampled ids as they are, and not a function of texts. What is wrong
+    with it is raised as BadInput before the long work."""
+    to_make = a.reward == train_rm.Args.out and not runs.is_made(a.reward)
+    require(embedded or not to_make, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
+    if names_function(a.reward):
+        load_function(a.reward, "--reward")
+    elif a.reward != "gold" and not to_make:
+        models.require_kind(a.reward, True, a.trust_remote_code, "--reward")
+    by_ids = to_make or scores_ids(a.reward, tokenizer, a.trust_remote_code)
+    problem = "--value-init reward needs a --reward model with the policy's tokenizer: use --value-init policy instead"
+    require(by_ids or a.advantage != "gae" or a.value_init != "reward", problem)
+    return by_ids
+
+
 # ----------------------------------------------------------------------------------------------------------- objective
 
 
@@ -271,17 +286,18 @@ def main(a: Args) -> dict[str, float]:
     tokenizer, embedded = runs.load_tokenizer(a.model, a.trust_remote_code)
     a = runs.with_defaults(a, defaults_of(a, embedded))
     check_flags(a)
-    if names_function(a.reward):  # an error in its file stops the run before the long work
-        load_function(a.reward, "--reward")
+    by_ids = check_reward(a, tokenizer, embedded)
     run = runs.start(a, __file__)
 
     # ------------------------------------------------------------------------------------------------------------ data
     models.require_same_tokenizer(a.ref, a.model, tokenizer, a.trust_remote_code)
     loaded = load(a.data, "prompts", tokenizer, a)
+    require_texts(a.reward, loaded)
     distinct = {e.prompt_text: e for e in loaded}
     prompts, held = held_out(list(distinct.values()), a.eval_fraction)
     require(len(prompts) >= a.batch_size, f"--data: {len(prompts)} prompts are fewer than --batch-size {a.batch_size}")
-    ptx = load(a.ptx_data, "sft", tokenizer, a) if a.ptx_coef else []
+    of_ptx = replace(a, split=split_of(a.ptx_data, a.split))
+    ptx = load(a.ptx_data, "sft", tokenizer, of_ptx) if a.ptx_coef else []
     repeated = len(loaded) - len(distinct)
     print(f"{len(prompts)} prompts to train on, {len(held)} held out; {repeated} rows repeat one of them")
     if a.dry_run:
@@ -293,8 +309,6 @@ def main(a: Args) -> dict[str, float]:
     runs.make_missing(train_sft, a.model, a.device)
     if embedded:
         runs.make_missing(train_rm, a.reward, a.device)
-    there = a.reward != train_rm.Args.out or runs.is_made(a.reward)
-    require(there, f"--reward {a.reward}: no reward model is there: train one with train_rm.py first")
 
     make_policy = lambda device: models.load_model(a.model, device, a.trust_remote_code)  # noqa: E731
     make_ref = lambda device: models.load_model(a.ref or a.model, device, a.trust_remote_code, "--ref")  # noqa: E731
@@ -315,15 +329,13 @@ def main(a: Args) -> dict[str, float]:
     if a.ref or not a.lora_rank:
         reference = sharding.load(make_ref, a.device, dtype).requires_grad_(False)
     reward = reward_model = None  # a function of texts, or a model that scores the sampled ids as they are
-    if scores_ids(a.reward, tokenizer, a.trust_remote_code):
+    if by_ids:
         reward_model = sharding.load(make_reward, a.device, dtype).requires_grad_(False)
     else:
         limits = (a.max_prompt_length, a.max_prompt_length + a.max_new_tokens, a.micro_batch_tokens)
         reward = load_reward(a.reward, a.device, "--reward", a.trust_remote_code, *limits, dtype)
     critic, critic_low_bits = None, {}
     if a.advantage == "gae":
-        needs = "--value-init reward needs a --reward model with the policy's tokenizer"
-        require(bool(reward_model) or a.value_init != "reward", f"{needs}: use --value-init policy instead")
         critic, critic_low_bits = sharding.load_trained(make_critic, a.device, dtype, a.seed)
     ends = end_ids(policy, tokenizer)
     others = [x for x in (reference, critic, reward_model) if x and x is not policy]

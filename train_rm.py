@@ -53,7 +53,7 @@ Loss = Literal[(*LOSSES,)]
 
 
 @dataclass
-class Args(runs.LoraFlags, runs.EpochFlags):
+class Args(runs.EpochFlags):
     model: str = runs.SFT_MODEL
     """starting weights: a causal language model or a reward model, as a run directory, a local folder or a hub id;
     runs/sft is made first if it is missing"""
@@ -75,8 +75,6 @@ class Args(runs.LoraFlags, runs.EpochFlags):
     """peak learning rate of AdamW, > 0; default 1e-5 (embedded: 1e-3)"""
     epochs: int = 1
     """passes over the data, >= 1; more than one overfits soon"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the matrices and their products; rewards and the optimizer's copy of the weights stay float32"""
     eval_pairs: int | None = None
     """maximum number of held-out rows to score, >= 0, chosen by hash; default 512 (embedded: all)"""
     eval_prompts: int | None = None
@@ -246,7 +244,8 @@ def main(a: Args) -> dict[str, float]:
         texts = [f"{e.prompt_text} {text}" for e in samples for text in e.response_texts]
         gold = torch.tensor([reviews.gold_reward(text) for text in texts])
         results["gold_spearman"] = correlation(ranks_of(scores), ranks_of(gold))
-        rows.append(["Spearman correlation with gold, on samples", f"{results['gold_spearman']:.3f}"])
+        if math.isfinite(results["gold_spearman"]):
+            rows.append(["Spearman correlation with gold, on samples", f"{results['gold_spearman']:.3f}"])
         by_gold = (gold.tolist(), scores.tolist())
     results |= {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
     results = {name: value for name, value in results.items() if math.isfinite(value)}  # JSON has no NaN

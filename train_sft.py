@@ -37,7 +37,7 @@ DEFAULTS = {  # for unset flags: any model, or the embedded task's small one
 
 
 @dataclass
-class Args(runs.LoraFlags, runs.EpochFlags):
+class Args(runs.EpochFlags):
     model: str = "reviews"
     """starting weights: a run directory, a local folder or a hub id; reviews: the embedded task's Llama, untrained"""
     data: runs.Sources = "reviews"

@@ -16,7 +16,6 @@
     annotate.html     the page of annotate.py
     reviews.py        the embedded task: film reviews with a known gold reward
     runs.py           run directory, the flags that all scripts share, progress, checkpoints
-    waiting.py        bars and estimates for what takes long
     report.py         tables, intervals, curves, before and after
     reward_report.py  how far a reward model can be trusted
     rewardbench.py    RewardBench's scores, from the rewards of given responses
@@ -46,6 +45,11 @@ class lazy_import:
         return getattr(importlib.import_module(self.name), attribute)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 200 characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def read_json(path: Path, *names: str) -> dict:
     """The JSON object in a file that a run has written. BadInput if the file is damaged or an object lacks a name."""
     return _json_object(path.read_bytes(), str(path), names)
@@ -65,7 +69,7 @@ def _json_object(data: bytes, where: str, names: tuple[str, ...]) -> dict:
         if not isinstance(value, dict) or not value.keys() >= {*names}:
             problem = f"not a JSON object{' with ' * bool(names)}{', '.join(names)}"
     except (ValueError, RecursionError) as error:
-        problem = f"not JSON: {' '.join(str(error).split())[:100]}"
+        problem = f"not JSON: {one_line(error)}"
     if problem:
         raise BadInput(f"{where} is damaged ({problem}): mend it, or bring back what was written")
     return value

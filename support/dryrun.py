@@ -93,7 +93,7 @@ def _report(
     flags = {name: getattr(a, name) for name in Plan._fields if name in vars(a)}
     processes = dist.get_world_size() if parallel.several() else 1
     given = Plan(**flags, on_gpu=torch.device(a.device).type == "cuda", processes=processes)
-    config = config_of(a.model, "--model", a, tokenizer)
+    config = config_of(a.model, "--model", a, tokenizer, None if reward else False)
     per_step = per_step or a.batch_size
     order = random.Random(f"{a.seed} 0").sample([*examples], len(examples))
     steps = [order[i : i + per_step] for i in range(0, len(order), per_step)]
@@ -114,7 +114,9 @@ def _report(
     tokens, scored = (processes * sum(size[i] for step in sizes for size in step) for i in (0, 1))
     counts = []  # weights of each of the others, and those of their layers
     for other in others:
-        model = models.on_meta(config_of(other.model, other.flag, a, tokenizer), other.reward, a.trust_remote_code)
+        kind = None if other.trained else other.reward
+        config = config_of(other.model, other.flag, a, tokenizer, kind)
+        model = models.on_meta(config, other.reward, a.trust_remote_code)
         in_layers = sum(x.numel() for layer in models.layers(model) for x in layer.parameters())
         counts.append((model.num_parameters(), in_layers))
 
@@ -176,16 +178,20 @@ time     {tokens} tokens an epoch; operations for each weight and token: 6, with
     if scored_before:
         own = "it is the policy itself"
         if a.ref:
-            model = models.on_meta(config_of(a.ref, "--ref", a, tokenizer), trust_remote_code=a.trust_remote_code)
+            config = config_of(a.ref, "--ref", a, tokenizer, reward=False)
+            model = models.on_meta(config, trust_remote_code=a.trust_remote_code)
             weights = memory.state_bytes(model.num_parameters(), given, trained=False, shards=processes)["weights"]
             own = f"until then its weights take {weights / GIB:.3g} GiB beside the policy's"
         print(f"before   the reference scores {scored_before} examples in {before:.2g} hours; {own}")
 
 
-def config_of(name: str, flag: str, a: Any, tokenizer):
-    """The config of a model; that of the embedded task's policy before there is one."""
+def config_of(name: str, flag: str, a: Any, tokenizer, reward: bool | None):
+    """The config of a model; that of the embedded task's policy before there is one. `reward`: whether it must be a
+    reward model; None: it may be either."""
     if name == "reviews" or (name == runs.SFT_MODEL and not runs.is_made(name)):
         return reviews.config(tokenizer)
+    if reward is not None:
+        models.require_kind(name, reward, a.trust_remote_code, flag)
     return models.load_config(name, a.trust_remote_code, flag)
 
 

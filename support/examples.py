@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
-from support import reviews, tokens
+from support import one_line, reviews, tokens
 from support.agreement import better_pairs
 from support.rows import (
     EMPTY,
@@ -64,7 +64,6 @@ from support.rows import (
     implicit,
     in_messages,
     json_arguments,
-    one_line,
     optional_list,
     optional_number,
     prompt_columns,
@@ -416,6 +415,43 @@ def _sampled_ids(draft: _Draft, values: list, pieces: tokens.Pieces) -> list[lis
     return ids
 
 
+def _read_ranking(draft: _Draft, row: dict, has_ranks: bool) -> list:
+    """The responses of a ranking row. Their ranks, and the optional columns, go into the draft."""
+    values = row["responses"]
+    ranks = row["ranks"] if has_ranks else [1] * (len(values) if isinstance(values, list) else 0)
+    if not isinstance(values, list) or not isinstance(ranks, list) or not values:
+        raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
+    if len(values) != len(ranks):
+        raise BadInput(f"field 'ranks' has {len(ranks)} ranks for {len(values)} responses: give one for each")
+    if not all(isinstance(rank, int | float) and 1 <= rank <= 1e9 and rank == rank // 1 for rank in ranks):
+        raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) to 10^9: rank the responses")
+    draft.ranks = [int(rank) for rank in ranks]
+    draft.ended = optional_list(row, "ended", lambda x: isinstance(x, bool), "true or false")
+    is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e30  # noqa: E731
+    rewards = optional_list(row, "rewards", is_finite, "finite numbers")
+    draft.rewards = rewards and [float(x) for x in rewards]
+    draft.noise = optional_number(row, "noise", 0.0, 1e30)
+    return values
+
+
+def _answer(
+    tokenizer, prompt: list[Message], answer: Message, name: str, ended: bool | None, before: str, tools, closing: str
+) -> str:
+    """The text of a single answer behind `before`, the rendered prompt. `ended`: whether a sampled answer reached its
+    end; None for any other answer. A sampled answer is its own text, with `closing` if it ended."""
+    fields = fields_of(answer)
+    if ended is False:
+        problem = f"field {name!r} was cut ('ended' is false) and has"
+        require(not fields, f"{problem} {[*fields, ''][0][:40]!r}: write that into its content, as the model did")
+        return answer["content"]
+    turn = _turn(tokenizer, [*prompt, answer], before, tools)
+    added = turn.removesuffix(closing).strip() != answer["content"].strip()
+    if ended and added and not fields:  # what was not sampled, such as the end of a thought
+        turn = answer["content"] + closing
+    _require_whole(answer, before + turn)
+    return turn
+
+
 def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: tokens.Pieces, digest: str | None) -> _Draft:
     tokenizer = pieces.tokenizer
     row = row if form == ["text"] else standard(row)
@@ -472,20 +508,7 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
         names = [name for name in form if name in ("completion", "chosen", "rejected")]
         values = [row[name] for name in names]
     if "responses" in form:
-        values = row["responses"]
-        draft.ranks = row["ranks"] if "ranks" in form else [1] * (len(values) if isinstance(values, list) else 0)
-        if not isinstance(values, list) or not isinstance(draft.ranks, list) or not values:
-            raise BadInput("fields 'responses' and 'ranks' are not two lists: give one rank for each response")
-        if len(values) != len(draft.ranks):
-            raise BadInput(f"field 'ranks' has {len(draft.ranks)} ranks for {len(values)} responses: give one for each")
-        if not all(isinstance(rank, int | float) and 1 <= rank <= 1e9 and rank == rank // 1 for rank in draft.ranks):
-            raise BadInput("field 'ranks' is not made of whole numbers from 1 (best) to 10^9: rank the responses")
-        draft.ranks = [int(rank) for rank in draft.ranks]
-        draft.ended = optional_list(row, "ended", lambda x: isinstance(x, bool), "true or false")
-        is_finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e30  # noqa: E731
-        rewards = optional_list(row, "rewards", is_finite, "finite numbers")
-        draft.rewards = rewards and [float(x) for x in rewards]
-        draft.noise = optional_number(row, "noise", 0.0, 1e30)
+        values = _read_ranking(draft, row, "ranks" in form)
         names = [f"responses[{i}]" for i in range(len(values))]
     elif pair:
         draft.ranks = [1, 2]
@@ -525,22 +548,10 @@ def _make_draft(where: str, row: dict, form: list[str], kind: str, pieces: token
             if len(turns) > 1:
                 fork = len(prompt) + shared
                 draft.responses.append(_pieces(tokenizer, prompt + turns, len(prompt), fork, draft.prompt, tools))
-                continue
-            answer, fields = turns[0], fields_of(turns[0])
-            if draft.ended and not draft.ended[i]:
-                if fields:
-                    raise BadInput(
-                        f"field {name!r} was cut ('ended' is false) and has {fields[0][:40]!r}: write that into its "
-                        "content, as the model did"
-                    )
-                turn = answer["content"]
             else:
-                turn = _turn(tokenizer, [*prompt, answer], draft.prompt, tools)
-                added = turn.removesuffix(closing).strip() != answer["content"].strip()
-                if draft.ended and added and not fields:  # what was not sampled, such as the end of a thought
-                    turn = answer["content"] + closing
-                _require_whole(answer, draft.prompt + turn)
-            draft.responses.append([(turn, True)])
+                ended = draft.ended[i] if draft.ended else None
+                turn = _answer(tokenizer, prompt, turns[0], name, ended, draft.prompt, tools, closing)
+                draft.responses.append([(turn, True)])
     if "responses" in form and row.get("token_ids") is not None and row.get("tokenizer") == digest:
         draft.token_ids = _sampled_ids(draft, values, pieces)
     if "ranks" in form and len(set(draft.ranks)) == 1:
@@ -578,14 +589,18 @@ def load(source: str | Sequence[str], kind: str, tokenizer, a: Any, chat: bool =
     return examples
 
 
+def split_of(source: str | Sequence[str], split: str | None) -> str | None:
+    """The split to read from other sources than --data: that of --data, unless all of them are files."""
+    return None if all(Path(x).expanduser().is_file() for x in sources(source)) else split
+
+
 def load_split(kind: str, tokenizer, a: Any, split_by: str | None = None) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: --data and --eval-data, or a split of --data if --eval-data is not given.
     Prints how many held-out prompts are also in training. Raises BadInput if no training example is left."""
     require(bool(a.eval_data) or not a.eval_split, f"--eval-split {a.eval_split}: of which data? give --eval-data too")
     train = load(a.data, kind, tokenizer, a)
     if a.eval_data:
-        are_files = all(Path(source).expanduser().is_file() for source in sources(a.eval_data))
-        split = a.eval_split or (None if are_files else a.split)
+        split = a.eval_split or split_of(a.eval_data, a.split)
         held = load(a.eval_data, kind, tokenizer, replace(a, split=split))
     else:
         train, held = held_out(train, a.eval_fraction, split_by)
@@ -631,10 +646,6 @@ def build(
     With `chat`, a prompt that is a text is the message of a user if there is a chat template. Without, this holds for
     rows with a column `system` if it is filled in some of them.
     """
-    if max_prompt_length < 1:
-        raise BadInput(f"--max-prompt-length {max_prompt_length}: leaves no token for the prompt: give 1 or more")
-    if max_length < 2:
-        raise BadInput(f"--max-length {max_length}: leaves no token for prompt and response: give 2 or more")
     rows, as_written = [(where, from_sharegpt(row)) for where, row in rows], rows
     form = _choose_form(rows, kind)
     if tokenizer.eos_token_id is None and form != ["text"] and kind != "prompts":

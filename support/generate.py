@@ -28,12 +28,12 @@ import transformers
 from einops import rearrange, repeat
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from rlhf import require
 from rlhf.tree import Tree
-from support import decode, models, parallel, reviews, scoring, sharding, tokens
+from support import decode, models, one_line, parallel, reviews, scoring, sharding, tokens
 from support.examples import Example
-from support.waiting import Waiting
 
 SAMPLERS = {
     "compiled": "the compiled decode loop",
@@ -88,7 +88,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order[i : i + prompts_at_once] for i in range(0, len(order), prompts_at_once)]
     responses: dict[int, list[tuple[list[int], list[float]]]] = {}
-    with Waiting(progress, len(groups) * max_new_tokens, "step", not parallel.is_main()) as waiting:
+    with scoring.progress_bar(progress, len(groups) * max_new_tokens, "step") as bar:
         for n, group in enumerate(groups, 1):
             local_group = parallel.local_items(group)
             asked = [prompts[i] for i in local_group]
@@ -96,19 +96,24 @@ def generate(
             most = [min(max_new_tokens, limit - len(p)) for p in asked for _ in range(k)]
             choose = sampling(group_keys, temperature, sampler == "compiled")
             if progress and model.device.type == "cpu":  # on CUDA a step is a recorded graph
-                choose = _counted(choose, waiting)
+                choose = _counted(choose, bar)
             ids, logps = (x.tolist() for x in _run(sampler, model, asked, k, most, choose, ends, pad, dtype))
             cut = [_until_end(*row, ends) for row in zip(ids, logps, most, strict=True)]
             responses |= {i: cut[place * k : (place + 1) * k] for place, i in enumerate(local_group)}
-            waiting.update(max(n * max_new_tokens - waiting.done, 0))
+            bar.update(max(n * max_new_tokens - bar.n, 0))
     responses = dict(parallel.gather([*responses.items()]))
     ids, logps = zip(*(response for i in range(len(prompts)) for response in responses[i]), strict=True)
     return [*ids], [*logps]
 
 
-def _counted(choose: "Choose", waiting: Waiting) -> "Choose":
+def _counted(choose: "Choose", bar: tqdm) -> "Choose":
     """`choose`, which moves a bar by one step."""
-    return lambda *drawn: waiting.update(1) or choose(*drawn)
+
+    def counted(*drawn):
+        bar.update()
+        return choose(*drawn)
+
+    return counted
 
 
 def _until_end(ids: list[int], logps: list[float], most: int, ends: Sequence[int]) -> tuple[list[int], list[float]]:
@@ -305,7 +310,7 @@ def _misfit(sampler: str, model, rows: Sequence[Tree], plain, allowed: float, pa
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the code of an architecture stumbles over
-        return " ".join(str(error).split())[:100] or type(error).__name__
+        return one_line(error)
     difference = (torch.cat(logps) - plain).abs()
     if difference.max() <= allowed or (dtype != torch.float32 and difference.mean() <= MEAN_ROUNDING):
         return None

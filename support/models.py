@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from rlhf import BadInput, require
 from rlhf.logprobs import Head
 from rlhf.optim import AdamW, LowBits, dither, join, split
 from rlhf.tree import takes_flash, tree_attention
-from support import answer_at_once_offline, lazy_import, may_be_hub_id, read_json
+from support import answer_at_once_offline, lazy_import, may_be_hub_id, one_line, read_json
 from support.parallel import full_tensor, several
 
 modeling_layers = lazy_import("transformers.modeling_layers")
@@ -51,9 +52,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--mo
 
 
 def require_same_tokenizer(ref: str | None, model: str, tokenizer, trust_remote_code: bool) -> None:
-    """BadInput if a reference is named whose vocabulary is not that of the model's tokenizer."""
-    if ref and load_tokenizer(ref, trust_remote_code, "--ref").get_vocab() != tokenizer.get_vocab():
-        raise BadInput(f"--ref {ref}: its tokenizer is not the one of --model {model}")
+    """BadInput if a reference is named that is no policy, or whose vocabulary is not that of the model's tokenizer."""
+    if ref:
+        same = load_tokenizer(ref, trust_remote_code, "--ref").get_vocab() == tokenizer.get_vocab()
+        require(same, f"--ref {ref}: its tokenizer is not the one of --model {model}")
+        require_kind(ref, False, trust_remote_code, "--ref")
+
+
+def require_kind(name: str, reward: bool, trust_remote_code: bool, flag: str) -> None:
+    """BadInput unless the config of a model is that of a reward model, or, without `reward`, of a policy."""
+    found = is_reward_model(name, trust_remote_code, flag)
+    wanted = f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py"
+    require(found or not reward, wanted)
+    require(reward or not found, f"{flag} {name}: a reward model, where a causal language model is wanted")
 
 
 def load_model(name: str, device: str, trust_remote_code: bool = False, flag: str = "--model"):
@@ -62,10 +73,7 @@ def load_model(name: str, device: str, trust_remote_code: bool = False, flag: st
     A folder of adapters (`add_lora`) is loaded as the model that they were trained on with the adapters merged into it.
     BadInput, in one line, if there is no such model, it is not a causal language model, or weights of it are missing.
     """
-    require(
-        not is_reward_model(name, trust_remote_code, flag),
-        f"{flag} {name}: a reward model, where a causal language model is wanted",
-    )
+    require_kind(name, False, trust_remote_code, flag)
     if base := base_of_adapters(name):
         model = load_model(base, "cpu", trust_remote_code, f"{flag} {name}: its base model")
         model = _with_adapters(model, name, flag)
@@ -99,10 +107,7 @@ def load_reward_model(name: str, device: str, trust_remote_code: bool = False, f
     A folder of adapters (`add_lora`) is loaded as the model that they were trained on, a policy or a reward model, with
     the adapters merged into it and their head.
     """
-    require(
-        is_reward_model(name, trust_remote_code, flag),
-        f"{flag} {name}: not a reward model (its config names no sequence classifier): train one with train_rm.py",
-    )
+    require_kind(name, True, trust_remote_code, flag)
     if base := base_of_adapters(name):
         of_base = f"{flag} {name}: its base model"
         if is_reward_model(base, trust_remote_code, of_base):
@@ -292,26 +297,20 @@ def _few(keys) -> str:
 
 
 def base_of_adapters(name: str) -> str | None:
-    """The model that the adapters in a folder were trained on; None if the folder has none.
-
-    A relative path, as older runs wrote it, was relative to the directory that they ran in: it is looked for in the
-    folders above the adapters, the nearest first. What is found in none of them is taken as it is. BadInput if no model
-    is named."""
+    """The model that the adapters in a folder were trained on; None if the folder has none. BadInput if no model is
+    named."""
     config = _adapter_config(name)
     if config is None:
         return None
     base = config.get("base_model_name_or_path")
     require(isinstance(base, str), f"{name}/adapter_config.json names no model that the adapters were trained on")
-    places = [folder / base for folder in Path(name).resolve().parents]
-    return next((str(place) for place in places if place.is_dir()), base)
+    return base
 
 
 def _adapter_config(name: str) -> dict | None:
     """What a folder's adapter_config.json says; None if it has none."""
     path = Path(name) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    return read_json(path)
+    return read_json(path) if path.is_file() else None
 
 
 @contextmanager
@@ -327,7 +326,7 @@ def _one_line_errors(name: str, flag: str, kind: str = "causal language model") 
     except BadInput:
         raise
     except Exception as error:  # damaged files raise almost anything
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # whose message advises to execute what is in the file
             reason = "its .bin file is damaged, or holds more than weights"
         if os.path.isdir(name):
@@ -366,12 +365,11 @@ def add_lora(model, rank: int, seed: int = 0):
     task = "SEQ_CLS" if has_reward_head(model) else "CAUSAL_LM"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
     try:
-        lora = peft.LoraModel(model, {"default": config}, "default")
+        with warnings.catch_warnings(action="ignore"):  # that GPT-2 stores its matrices transposed
+            lora = peft.LoraModel(model, {"default": config}, "default")
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"--lora-rank: peft puts no adapters into {model.config.model_type} models: leave it out ({reason})"
-        ) from None
+        problem = f"--lora-rank: peft puts no adapters into {model.config.model_type} models: leave it out"
+        raise BadInput(f"{problem} ({one_line(error)})") from None
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -493,7 +491,7 @@ def restore(model, low_bits: LowBits, state: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(state, strict=all(weight.requires_grad for weight in weights.values()))
     except RuntimeError as error:
-        raise BadInput(f"--resume: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
+        raise BadInput(f"--resume: the checkpoint is of another model ({one_line(error)})") from None
 
 
 def layers(model) -> list[torch.nn.Module]:

@@ -19,7 +19,7 @@ from support import parallel
 from support.examples import Example
 from support.scoring import Batching, score_logps
 
-SCORES_VERSION = 1  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
+SCORES_VERSION = 2  # raise it when a change here, in tree.py or in logprobs.py changes log-probs: cached ones are stale
 
 
 def reference_logps(
@@ -34,8 +34,9 @@ def reference_logps(
 
 
 def row_digests(examples: Sequence[Example]) -> UInt8[Tensor, "n 16"]:
-    """Half of the SHA-256 of each example's tokens."""
-    digests = [hashlib.sha256(json.dumps([e.prompt, e.responses]).encode()).digest()[:16] for e in examples]
+    """Half of the SHA-256 of each example's tokens, and of which of them are trained."""
+    parts = [json.dumps([e.prompt, e.responses, e.trained]).encode() for e in examples]
+    digests = [hashlib.sha256(part).digest()[:16] for part in parts]
     return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(-1, 16)
 
 
@@ -69,19 +70,15 @@ def cached(
     except OSError as error:
         raise BadInput(f"--ref-cache {folder}: cannot write there: {error.strerror}") from None
     path = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] + ".safetensors")
-    stored = _read(path, key)
-    if all(parallel.gather([stored is not None])):  # in every process: they all read it, or compute together
-        print(f"reference log-probs: from {path}")
-        return stored
+    others = sorted({*folder.glob("*.safetensors")} - {path})
+    for file in (path, *others):
+        stored = _read(file, key, rows)
+        if all(parallel.gather([stored is not None])):  # in every process: they all read it, or compute together
+            print(f"reference log-probs: from {file}" + ", which has these rows and more" * (file != path))
+            return stored
     if path.exists():
         print(f"reference log-probs: {path} is damaged: they are computed again")
     nearest: list[str] | None = None
-    others = sorted({*folder.glob("*.safetensors")} - {path})
-    for other in others:
-        stored = _read_rows(other, key, rows)
-        if all(parallel.gather([stored is not None])):
-            print(f"reference log-probs: from {other}, which has these rows and more")
-            return stored
     for other in others:
         try:
             with safe_open(other, "pt") as f:
@@ -105,31 +102,21 @@ def cached(
     return logps
 
 
-def _read(path: Path, key: dict[str, str]) -> list[Tensor] | None:
-    """The log-probs in a file; None if it is not there, holds another key's, or is damaged."""
+def _read(path: Path, key: dict[str, str], rows: UInt8[Tensor, "n 16"]) -> list[Tensor] | None:
+    """The log-probs of these rows in a file; None if it is not there, damaged, lacks a row, or has another key."""
     try:
         with safe_open(path, "pt") as f:
-            if json.loads(f.metadata()["question"]) != key:
+            stored = json.loads(f.metadata()["question"])
+            if stored != key | {"rows": stored["rows"]}:
                 return None
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dictionary)
             if f.metadata()["sha256"] != _digest(tensors):
                 return None
-            return [*tensors["logps"].split(tensors["sizes"].tolist())]
+        logps = tensors["logps"].split(tensors["sizes"].tolist())
+        places = {bytes(row): i for i, row in enumerate(tensors["rows"].tolist())}
+        return [logps[places[bytes(row)]] for row in rows.tolist()]
     except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         return None
-
-
-def _read_rows(path: Path, key: dict[str, str], rows: UInt8[Tensor, "n 16"]) -> list[Tensor] | None:
-    """The log-probs of these rows in a file of more of them; None if it lacks one, or if its key differs otherwise."""
-    try:
-        with safe_open(path, "pt") as f:
-            other = json.loads(f.metadata()["question"])
-            there = {bytes(row): i for i, row in enumerate(f.get_tensor("rows").tolist())}
-        places = [there[bytes(row)] for row in rows.tolist()]
-        logps = _read(path, other) if other == key | {"rows": other["rows"]} else None
-    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-        return None
-    return logps and [logps[i] for i in places]
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

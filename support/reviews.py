@@ -12,11 +12,13 @@ import math
 import random
 from bisect import bisect
 from collections import defaultdict
-from functools import cache
+from functools import cache, reduce
 from itertools import accumulate
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from support.agreement import dense_ranks
 
 # --------------------------------------------------------------------------------------------------------------------
 # The opinion words: grammar symbol -> valence -> words. The valences are symmetric about 0, so the mean reward is 0.
@@ -103,6 +105,8 @@ RULES = {
 }
 
 Grammar = dict[str, list[tuple[float, list[str]]]]  # symbol -> alternatives (probability, symbols and words)
+Stacks = dict[tuple[str, ...], float]  # symbols still to be expanded, () at the end of a review -> probability
+START: Stacks = {("REVIEW",): 1.0}
 
 
 def read_grammar(rules: dict[str, str]) -> Grammar:
@@ -137,33 +141,6 @@ def expand(symbol: str, rng: random.Random) -> list[str]:
     return words
 
 
-def inside(grammar: Grammar, symbol: str, words: list[str]) -> float:
-    """Inside probability P(symbol => words), summed over all parses (Baker 1979). Left recursion never terminates."""
-
-    @cache
-    def ends(symbol: str, start: int) -> dict[int, float]:
-        """end -> P(symbol => words[start:end])"""
-        totals = defaultdict(float)
-        for probability, parts in grammar[symbol]:
-            partial = {start: probability}  # position after the parts so far -> probability
-            for part in parts:
-                advanced = defaultdict(float)
-                for position, p in partial.items():
-                    if part in grammar:
-                        for end, q in ends(part, position).items():
-                            advanced[end] += p * q
-                    elif position < len(words) and words[position] == part:
-                        advanced[position + 1] += p
-                partial = advanced
-                if not partial:
-                    break
-            for end, p in partial.items():
-                totals[end] += p
-        return totals
-
-    return ends(symbol, 0).get(len(words), 0.0)
-
-
 def sample(rng: random.Random) -> str:
     """Sample one review: two sentences, 8 to 40 words and punctuation marks in all, separated by single spaces."""
     return " ".join(expand("REVIEW", rng))
@@ -182,16 +159,19 @@ def openings(symbol: str) -> dict[str, dict[tuple[str, ...], float]]:
     return totals
 
 
-@cache
-def remainders(words: tuple[str, ...]) -> dict[tuple[str, ...], float]:
-    """Symbols still to be expanded after the first words of a review -> probability; empty if no review goes on."""
-    if not words:
-        return {("REVIEW",): 1.0}
+def advance(stacks: Stacks, word: str) -> Stacks:
+    """The stacks after one more word; empty if no review goes on with it."""
     advanced = defaultdict(float)
-    for (top, *below), p in remainders(words[:-1]).items():
-        for remainder, q in openings(top).get(words[-1], {}).items():
-            advanced[(*remainder, *below)] += p * q
-    return {symbols: p for symbols, p in advanced.items() if symbols}
+    for symbols, p in stacks.items():
+        for remainder, q in openings(symbols[0]).get(word, {}).items() if symbols else ():
+            advanced[(*remainder, *symbols[1:])] += p * q
+    return advanced
+
+
+@cache
+def remainders(words: tuple[str, ...]) -> Stacks:
+    """The stacks after the first words of a review."""
+    return advance(remainders(words[:-1]), words[-1]) if words else START
 
 
 def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
@@ -200,16 +180,17 @@ def continuations(prompt: str, k: int, rng: random.Random) -> list[str]:
     P(continuation | prompt) sums over all symbol sequences that can remain after the prompt. ValueError if none can.
     """
     words = tuple(prompt.split())
-    if not all(remainders(words[:n]) for n in range(len(words) + 1)):  # the shortest first: no deep recursion
+    for n in range(len(words) + 1):  # the shortest first: no deep recursion
+        stacks = remainders(words[:n])
+    if not any(stacks):
         raise ValueError(f"no review goes on after {prompt!r}")
-    stacks = remainders(words)
     sampled = rng.choices(list(stacks), weights=list(stacks.values()), k=k)
     return [" ".join(word for symbol in symbols for word in expand(symbol, rng)) for symbols in sampled]
 
 
 def log_prob(text: str) -> float:
     """ln P(`sample` returns exactly this text), in nats; -inf if the text is not grammatical."""
-    probability = inside(GRAMMAR, "REVIEW", text.split())
+    probability = reduce(advance, text.split(), START).get((), 0.0)
     return math.log(probability) if probability > 0 else -math.inf
 
 
@@ -269,14 +250,12 @@ def preference_rows(
 
 
 def rank(rewards: list[float], noise: float, rng: random.Random) -> list[int]:
-    """A simulated annotator's ranks of K responses (1 is best, no ties), drawn from the Plackett-Luce model.
+    """A simulated annotator's ranks of K responses (1 is best), drawn from the Plackett-Luce model.
 
     P(i first) = softmax(rewards / noise)_i, then the same among the rest (Plackett 1975, Luce 1959). Drawn by sorting
-    rewards + noise * Gumbel, where Gumbel = -ln(Exponential(1)).
+    rewards + noise * Gumbel, where Gumbel = -ln(Exponential(1)). Without noise, equal rewards tie.
     """
-    noisy = [reward - noise * math.log(rng.expovariate(1.0)) for reward in rewards]
-    order = sorted(range(len(noisy)), key=noisy.__getitem__, reverse=True)
-    return [order.index(i) + 1 for i in range(len(noisy))]
+    return dense_ranks([reward - noise * math.log(rng.expovariate(1.0)) for reward in rewards])
 
 
 # --------------------------------------------------------------------------------------------------------------------

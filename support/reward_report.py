@@ -10,7 +10,7 @@ from torch import Tensor
 from support import reviews
 from support.agreement import better_pairs
 from support.examples import Example, group_of
-from support.preferences import ceiling, expected_accuracy, pair_tensors, pairs
+from support.preferences import ceiling, expected_accuracy, pair_tensors
 from support.report import interval, new_page, share_and_half
 
 TIE = 1e-4  # in reward: rounding can cause margins up to this size, so they count as half correct
@@ -24,6 +24,8 @@ def ranks_of(values: Tensor) -> Tensor:
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's correlation; NaN if one of the two does not vary."""
+    if len(x) < 2:
+        return math.nan
     return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
 
 
@@ -69,7 +71,7 @@ def held_out_report(held: Sequence[Example], rewards: Sequence[Tensor], split_by
     margins, length_margins = flat[better] - flat[worse], lengths[better] - lengths[worse]
 
     groups = [group_of(e, split_by) for e in held]
-    example = torch.tensor([i for i, e in enumerate(held) for _ in pairs([e])[0]])  # the example of each pair
+    example = torch.tensor([i for i, e in enumerate(held) for _ in better_pairs(e.ranks)])  # the example of each pair
 
     def accuracy_interval(margins: Tensor) -> tuple[float, float]:
         """Mean accuracy over the examples, and the half-width of its interval over groups."""

@@ -96,6 +96,12 @@ def load_reward(
     return reward
 
 
+def require_texts(source: str | None, examples: Sequence[Example]) -> None:
+    """BadInput if --reward is gold and a prompt is a list of messages."""
+    texts = source != "gold" or all(isinstance(prompt_of(e.row), str) for e in examples)
+    require(texts, "--reward gold: scores texts, but a prompt holds messages")
+
+
 def scores_ids(source: str, tokenizer, trust_remote_code: bool = False) -> bool:
     """Whether `source` is a reward model with this tokenizer's vocabulary and EOS, which can score sampled ids."""
     if not Path(source).is_dir():

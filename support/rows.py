@@ -7,7 +7,7 @@
     prompt_of   the prompt of a row
     asked_by_user   a row whose prompt is a text, as if that were a user's message
     texts_of    the responses of a preference or ranking row
-    for_each_response   a column of a ranking row that has a value for each of them
+    row_of      a preference or ranking row with one of its responses, as a reward function gets it
 
 Each problem with a row is reported in one line that says how to fix it. The caller adds the file and the row number.
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import BadInput, require
-from support import answer_at_once_offline, lazy_import, may_be_hub_id
+from support import answer_at_once_offline, lazy_import, may_be_hub_id, one_line
 
 datasets = lazy_import("datasets")
 parquet = lazy_import("pyarrow.parquet")
@@ -131,10 +131,6 @@ def _read_source(source: str, name: str, split: str | None, skip_bad_rows: bool)
     return rows, skipped
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 def _number(name: str, rows) -> list[Row]:
     return [(f"{name}:{i}", row) for i, row in enumerate(rows, 1)]
 
@@ -166,12 +162,12 @@ def _load_from_hub(source: str, split: str | None):
 
 def _select_split(source: str, data, split: str | None):
     """The rows of one split, in which images and sounds stay bytes: no script reads them, and one may be damaged."""
-    if not isinstance(data, datasets.DatasetDict):
-        for name, feature in data.features.items():
-            if hasattr(feature, "decode"):
-                data = data.cast_column(name, type(feature)(decode=False))
-        return data
-    return _select_split(source, data[_choose_split(source, list(data), split)], None)
+    if isinstance(data, datasets.DatasetDict):
+        data = data[_choose_split(source, list(data), split)]
+    for name, feature in data.features.items():
+        if hasattr(feature, "decode"):
+            data = data.cast_column(name, type(feature)(decode=False))
+    return data
 
 
 def _choose_split(source: str, names: list[str], split: str | None) -> str:
@@ -645,7 +641,13 @@ def texts_of(row: dict) -> list[str]:
     return texts
 
 
-def for_each_response(row: dict, name: str, n: int, default: Any = None) -> list:
-    """The values of a column that has one for each of the n responses of a ranking row; else the default for each."""
-    values = row.get(name) if row.get("responses") is not None else None
-    return values if isinstance(values, list) and len(values) == n else [default] * n
+def row_of(row: dict, i: int) -> dict:
+    """The row as a reward function gets it with response i: with `ended` and, if there are any, the token ids
+    (`response_ids`) of this response."""
+
+    def of_response(name: str, default: Any) -> Any:
+        values = row.get(name) if row.get("responses") is not None else None
+        return values[i] if isinstance(values, list) and i < len(values) else default
+
+    ids = of_response("token_ids", None)
+    return row | {"ended": of_response("ended", True)} | ({"response_ids": ids} if ids else {})

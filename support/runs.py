@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import rlhf
 from rlhf import BadInput, require
-from support import lazy_import, models, parallel, read_json, read_json_lines, report, reviews, sharding
+from support import lazy_import, models, one_line, parallel, read_json, read_json_lines, report, reviews, sharding
 
 wandb = lazy_import("wandb")
 
@@ -127,12 +127,18 @@ class TrainingFlags(Flags):
     wandb: bool = False
     """log to Weights & Biases too"""
 
+    lora_rank: int = 0
+    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they need a learning rate
+    about ten times as high"""
+    lora_merge: bool = False
+    """save the model with the adapters merged into its weights, not the adapters alone; without --lora-rank nothing is
+    trained: the adapter run --model is written out merged, to --out (default: MODEL-merged)"""
     gradient_checkpointing: bool = False
     """recompute the layers' activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
     """torch.compile of the layers, for a GPU: a longer first step, then shorter ones; needs a C++ compiler"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the matrices and their products; log-probs and the optimizer's copy of the weights stay float32"""
+    """dtype of the matrices and their products; log-probs, rewards and AdamW's copy of the weights stay float32"""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype in which the gradients of a step's micro-batches add up; bfloat16 saves 2 bytes a weight (one process)"""
     optimizer_state: Literal["float32", "8bit"] = "float32"
@@ -157,18 +163,6 @@ class EpochFlags(TrainingFlags):
     """tokens of a prompt with one response, > max-prompt-length; longer responses lose their end"""
     eval_every: int = 100
     """optimizer steps between evaluations on the held-out rows, >= 1"""
-
-
-@dataclass
-class LoraFlags:
-    """Flags of the four training scripts: low-rank adapters."""
-
-    lora_rank: int = 0
-    """rank of low-rank adapters that are trained in place of all weights, >= 0 (0: none); they need a learning rate
-    about ten times as high"""
-    lora_merge: bool = False
-    """save the model with the adapters merged into its weights, not the adapters alone; without --lora-rank nothing is
-    trained: the adapter run --model is written out merged, to --out (default: MODEL-merged)"""
 
 
 RANGES = rlhf.RANGES | rlhf.ranges(  # of every flag that has one, in all scripts
@@ -198,12 +192,11 @@ def check(args: Any) -> None:
         if name in RANGES and value is not None:
             words, test = RANGES[name]
             require(test(value), f"--{name.replace('_', '-')} must be {words}, not {value}")
-    fits = getattr(args, "gradient_dtype", "float32") == "float32" or (
-        args.dtype == "bfloat16" and not parallel.several()
-    )
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # the processes that torchrun started have not met yet
+    fits = getattr(args, "gradient_dtype", "float32") == "float32" or args.dtype == "bfloat16" and alone
     require(fits, "--gradient-dtype bfloat16 needs --dtype bfloat16 and a single process")
-    eight_bits = getattr(args, "optimizer_state", "float32") == "8bit" and parallel.several()
-    require(not eight_bits, "--optimizer-state 8bit needs a single process")
+    fits = getattr(args, "optimizer_state", "float32") == "float32" or alone
+    require(fits, "--optimizer-state 8bit needs a single process")
     if hasattr(args, "max_length"):
         require(
             args.max_prompt_length < args.max_length,
@@ -212,8 +205,8 @@ def check(args: Any) -> None:
     try:
         device = torch.device(args.device)
         if device.type == "cuda" and torch.cuda.is_available():  # before a process takes memory of the first GPU
-            alone = device.index is None or int(os.environ.get("WORLD_SIZE", 1)) == 1
-            require(alone, f"--device {args.device}: torchrun gives each process a GPU of its own: use --device cuda")
+            problem = f"--device {args.device}: torchrun gives each process a GPU of its own: use --device cuda"
+            require(alone or device.index is None, problem)
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -489,9 +482,7 @@ class Run:
                 f"--resume: now {steps} steps in all. From step {step + 1} on the learning rate is that of a run of "
                 f"{steps} steps, {rate:.3g} first ({a.schedule}): it does not continue from its value at step {step}"
             )
-            began = (self.out / "args.json").stat().st_mtime_ns  # by which wandb knows the run
             write(self.out / "args.json", json.dumps(self.flags, indent=1))
-            os.utime(self.out / "args.json", ns=(began, began))
             if results.exists():
                 results.rename(self.out / f"results-{step}.json")
         if not self.args.resume:
@@ -505,7 +496,7 @@ class Run:
                 lines = zip(path.read_text("utf-8").split("\n"), read_json_lines(path, "step"), strict=False)
                 write(path, "".join(line + "\n" for line, row in lines if step and row["step"] <= last))
         if self.args.wandb:
-            identity = f"{self.out.name}-{int((self.out / 'args.json').stat().st_mtime)}"
+            identity = f"{self.out.name}-{int((self.out / 'environment.json').stat().st_mtime)}"  # written once a run
             project = os.environ.get("WANDB_PROJECT", "rlhf")
             options = {"project": project, "name": self.out.name, "dir": str(self.out), "config": self.flags}
             wandb.init(id=identity, resume="allow", **options)
@@ -608,7 +599,7 @@ class Run:
             try:
                 by_one = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # damaged files raise almost anything
-                raise BadInput(f"--resume: {path} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
+                raise BadInput(f"--resume: {path} is no checkpoint: {one_line(error)}") from None
             names = {"step", *(name for name, part in parts.items() if part is not None)}
             whole = isinstance(by_one, dict) and by_one.keys() >= names
             require(whole, f"--resume: {path} is no checkpoint of this script: begin anew in another --out")

@@ -14,14 +14,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from rlhf import BadInput, require
 from rlhf.logprobs import Head, token_kl, token_logps
 from rlhf.tree import Batch, Tree, collate, tokens
 from support import models, parallel
 from support.examples import Example, probes
-from support.sharding import as_forward
-from support.waiting import Waiting
+from support.sharding import as_forward, autocast
 
 
 class Batching(NamedTuple):
@@ -49,7 +49,7 @@ def hidden_states(
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
     for layer in models.checkpointed_layers(model):
         layer.training = torch.is_grad_enabled()  # layers recompute in train mode only; their parts stay in eval mode
-    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(model, dtype):
         kwargs = {"segments": batch.segments} if batch.segments else {"attention_mask": batch.attention_mask}
         out = models.backbone(model)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
@@ -158,14 +158,19 @@ def score_rewards(model, examples: Sequence[Example], batching: Batching, progre
     return _score(lambda batch: response_rewards(model, batch, batching.dtype), model, examples, batching, progress)
 
 
+def progress_bar(name: str, total: int | None, unit: str) -> tqdm:
+    """A bar that appears after two seconds and goes away at the end; of the main process, and only with a name."""
+    hidden, shown = not (name and parallel.is_main()), {"leave": False, "dynamic_ncols": True, "delay": 2}
+    return tqdm(desc=name, total=total, unit=unit, disable=hidden, **shown)
+
+
 @torch.no_grad()
 def _score(measure: Callable[[Batch], Tensor], model, examples, batching: Batching, progress: str) -> list[Tensor]:
     device = next(model.parameters()).device
     measured: list[tuple[list[int], Tensor]] = []
-    groups, silent = micro_batches(model, examples, batching), not parallel.is_main()
     total = None if parallel.several() else sum(tokens(e, batching.layout) for e in examples)
-    with Waiting(progress, total, "token", silent) as bar:
-        for group in groups:
+    with progress_bar(progress, total, "token") as bar:
+        for group in micro_batches(model, examples, batching):
             members = [examples[i] for i in group]
             measured.append((group, measure(collate(members, batching.layout, batching.pad_id, device))))
             bar.update(sum(tokens(e, batching.layout) for e in members))
@@ -334,11 +339,11 @@ def token_numbers(model, examples: Sequence[Tree], batching: Batching, layout: s
 
 def _check_logps(model, example: Tree, ours: Float[Tensor, " n"], batching: Batching) -> None:
     """BadInput unless the log-probs that `token_logps` gives for this example are those of the model's own logits."""
-    device, dtype = ours.device, batching.dtype
-    batch = collate([example], "padded", batching.pad_id, device)
+    dtype = batching.dtype
+    batch = collate([example], "padded", batching.pad_id, ours.device)
     ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     models.set_attention(model, packed=False)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(model, dtype):
         logits = rearrange(model(**ids, use_cache=False).logits, "rows t v -> (rows t) v")[batch.sources]
     theirs = logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     difference = (ours[: len(theirs)] - theirs).abs().max().item()
@@ -363,7 +368,7 @@ def _check_rewards(model, examples: Sequence[Tree], batching: Batching) -> None:
             x if side == "right" else torch.stack([row.roll(n) for row, n in zip(x, padding, strict=True)])
             for x in (batch.input_ids, batch.attention_mask, batch.position_ids)
         )
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(model, dtype):
             theirs = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0]
         difference = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
         require(

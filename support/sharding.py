@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf import BadInput, require
 from rlhf.optim import AdamW, LowBits
-from support import lazy_import, models
+from support import lazy_import, models, one_line
 from support.parallel import full_tensor, gather, is_main, several
 
 dcp = lazy_import("torch.distributed.checkpoint")
@@ -140,7 +140,7 @@ def gathered(model, dtype: torch.dtype) -> Iterator[None]:
 
 
 def autocast(model, dtype: torch.dtype):
-    """For using a model outside of `scoring.hidden_states`: the dtype of the products is that of its matrices."""
+    """Run the matrix products inside in this dtype."""
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -292,8 +292,7 @@ def _read_metadata(path: Path):
         with open(path, "rb") as f:
             metadata = _MetadataUnpickler(f).load()
     except Exception as error:  # damaged pickles raise almost anything
-        reason = str(error) if isinstance(error, pickle.UnpicklingError) else repr(error)
-        reason = " ".join(reason.split())[:200]
+        reason = one_line(error) if isinstance(error, pickle.UnpicklingError) else repr(error)
         raise BadInput(f"--resume: {path} is no checkpoint's metadata, and is not loaded: {reason}") from None
     kind = type(metadata).__name__
     require(kind == "Metadata", f"--resume: {path} is no checkpoint's metadata, and is not loaded: it holds a {kind}")

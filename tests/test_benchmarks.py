@@ -118,6 +118,8 @@ def test_both_sides_of_the_rollout_give_the_same_greedy_answers(model):
 
 @pytest.mark.parametrize("way", ["ours", "ours, recompute", "naive", "torch"])
 def test_each_way_to_log_probs_is_near_float64(way):
+    if reason := logprobs.hindrance(way, "cpu", "float32"):
+        pytest.skip(reason)
     found = logprobs.worker(way, {"n": 20, "d": 8, "v": 50, "dtype": "float32", "device": "cpu", "repeats": 1})
     assert found["error"] < 1e-5 and found["gradient error"] < 1e-5 and found["ms"] > 0
 

@@ -19,7 +19,7 @@ import train_dpo
 import train_sft
 from rlhf import BadInput
 from support import reviews, tokens
-from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show
+from support.examples import HH_TEMPLATE, KINDS, Example, build, held_out, load, load_split, show, split_of
 from support.preferences import mismatched
 from support.rows import _split_of, asked_by_user, prompt_of, read_rows, texts_of
 from support.runs import repeated
@@ -204,10 +204,6 @@ def test_truncation_by_hand():
 def test_one_response_token_always_stays():
     example, _ = one(PLAIN, "preference", {"prompt": "0" * 50, "chosen": "ab", "rejected": "cd"}, prompt=1000, total=8)
     assert (len(example.prompt), [len(r) for r in example.responses]) == (7, [1, 1])
-    with pytest.raises(BadInput, match="--max-length 1"):
-        one(PLAIN, "sft", {"prompt": "p", "completion": "r"}, total=1)
-    with pytest.raises(BadInput, match="--max-prompt-length 0"):
-        one(PLAIN, "sft", {"prompt": "p", "completion": "r"}, prompt=0)
 
 
 @settings(deadline=None)
@@ -1795,6 +1791,7 @@ def test_the_split_of_the_held_out_rows(tmp_path, capsys):
     assert sorted(train + held) == [*"pqr"] and "also in training" not in out
     with pytest.raises(BadInput, match="^--eval-split test_prefs: of which data"):
         prompts(eval_split="test_prefs")
+    assert split_of(lone, "x") is None and split_of([lone, folder], "x") == "x"  # as train_ppo.py reads --ptx-data
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=30), st.integers(0, 5))

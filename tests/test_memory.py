@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_generate import IDS
 from test_resume import pairs, write_model, write_rows
@@ -289,7 +290,7 @@ def test_a_reward_models_head_moves_from_its_start(world, tmp_path):
 
 
 def test_merged_rewards_are_those_of_the_adapters(world, rm, tmp_path, capsys):
-    """Merged at the end of training, merged afterwards, and loaded by transformers: one function up to rounding."""
+    """Merged at the end of training and merged afterwards: one function up to rounding."""
     results = train_rm.main(rm_arguments(world, tmp_path / "at_end", lora_merge=True))
     assert results == pytest.approx(json.loads((rm / "results.json").read_text()), abs=1e-5)
     base = load_file(world / "model" / "model.safetensors")
@@ -307,6 +308,10 @@ def test_merged_rewards_are_those_of_the_adapters(world, rm, tmp_path, capsys):
         merged = load_file(tmp_path / name / "model.safetensors")
         assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
         assert not any("lora_" in key for key in merged)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="transformers 5.17 leaves the head out")
+def test_transformers_reads_a_reward_models_adapters(rm):
     ids = torch.tensor([[5, 6, 7, 8]])
     raw = models.load_reward_model(str(rm), "cpu")(ids).logits
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -447,21 +452,16 @@ def test_adapters_without_the_head_are_refused(rm, tmp_path):
 
 
 def test_the_base_is_found_from_any_directory(world, rm, tmp_path, monkeypatch):
-    """Given by a relative path; and in older runs, which wrote it down as given, above the adapters."""
+    """Given by a relative path."""
     monkeypatch.chdir(world)
     train_rm.main(rm_arguments(world, "runs/rm", model="model"))
     train_dpo.main(arguments(world, "runs/dpo", model="model"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()  # another one of this name, here
     assert rewards_of(world / "runs" / "rm") == pytest.approx(rewards_of(rm), abs=1e-6)
-    for name, load in (("rm", models.load_reward_model), ("dpo", models.load_model)):
-        path = world / "runs" / name / "adapter_config.json"
-        config = json.loads(path.read_text())
+    for name in ("rm", "dpo"):
+        config = json.loads((world / "runs" / name / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(world / "model")
-        want = load(f"{world}/runs/{name}", "cpu").state_dict()
-        path.write_text(json.dumps(config | {"base_model_name_or_path": "model"}))
-        found = load(f"{world}/runs/{name}", "cpu").state_dict()
-        assert all(torch.equal(found[key], x) for key, x in want.items())
 
 
 @pytest.mark.parametrize("load", [models.load_model, models.load_reward_model, models.is_reward_model])
@@ -848,6 +848,7 @@ def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
     assert float(rows["flags as given"]["others"]) == pytest.approx(16 * size / 2**30, rel=0.1)
     with monkeypatch.context() as patch:  # a reward model on the hub, of the policy's size
         load_config = models.load_config
+        patch.setattr(models, "is_reward_model", lambda name, *_: name == "org/rm")
         patch.setattr(models, "load_config", lambda name, *args: load_config(name.replace("org/rm", model), *args))
         model = str(world / "model")
         rows, _ = dry_run(world, capsys, train_ppo, **settings | {"reward": "org/rm"})
@@ -857,6 +858,15 @@ def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
         rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=given)
         wanted, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=other)
         assert rows[name] == wanted["flags as given"] | {"GiB a device": name}
+
+
+def test_dry_run_refuses_what_training_refuses(world, rm, capsys):
+    for script in (train_sft, train_dpo):
+        with pytest.raises(BadInput, match="--model .*: a reward model, where a causal language model is wanted"):
+            dry_run(world, capsys, script, model=str(rm))
+    (world / "one.jsonl").write_text('{"prompt": "it", "completion": "was .", "label": true}\n')
+    with pytest.raises(BadInput, match="the only example, but KTO needs the response of another"):
+        dry_run(world, capsys, loss="kto", data=str(world / "one.jsonl"), eval_fraction=0.0)
 
 
 @pytest.mark.parametrize("name, reason", [("mamba", "its layers loop over tokens"), ("mixtral", "RuntimeError")])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -383,9 +384,19 @@ def test_a_signal_to_one_stops_all_after_the_same_step(world, alone, job, tmp_pa
 
 
 def test_what_they_cannot_load_is_refused_in_one_line_by_one(world, job, tmp_path):
-    codes, printed = job(arguments(world, tmp_path / "run", "ppo gae", reward="WORLD/other"), 2)
+    shutil.copytree(world / "reward", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    codes, printed = job(arguments(world, tmp_path / "run", "ppo gae", reward=f"{tmp_path}/damaged"), 2)
     assert codes == [2, -signal.SIGTERM]
-    assert re.search(r"\nerror: --reward .*: not a reward model .*\n$", printed[0]) and not printed[1]
+    assert re.search(r"\nerror: --reward .*damaged: .*\n$", printed[0]) and not printed[1]
+
+
+@pytest.mark.parametrize("flags", [{"optimizer_state": "8bit"}, {"gradient_dtype": "bfloat16", "dtype": "bfloat16"}])
+def test_what_needs_a_single_process_is_refused_before_they_meet(flags, monkeypatch):
+    runs.check(train_dpo.Args(device="cpu", **flags))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=f"--{[*flags][0].replace('_', '-')} .*single process"):
+        runs.check(train_dpo.Args(device="cpu", **flags))
 
 
 @pytest.mark.parametrize(

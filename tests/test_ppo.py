@@ -1078,6 +1078,9 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
     refused("--kl-horizon must be", kl_horizon=0.0)
     refused("12 prompts are fewer than --batch-size", batch_size=13)
     refused("--value-init reward", "use --value-init policy", reward="gold")
+    write_rows(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS])
+    chats = {"reward": "gold", "value_init": "policy", "data": f"{tmp_path}/chats.jsonl"}
+    refused("--reward gold", "a prompt holds messages", **chats)
     refused("--reward", "no such folder", reward=f"{world}/none")
     refused("--reward no_module_of_mine:f: cannot be", reward="no_module_of_mine:f", data=f"{world}/none.jsonl")
     refused("--reward", "not a reward model", reward=f"{world}/model")
@@ -1086,6 +1089,7 @@ def test_bad_flags_are_one_line_each(world, tmp_path):
     refused("no such file or folder", data=f"{world}/none.jsonl")
     models.save(tiny("llama"), words(), tmp_path / "words")
     refused("--ref", "its tokenizer is not the one of --model", ref=f"{tmp_path}/words")
+    refused("--ref", "a reward model, where a causal language model is wanted", ref=f"{world}/rm")
 
 
 def test_flags_at_the_ends_of_their_ranges_are_accepted():

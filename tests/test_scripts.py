@@ -32,7 +32,7 @@ import train_dpo
 import train_sft
 from rlhf import BadInput, losses
 from rlhf.tree import collate
-from support import models, refcache, report, reviews, runs, scoring, waiting
+from support import models, refcache, report, reviews, runs, scoring
 from support.examples import build
 from support.examples import load as load_examples
 from support.generate import generate
@@ -1531,20 +1531,6 @@ def test_a_reference_with_another_vocabulary_is_refused(go, tmp_path):
         go(ref=f"{tmp_path}/foreign")
 
 
-@pytest.mark.parametrize("total, said", [(1000, "answers: this takes about 8 minutes more\n"), (100, ""), (None, "")])
-def test_what_a_wait_says(total, said, capsys, monkeypatch):
-    """2 units a second after the first ten, which do not count: 490 or 40 seconds are left. It is said once."""
-    times = iter([7.0, 7.5, 12.0, 30.0, 31.0])
-    monkeypatch.setattr(waiting.time, "perf_counter", lambda: next(times))
-    with waiting.Waiting("answers", total, "token") as bar:
-        for n in (10, 1, 9, 1):
-            bar.update(n)
-        assert bar.done == bar.bar.n == 21
-    assert capsys.readouterr().out == said
-    with waiting.Waiting("", 1000, "token") as bar:
-        bar.update(1)
-
-
 @pytest.mark.parametrize("most", [0, 3, 5, 512])
 def test_held_out_rows_that_are_scored_are_chosen_by_hash(most, go, tmp_path, capsys):
     """The same metrics as with a file of just those rows, whose order there does not matter."""
@@ -1585,6 +1571,18 @@ def test_a_part_of_the_rows_uses_the_cache_of_all(loss, go, tmp_path, capsys, mo
             names = [name for name in mine if not name.startswith("perf/")]
             assert [mine[n] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-4)
     assert len({*(tmp_path / "cache").iterdir()}) == 1
+
+
+def test_a_cache_of_more_rows_must_have_the_same_trained_tokens(tmp_path):
+    rows = random_examples([(3, [2, 4]), (2, [5, 1])])
+    masked = [dataclasses.replace(rows[0], trained=[[True, False], [True] * 4]), rows[1]]
+
+    def ask(examples, value):
+        key = refcache.cache_key("weights", reviews.tokenizer(), examples)
+        logps = [torch.full((2,), value, dtype=torch.float64) for _ in examples]
+        return refcache.cached(tmp_path, key, refcache.row_digests(examples), lambda: logps)[0].tolist()
+
+    assert ask(masked, -1.0) == [-1, -1] and ask(masked[:1], -3.0) == [-1, -1] and ask(rows[:1], -2.0) == [-2, -2]
 
 
 def test_a_damaged_cache_of_more_rows_is_not_used(go, tmp_path):
