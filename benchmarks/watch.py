@@ -173,7 +173,7 @@ def script(counted: int | None = None) -> Iterator[dict]:
         raise Done
 
     nothing = lambda *_, **__: None  # noqa: E731
-    hooks = {"start": start, "log": log, "end": end, "progress": nothing, "save_checkpoint": nothing}
+    hooks = {"begin_loop": start, "log": log, "end_loop": end, "progress": nothing, "save_checkpoint": nothing}
     with mock.patch.multiple(Run, **hooks), contextlib.suppress(Done):
         yield watched
 
