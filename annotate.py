@@ -15,6 +15,7 @@ This file has five parts: samples, the journal and the queue, the server, labell
 import base64
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -48,7 +49,7 @@ from rlhf import BadInput, require
 from support import agreement, lazy_import, read_json_lines
 from support.report import bootstrap, share_interval, table, visible
 from support.rows import read_rows, row_of
-from support.runs import check, cli, lock, write
+from support.runs import check, cli, write
 
 reviews, rewards = lazy_import("support.reviews"), lazy_import("support.rewards")
 
@@ -632,7 +633,7 @@ def report(out: Path) -> dict:
 
 
 def open_journal(out: Path) -> FileIO:
-    """Open the journal and lock it for this process."""
+    """Open the journal and lock it for this process. The lock ends with the process, even if that is killed."""
     journal = journal_of(out)
     valid = journal.exists() or not out.exists()
     require(valid, f"--out {out} was not made by this page, which leaves a journal beside it: name another --out")
@@ -644,7 +645,12 @@ def open_journal(out: Path) -> FileIO:
         os.close(folder)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot write there: {error.strerror}") from None
-    lock(journal)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"--out {out} is being written by another annotate.py: share its page, or end it") from None
+    except OSError as error:
+        print(f"--out {out}: its file system has no locks ({error.strerror}): start no second page for it")
     return file
 
 

@@ -168,7 +168,7 @@ def micro_batches(examples: Sequence[Tree], budget: int, layout: str = "tree") -
     rows, width = np.zeros((2, len(examples)), dtype=int)  # of each group; a tree counts as rows of one token
     for i, e in sorted(enumerate(examples), key=lambda item: -tokens(item[1], layout)):
         more = tokens(e) if layout == "tree" else len(e.responses)
-        wide = tokens(e, layout) // more
+        wide = 1 if layout == "tree" else tokens(e, layout) // more
         fits = (rows[:n] + more) * np.maximum(width[:n], wide) <= budget
         place = int(fits.argmax()) if fits.any() else n
         n = max(n, place + 1)

@@ -118,7 +118,7 @@ class Rows:
         # a function that holds self would keep the cache in memory until Python looks for cycles
         self.cache = Cache(layer_class_to_replicate=lambda: Slots(k, slots, slot, dtype))
         with models.eager(model):
-            _encode(model, ids, self.cache, self.causal_mask(width) if dtype == torch.float32 else None)
+            _encode(model, ids, self.cache, self.causal_mask(*ids.shape))
         if not self.cache.layers:
             raise NotImplementedError("its layers put nothing into the cache")
 
@@ -161,14 +161,20 @@ class Rows:
             masks[kind] = rearrange(mask, "b slots -> b 1 1 slots")
         return masks if len(masks) > 1 else masks[kind]
 
-    def causal_mask(self, t: int) -> Tensor | dict[str, Tensor]:
-        """What each token of the prompts sees of them, (1 1 t t). It is what attention does without a mask, but then no
-        fused kernel on CUDA takes heads that share keys in float32."""
-        masks = {}
+    def causal_mask(self, p: int, t: int) -> Tensor | dict[str, Tensor] | None:
+        """What each token of the prompts sees of them, (p 1 t t), where heads share keys in float32 on CUDA: without a
+        mask no fused kernel takes those, and the scores of all heads would be in memory. None elsewhere."""
+        if self.dtype != torch.float32 or self.row.device.type != logprobs.GPU:
+            return None
+        config = self.model.config.get_text_config()
+        if getattr(config, "num_key_value_heads", None) in (None, config.num_attention_heads):
+            return None
+        i = torch.arange(t, device=self.row.device)
+        distance, masks = i[:, None] - i, {}
         for kind, window in self.windows.items():
-            ones = torch.ones(t, t, device=self.row.device, dtype=self.model.dtype)
-            seen = ones.tril() if window is None else ones.tril().triu(1 - window)
-            masks[kind] = ((seen - 1) * torch.finfo(seen.dtype).max)[None, None]
+            hidden = (distance < 0) | (distance >= (window or t))
+            mask = torch.zeros(t, t, device=i.device, dtype=self.model.dtype)
+            masks[kind] = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min).expand(p, 1, t, t)
         return masks if len(masks) > 1 else masks[kind]
 
     def keep(self, size: int, ended: list[bool]) -> None:

@@ -114,9 +114,8 @@ def _report(
     tokens, scored = (processes * sum(size[i] for step in sizes for size in step) for i in (0, 1))
     counts = []  # weights of each of the others, and those of their layers
     for other in others:
-        kind = None if other.trained else other.reward
-        config = config_of(other.model, other.flag, a, tokenizer, kind)
-        model = models.on_meta(config, other.reward, a.trust_remote_code)
+        its_config = config_of(other.model, other.flag, a, tokenizer, None if other.reward else False)
+        model = models.on_meta(its_config, other.reward, a.trust_remote_code)
         in_layers = sum(x.numel() for layer in models.layers(model) for x in layer.parameters())
         counts.append((model.num_parameters(), in_layers))
 
@@ -168,7 +167,7 @@ def _report(
 model    {shape.elements / 1e6:.2f} M weights; a pass has at most {most} tokens, {targets} of them in a loss; {chosen}
 memory   activations and logits are those of the largest pass; the peak is less than the sum of all, because
          activations go while gradients come; it fits if it takes at most {FULL:.0%} of the device
-         not counted: sampling, compiling, what the libraries and the allocator need for themselves
+         not counted: sampling, compiling, the exact KL, what the libraries and the allocator need for themselves
 time     {tokens} tokens an epoch; operations for each weight and token: 6, with adapters 4, without gradient 2, and
          2 more in recomputed layers; all experts of a mixture count; attention, sampling and evaluation do not
          assumed operations a second of {where}: {", ".join(speeds.values())}"""
@@ -178,16 +177,16 @@ time     {tokens} tokens an epoch; operations for each weight and token: 6, with
     if scored_before:
         own = "it is the policy itself"
         if a.ref:
-            config = config_of(a.ref, "--ref", a, tokenizer, reward=False)
-            model = models.on_meta(config, trust_remote_code=a.trust_remote_code)
+            its_config = config_of(a.ref, "--ref", a, tokenizer, reward=False)
+            model = models.on_meta(its_config, trust_remote_code=a.trust_remote_code)
             weights = memory.state_bytes(model.num_parameters(), given, trained=False, shards=processes)["weights"]
             own = f"until then its weights take {weights / GIB:.3g} GiB beside the policy's"
         print(f"before   the reference scores {scored_before} examples in {before:.2g} hours; {own}")
 
 
 def config_of(name: str, flag: str, a: Any, tokenizer, reward: bool | None):
-    """The config of a model; that of the embedded task's policy before there is one. `reward`: whether it must be a
-    reward model; None: it may be either."""
+    """The config of a model; that of the embedded task's policy before there is one. BadInput if `reward` is not None
+    and the model is of the other kind."""
     if name == "reviews" or (name == runs.SFT_MODEL and not runs.is_made(name)):
         return reviews.config(tokenizer)
     if reward is not None:

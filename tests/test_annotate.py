@@ -461,7 +461,7 @@ def test_the_server_killed_in_the_middle(tmp_path):
             connection.request("POST", f"/{token}/api/{action}", body, {"Content-Type": "application/json"})
             return json.load(connection.getresponse())
 
-        with pytest.raises(BadInput, match="is in use by another run"):
+        with pytest.raises(BadInput, match="is being written by another annotate.py"):
             annotate.main(annotate.Args(str(path), str(out), port=0, open=False))
         view, confirmed = post("next"), []
         for i in range(8):

@@ -261,6 +261,17 @@ def test_greedy_answers_are_those_of_the_library(name, capsys):
     assert ("because the decode loop does not fit" in capsys.readouterr().out) != loop
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_prompts_are_encoded_with_a_mask_on_a_gpu(name, monkeypatch):
+    """In float32, where heads share keys: one kind of layer, sliding windows, and both kinds."""
+    monkeypatch.setattr(logprobs, "GPU", "cpu")
+    masks, encode = [], decode._encode
+    monkeypatch.setattr(decode, "_encode", lambda *args: masks.append(args[-1]) or encode(*args))
+    model = tiny(name)
+    assert_greedy(model, 12)
+    assert len(masks) > 1 and all(mask is not None for mask in masks)
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *MORE])
 def test_steps_whose_attention_writes_the_cache_give_the_same_answers(name, monkeypatch, capsys):
     """Compiled steps' attention does so; here nothing is compiled. If a model does not fit, a line says so."""

@@ -846,13 +846,16 @@ def test_dry_run_of_ppo_counts_every_model(world, capsys, monkeypatch):
     assert float(rows["flags as given"]["others"]) == pytest.approx((4 + 16) * size / 2**30, rel=0.1)
     rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=2)
     assert float(rows["flags as given"]["others"]) == pytest.approx(16 * size / 2**30, rel=0.1)
-    with monkeypatch.context() as patch:  # a reward model on the hub, of the policy's size
-        load_config = models.load_config
+    with monkeypatch.context() as patch:  # a larger reward model, on the hub
+        load_config, before = models.load_config, rows["flags as given"]
+        larger = load_config(str(world / "model"))
+        larger.intermediate_size *= 8
         patch.setattr(models, "is_reward_model", lambda name, *_: name == "org/rm")
-        patch.setattr(models, "load_config", lambda name, *args: load_config(name.replace("org/rm", model), *args))
-        model = str(world / "model")
-        rows, _ = dry_run(world, capsys, train_ppo, **settings | {"reward": "org/rm"})
-    assert float(rows["flags as given"]["others"]) == pytest.approx((4 + 4 + 16) * size / 2**30, rel=0.1)
+        patch.setattr(models, "load_config", lambda name, *x: larger if name == "org/rm" else load_config(name, *x))
+        rows, _ = dry_run(world, capsys, train_ppo, **settings | {"reward": "org/rm"}, lora_rank=2)
+    more = models.on_meta(larger, reward=True).num_parameters()
+    assert float(rows["flags as given"]["others"]) == pytest.approx((4 * more + 16 * size) / 2**30, rel=0.1)
+    assert all(rows["flags as given"][name] == before[name] for name in ("weights", "activations", "logits"))
     monkeypatch.setattr(dryrun, "SAVING", {"rank": {"lora_rank": 2}, "none": {"lora_rank": 0}})
     for given, other, name in ((0, 2, "rank"), (2, 0, "none")):  # a row is what its flags would give
         rows, _ = dry_run(world, capsys, train_ppo, **settings, lora_rank=given)

@@ -1585,6 +1585,14 @@ def test_a_cache_of_more_rows_must_have_the_same_trained_tokens(tmp_path):
     assert ask(masked, -1.0) == [-1, -1] and ask(masked[:1], -3.0) == [-1, -1] and ask(rows[:1], -2.0) == [-2, -2]
 
 
+def test_a_row_that_is_there_twice_keeps_both_of_its_values(tmp_path):
+    """They may differ by rounding, and a resumed run must have the same."""
+    rows, logps = random_examples([(3, [2, 4])]) * 2, [torch.full((2,), x, dtype=torch.float64) for x in (-1.0, -2.0)]
+    ask = lambda: refcache.cached(tmp_path, refcache.cache_key("", reviews.tokenizer(), rows), digests, lambda: logps)  # noqa: E731
+    digests = refcache.row_digests(rows)
+    assert [x.tolist() for x in ask()] == [x.tolist() for x in ask()] == [[-1, -1], [-2, -2]]
+
+
 def test_a_damaged_cache_of_more_rows_is_not_used(go, tmp_path):
     go()
     [file] = (tmp_path / "cache").iterdir()
