@@ -82,7 +82,8 @@ def arguments(world: Path, out: Path, name: str, **changes):
     flags |= {"eval_every": 4, "save_every": SAVED_AT, "eval_prompts": 3, "max_new_tokens": 4}
     if script == "sft":
         return train_sft.Args(**flags | changes)
-    return train_dpo.Args(**flags | {"loss": loss[0], "ref_cache": f"{world}/cache"} | changes)
+    cache = f"{world}/cache-{loss[0]}"  # rows read from kto's, which has more of them, would differ by rounding
+    return train_dpo.Args(**flags | {"loss": loss[0], "ref_cache": cache} | changes)
 
 
 def train(a) -> None:
